@@ -1,0 +1,32 @@
+"""Shared aliases: the contract of each kind of argument, written once.
+
+Shapes are jaxtyping annotations; the tests execute them through beartype, in
+production they cost nothing.
+"""
+
+from typing import Any, Protocol, TypeAlias
+
+from jaxtyping import Array, Float, Key, PyTree, Shaped
+
+Params: TypeAlias = PyTree[Shaped[Array, "..."]]
+"""Network parameters: any pytree of arrays."""
+
+Masks: TypeAlias = PyTree
+"""A pytree of the structure of its params: boolean arrays, or `None` for a leaf never pruned."""
+
+Scores: TypeAlias = PyTree
+"""A pytree of the structure of its params: float arrays (larger is kept), or `None`."""
+
+PRNGKey: TypeAlias = Key[Array, ""]
+"""A typed JAX random key, `jax.random.key(seed)`."""
+
+Scalar: TypeAlias = Float[Array, ""]
+"""A floating-point scalar."""
+
+
+class ApplyFn(Protocol):
+    """A network as a pure function of its parameters and a batch."""
+
+    def __call__(self, params: Any, x: Any, /) -> Any:
+        """Maps params and inputs `(n, ...)` to outputs `(n, k)`."""
+        ...

@@ -1,0 +1,371 @@
+"""Masks: which weights of a parameter pytree are kept.
+
+A mask tree has the structure of its params. Each leaf is a boolean array of
+the leaf's shape (`True` = kept), or `None` where the leaf is never pruned.
+Masks are ordinary traced values: a new mask never recompiles a program.
+
+Two layers of functions select masks from scores:
+
+* `from_scores` takes densities, checks everything, and warns of empty layers.
+* `keep_counts` turns densities into exact integer counts on the host, and
+  `from_counts` selects that many entries. Counts may be traced, so members of
+  one compiled program can have different densities.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt
+
+from ntt_sparse._types import Masks, Params, Scores
+
+Scope: TypeAlias = Literal["global", "layer"]
+Density: TypeAlias = float | Mapping[str, float]
+Prunable: TypeAlias = Callable[[str, Any], bool]
+"""A predicate `(path, leaf) -> bool`; paths read like `"Dense_0/kernel"`."""
+
+
+class LayerDensity(NamedTuple):
+    """What a mask keeps of one layer."""
+
+    kept: int
+    total: int
+    density: float
+
+
+def matrices(path: str, leaf: Any) -> bool:
+    """The default prunable set: leaves with two or more dimensions (weights, not biases)."""
+    del path
+    return jnp.ndim(leaf) >= 2
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf: its key path joined by slashes, such as `"Dense_0/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree that are not `None`, by path name, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_prunable(
+    fn: Callable[[str, Any], Any], params: Params, prunable: Prunable = matrices
+) -> Any:
+    """Applies `fn(path, leaf)` to prunable leaves and puts `None` in place of the others.
+
+    Raises:
+        ValueError: No leaf is prunable.
+    """
+
+    def leaf_fn(path, leaf):
+        name = path_name(path)
+        return fn(name, leaf) if prunable(name, leaf) else None
+
+    result = jax.tree_util.tree_map_with_path(leaf_fn, params)
+    if not jax.tree.leaves(result):
+        raise ValueError(
+            f"no leaf is prunable among {list(named_leaves(params))}: the predicate must accept "
+            "at least one (the default takes leaves with two or more dimensions)"
+        )
+    return result
+
+
+def full(params: Params, *, prunable: Prunable = matrices) -> Masks:
+    """A mask that keeps everything: the dense network in masked form."""
+    return map_prunable(lambda _, leaf: jnp.ones(jnp.shape(leaf), bool), params, prunable)
+
+
+def check(params: Params, masks: Masks) -> None:
+    """Checks that a mask tree fits its params.
+
+    Raises:
+        ValueError: The structures differ, a shape differs, or a mask is not boolean.
+    """
+
+    def leaf_fn(path, leaf, mask):
+        if mask is None:
+            return
+        # None leaves and values without shape or dtype are reported like a wrong shape.
+        shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", type(mask).__name__)
+        if shape != jnp.shape(leaf) or dtype != jnp.bool_:
+            raise ValueError(
+                f"mask of {path_name(path)!r} is {dtype}{shape}, expected bool{jnp.shape(leaf)}: "
+                "masks are boolean arrays of the shape of their params, or None"
+            )
+
+    try:
+        jax.tree_util.tree_map_with_path(leaf_fn, params, masks)
+    except (ValueError, TypeError) as error:
+        if str(error).startswith("mask of"):
+            raise
+        raise ValueError(
+            f"masks must have the structure of params: params hold {list(named_leaves(params))}, "
+            f"masks hold {list(named_leaves(masks))}"
+        ) from error
+
+
+def apply(params: Params, masks: Masks) -> Params:
+    """Sets pruned weights to exactly zero.
+
+    Selects with `jnp.where`, never by multiplication, so that a pruned infinity
+    or NaN is zero too and gets a gradient of exactly zero.
+
+    Args:
+        params: Parameters, any pytree of arrays.
+        masks: Masks of the same structure; `None` leaves pass the params through.
+
+    Returns:
+        The effective parameters, same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: `masks` does not fit `params`.
+    """
+    check(params, masks)
+    return jax.tree.map(
+        lambda leaf, mask: leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf)),
+        params,
+        masks,
+    )
+
+
+def rescale(params: Params, masks: Masks) -> Params:
+    """Masks `params` and divides the survivors of each layer by the root of its density.
+
+    The variance of a pre-activation then stays that of the dense network. With
+    random masks this is the "Scaled Rand." baseline of Neural Tangent Transfer.
+    Leaves that are never pruned (biases) are left alone; an empty layer stays zero.
+
+    Raises:
+        ValueError: `masks` does not fit `params`.
+    """
+
+    def leaf_fn(leaf, mask):
+        if mask is None:
+            return leaf
+        kept = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1)
+        return leaf * jnp.sqrt(mask.size / kept).astype(leaf.dtype)
+
+    return jax.tree.map(leaf_fn, apply(params, masks), masks)
+
+
+def density(masks: Masks) -> float:
+    """The fraction kept over all prunable entries, in [0, 1].
+
+    Returns:
+        A Python float, or a scalar array when called on traced masks.
+
+    Raises:
+        ValueError: No leaf of `masks` is an array.
+    """
+    leaves = jax.tree.leaves(masks)
+    if not leaves:
+        raise ValueError("masks hold no array: every leaf is None, so no density is defined")
+    kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in leaves)
+    total = sum(mask.size for mask in leaves)
+    return kept / total if isinstance(kept, jax.core.Tracer) else int(kept) / total
+
+
+def layer_densities(masks: Masks) -> dict[str, LayerDensity]:
+    """The per-layer report: `{path: (kept, total, density)}`, in tree order."""
+    report = {}
+    for name, mask in named_leaves(masks).items():
+        kept = int(jnp.sum(mask, dtype=jnp.int32))
+        report[name] = LayerDensity(kept, mask.size, kept / mask.size)
+    return report
+
+
+def format_layer_densities(masks: Masks) -> str:
+    """The per-layer report as a table with a line for the whole network."""
+    rows = layer_densities(masks)
+    kept, total = sum(r.kept for r in rows.values()), sum(r.total for r in rows.values())
+    rows["total"] = LayerDensity(kept, total, kept / total)
+    width = max(len("layer"), *map(len, rows))
+    lines = [f"{'layer':<{width}}  {'kept':>11}  {'total':>11}  density"]
+    lines += [f"{n:<{width}}  {r.kept:>11,}  {r.total:>11,}  {r.density:.5f}" for n, r in rows.items()]
+    return "\n".join(lines)
+
+
+def from_scores(scores: Scores, density: Density, *, scope: Scope = "global") -> Masks:
+    """Keeps the entries with the largest scores.
+
+    Exactly `round(density * N)` entries are kept, of all `N` prunable entries
+    or of each layer; ties are kept in index order (tree order of the leaves,
+    then row-major order within a leaf).
+
+    Args:
+        scores: Floating-point scores, larger is kept; `None` for leaves never pruned.
+        density: Fraction to keep in (0, 1], or `{path: fraction}` with an entry for
+            every prunable leaf (then each layer keeps its own fraction and `scope`
+            is not used).
+        scope: Whether weights compete across the whole network or within their layer.
+
+    Returns:
+        Masks of the structure of `scores`.
+
+    Raises:
+        ValueError: A density outside (0, 1], paths that do not match, NaN scores,
+            or a density that keeps no weight at all.
+
+    Warns:
+        UserWarning: A layer ends empty.
+    """
+    counts = keep_counts(scores, density, scope=scope)
+    masks = from_counts(scores, counts)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(scores)):
+        for name, leaf in named_leaves(scores).items():
+            if bool(jnp.any(jnp.isnan(leaf))):
+                raise ValueError(f"scores of {name!r} hold NaN: the gradients they come from diverged")
+        warn_empty_layers(masks)
+    return masks
+
+
+def warn_empty_layers(masks: Masks) -> None:
+    """Warns when a layer keeps no weight, which cuts the network in two."""
+    empty = [name for name, row in layer_densities(masks).items() if row.kept == 0]
+    if empty:
+        warnings.warn(f"layers left without any weight: {', '.join(empty)}", stacklevel=3)
+
+
+def keep_counts(scores: Scores, density: Density, *, scope: Scope = "global") -> Any:
+    """The exact number of entries to keep: an integer, or one per prunable leaf.
+
+    Only the shapes of `scores` are read, so it also works on traced values or on
+    the result of `jax.eval_shape`. See `from_scores` for arguments and errors.
+    """
+    sizes = {name: leaf.size for name, leaf in named_leaves(scores).items()}
+    if not sizes:
+        raise ValueError("scores hold no array: every leaf is None, so there is nothing to prune")
+    if scope not in ("global", "layer"):
+        raise ValueError(f"{scope=} is unknown: expected 'global' or 'layer'")
+    if isinstance(density, Mapping):
+        if set(density) != set(sizes):
+            raise ValueError(
+                f"densities must name every prunable leaf: missing {sorted(set(sizes) - set(density))}, "
+                f"unknown {sorted(set(density) - set(sizes))}"
+            )
+        densities = dict(density)
+    else:
+        densities = dict.fromkeys(sizes, density)
+    for name, value in densities.items():
+        check_density(value, f"density of {name!r}" if isinstance(density, Mapping) else "density")
+    if isinstance(density, Mapping) or scope == "layer":
+        counts = {name: round(densities[name] * size) for name, size in sizes.items()}
+        total = sum(counts.values())
+        result = jax.tree_util.tree_map_with_path(lambda path, _: counts[path_name(path)], scores)
+    else:
+        total = result = round(density * sum(sizes.values()))
+    if total == 0:
+        raise ValueError(
+            f"{density=} keeps none of {sum(sizes.values())} weights: ask for at least one weight"
+        )
+    return result
+
+
+def check_density(value: float, name: str = "density") -> None:
+    """Raises ValueError unless `value` is a fraction in (0, 1]."""
+    # The negated form also refuses NaN.
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"{name} is {value}, expected a fraction in (0, 1]: density is the part kept, "
+            "1 keeps everything"
+        )
+
+
+def from_counts(scores: Scores, counts: Any) -> Masks:
+    """Keeps the `counts` entries with the largest scores, ties in index order.
+
+    The cost is a few dozen counting passes over the scores, without a sort or a
+    concatenation: the threshold is found bit by bit in the order-preserving
+    integer pattern of the floats, and the cut among tied entries bit by bit in
+    the index. NaN counts as the smallest score. Safe under `jit` and `vmap`.
+
+    Args:
+        scores: Floating-point scores of any shapes; `None` for leaves never pruned.
+        counts: An integer for the whole tree (global), or a tree of integers with
+            the structure of `scores` (one per leaf); traced or not, 0 to N.
+
+    Returns:
+        Masks of the structure of `scores`.
+
+    Raises:
+        ValueError: Scores are not floating point, or `counts` is of another structure.
+    """
+    leaves, treedef = jax.tree.flatten(scores)
+    for name, leaf in named_leaves(scores).items():
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"scores of {name!r} are {jnp.result_type(leaf)}, expected floating point"
+            )
+    if jax.tree.structure(counts) == treedef and not jax.tree_util.treedef_is_leaf(treedef):
+        each = zip(leaves, jax.tree.leaves(counts), strict=True)
+        selected = [_select([leaf], count)[0] for leaf, count in each]
+    elif jax.tree_util.treedef_is_leaf(jax.tree.structure(counts)):
+        selected = _select(leaves, counts)
+    else:
+        raise ValueError(
+            f"counts must be one integer or a tree like scores, got {jax.tree.structure(counts)} "
+            f"for scores {treedef}"
+        )
+    return jax.tree.unflatten(treedef, selected)
+
+
+def _select(leaves: list[Float[Array, "..."]], count: Any) -> list[Bool[Array, "..."]]:
+    """The `count` largest entries over several arrays."""
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    patterns = [_ordered_pattern(leaf.astype(dtype)) for leaf in leaves]
+    count = jnp.asarray(count, jnp.int32)
+
+    def kept_from(threshold):
+        return sum(jnp.sum(p >= threshold, dtype=jnp.int32) for p in patterns)
+
+    threshold = _largest(lambda t: kept_from(t) >= count, patterns[0].dtype)
+    above = sum(jnp.sum(p > threshold, dtype=jnp.int32) for p in patterns)
+    offsets = [sum(p.size for p in patterns[:i]) for i in range(len(patterns))]
+    # Flat positions across the leaves, in which ties are broken.
+    positions = [
+        jnp.arange(p.size, dtype=jnp.uint32).reshape(p.shape) + jnp.uint32(offset)
+        for p, offset in zip(patterns, offsets, strict=True)
+    ]
+
+    def ties_before(cut):
+        return sum(
+            jnp.sum((p == threshold) & (i < cut), dtype=jnp.int32)
+            for p, i in zip(patterns, positions, strict=True)
+        )
+
+    total = jnp.uint32(sum(p.size for p in patterns))
+    room = count - above
+    # Without a tie at the threshold every entry equal to it has room.
+    cut = jax.lax.cond(
+        ties_before(total) <= room,
+        lambda: total,
+        lambda: _largest(lambda c: ties_before(c) <= room, jnp.dtype("uint32")),
+    )
+    return [
+        (p > threshold) | ((p == threshold) & (i < cut))
+        for p, i in zip(patterns, positions, strict=True)
+    ]
+
+
+def _largest(predicate: Callable[[UInt[Array, ""]], Any], dtype: Any) -> UInt[Array, ""]:
+    """The largest unsigned integer that satisfies a predicate true up to some point."""
+    bits = dtype.itemsize * 8
+
+    def body(i, value):
+        candidate = value | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
+        return jnp.where(predicate(candidate), candidate, value)
+
+    return jax.lax.fori_loop(0, bits, body, jnp.zeros((), dtype))
+
+
+def _ordered_pattern(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Unsigned integers in the order of the floats; NaN is the smallest, -0.0 equals 0.0."""
+    unsigned = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
+    sign = jnp.ones((), unsigned) << (x.dtype.itemsize * 8 - 1)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), unsigned)
+    pattern = jnp.where(bits & sign != 0, ~bits, bits | sign)
+    return jnp.where(jnp.isnan(x), jnp.zeros_like(pattern), pattern)
