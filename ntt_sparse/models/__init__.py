@@ -1,0 +1,119 @@
+"""Models by name, and as the pure functions that objectives take."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ntt_sparse._types import ApplyFn, Params, PRNGKey
+from ntt_sparse.models.lenet import LeNet
+
+
+class _Entry(NamedTuple):
+    """A named model: its module class, the fields the name fixes, and those left open."""
+
+    module: type[nn.Module]
+    fixed: Mapping[str, Any]
+    options: tuple[str, ...]
+
+
+_DTYPES = ("dtype", "param_dtype")
+_CONV4 = {"stages": ((64, 64), (128, 128)), "kernel_size": 3, "hidden": (512,)}
+
+_MODELS = {
+    "lenet_300_100": _Entry(LeNet, {"hidden": (300, 100)}, _DTYPES),
+    "lenet5_caffe": _Entry(
+        LeNet,
+        {"stages": ((20,), (50,)), "kernel_size": 5, "hidden": (500,)},
+        ("padding", *_DTYPES),
+    ),
+    "lenet5": _Entry(
+        LeNet,
+        {"stages": ((6,), (16,)), "kernel_size": 5, "hidden": (120, 84), "field": 32},
+        ("padding", *_DTYPES),
+    ),
+    "conv4": _Entry(LeNet, _CONV4, ("padding", *_DTYPES)),
+    "conv4_dropout": _Entry(LeNet, {**_CONV4, "dropout": True}, ("padding", *_DTYPES)),
+}
+
+
+def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
+    """Creates a model by name.
+
+    ================  ==========================================================
+    `lenet_300_100`   LeNet-300-100, for inputs of any shape (flattened)
+    `lenet5_caffe`    LeNet-5 as shipped with Caffe: 20, 50, 500
+    `lenet5`          LeNet-5: 6, 16, 120, 84, on a field of at least 32 x 32
+    `conv4`           Conv-4: 64, 64, 128, 128, 512
+    `conv4_dropout`   Conv-4 with dropout, drawn when called with `train=True`
+    ================  ==========================================================
+
+    Args:
+        name: One of the names above.
+        num_outputs: Outputs of the last layer, 1 or more.
+        **kwargs: `padding` of the convolutions ("VALID" or "SAME"; not for
+            `lenet_300_100`), `dtype` of the computation, `param_dtype`. See `LeNet`.
+
+    Returns:
+        A Flax Linen module.
+
+    Raises:
+        ValueError: The name, a keyword or a value is not one of these.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {_unknown(name, _MODELS)}")
+    entry = _MODELS[name]
+    for keyword in kwargs:
+        if keyword not in entry.options:
+            raise ValueError(
+                f"unknown keyword of {name!r} {_unknown(keyword, ('num_outputs', *entry.options))}"
+            )
+    return entry.module(num_outputs=num_outputs, **entry.fixed, **kwargs)
+
+
+def apply_fn(module: nn.Module) -> ApplyFn:
+    """The module as a pure function `(params, x) -> outputs`.
+
+    Keyword arguments of that function are passed on to `module.apply`, such as
+    `train=True, rngs={"dropout": key}`.
+    """
+
+    def apply(params: Any, x: Any, /, **kwargs: Any) -> Any:
+        return module.apply({"params": params}, x, **kwargs)
+
+    return apply
+
+
+def init(module: nn.Module, key: PRNGKey, input_shape: tuple[int, ...]) -> Params:
+    """Initial parameters of a module without state, a nested dict of arrays.
+
+    Safe under `jit`, `vmap` over keys, and `jax.eval_shape`.
+
+    Args:
+        module: The module.
+        key: A typed key.
+        input_shape: Shape of one input, without the batch dimension.
+
+    Returns:
+        The parameters; the same key gives the same parameters.
+
+    Raises:
+        ValueError: The module keeps state besides its parameters (batch statistics), or
+            refuses the shape.
+    """
+    variables = module.init(key, jnp.zeros((1, *input_shape)))
+    if set(variables) != {"params"}:
+        raise ValueError(
+            f"{type(module).__name__} keeps {sorted(set(variables) - {'params'})} besides its "
+            "params: call module.init and carry the state through module.apply(mutable=...)"
+        )
+    return variables["params"]
+
+
+def _unknown(name: str, known: Any) -> str:
+    """The part of an error line that names what is unknown and what exists."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{name!r}{hint}: expected one of {', '.join(known)}"

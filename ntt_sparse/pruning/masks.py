@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt
+from jaxtyping import Array, Bool, Float, PyTree, UInt
 
-from ntt_sparse._types import Masks, Params, Scores
+from ntt_sparse._types import Masks, Params, Scalar, Scores
 
 Scope: TypeAlias = Literal["global", "layer"]
 Density: TypeAlias = float | Mapping[str, float]
@@ -53,9 +53,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def map_prunable(
-    fn: Callable[[str, Any], Any], params: Params, prunable: Prunable = matrices
+    fn: Callable[[str, Any], Any], params: PyTree, prunable: Prunable = matrices
 ) -> Any:
     """Applies `fn(path, leaf)` to prunable leaves and puts `None` in place of the others.
+
+    Leaves need a shape only, so the result of `jax.eval_shape` is also accepted.
 
     Raises:
         ValueError: No leaf is prunable.
@@ -146,13 +148,15 @@ def rescale(params: Params, masks: Masks) -> Params:
     def leaf_fn(leaf, mask):
         if mask is None:
             return leaf
-        kept = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1)
+        # Half precision is too coarse for counts: bfloat16 is exact up to 256 only.
+        precise = jnp.result_type(jnp.float32, leaf)
+        kept = jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(precise)
         return leaf * jnp.sqrt(mask.size / kept).astype(leaf.dtype)
 
     return jax.tree.map(leaf_fn, apply(params, masks), masks)
 
 
-def density(masks: Masks) -> float:
+def density(masks: Masks) -> float | Scalar:
     """The fraction kept over all prunable entries, in [0, 1].
 
     Returns:
@@ -185,7 +189,9 @@ def format_layer_densities(masks: Masks) -> str:
     rows["total"] = LayerDensity(kept, total, kept / total)
     width = max(len("layer"), *map(len, rows))
     lines = [f"{'layer':<{width}}  {'kept':>11}  {'total':>11}  density"]
-    lines += [f"{n:<{width}}  {r.kept:>11,}  {r.total:>11,}  {r.density:.5f}" for n, r in rows.items()]
+    lines += [
+        f"{n:<{width}}  {r.kept:>11,}  {r.total:>11,}  {r.density:.5f}" for n, r in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -215,10 +221,13 @@ def from_scores(scores: Scores, density: Density, *, scope: Scope = "global") ->
     """
     counts = keep_counts(scores, density, scope=scope)
     masks = from_counts(scores, counts)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(scores)):
+    # Asked of the masks: within a trace they are traced even where the scores are constants.
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(masks)):
         for name, leaf in named_leaves(scores).items():
             if bool(jnp.any(jnp.isnan(leaf))):
-                raise ValueError(f"scores of {name!r} hold NaN: the gradients they come from diverged")
+                raise ValueError(
+                    f"scores of {name!r} hold NaN: the gradients they come from diverged"
+                )
         warn_empty_layers(masks)
     return masks
 
@@ -244,7 +253,8 @@ def keep_counts(scores: Scores, density: Density, *, scope: Scope = "global") ->
     if isinstance(density, Mapping):
         if set(density) != set(sizes):
             raise ValueError(
-                f"densities must name every prunable leaf: missing {sorted(set(sizes) - set(density))}, "
+                "densities must name every prunable leaf: "
+                f"missing {sorted(set(sizes) - set(density))}, "
                 f"unknown {sorted(set(density) - set(sizes))}"
             )
         densities = dict(density)
@@ -313,8 +323,9 @@ def from_counts(scores: Scores, counts: Any) -> Masks:
     return jax.tree.unflatten(treedef, selected)
 
 
+@jax.jit
 def _select(leaves: list[Float[Array, "..."]], count: Any) -> list[Bool[Array, "..."]]:
-    """The `count` largest entries over several arrays."""
+    """The `count` largest entries over several arrays; compiled once per set of shapes."""
     dtype = jnp.result_type(jnp.float32, *leaves)
     patterns = [_ordered_pattern(leaf.astype(dtype)) for leaf in leaves]
     count = jnp.asarray(count, jnp.int32)
@@ -366,6 +377,8 @@ def _ordered_pattern(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     """Unsigned integers in the order of the floats; NaN is the smallest, -0.0 equals 0.0."""
     unsigned = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
     sign = jnp.ones((), unsigned) << (x.dtype.itemsize * 8 - 1)
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), unsigned)
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    # Not `x == 0`: where denormals are flushed, it also holds for the smallest numbers.
+    bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
     pattern = jnp.where(bits & sign != 0, ~bits, bits | sign)
     return jnp.where(jnp.isnan(x), jnp.zeros_like(pattern), pattern)

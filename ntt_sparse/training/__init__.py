@@ -1,0 +1,1 @@
+"""How objectives are minimised: steps from named terms, chunks, loops, checkpoints, devices."""

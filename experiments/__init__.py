@@ -1,0 +1,1 @@
+"""One runnable module per study; see each module's `--help`."""

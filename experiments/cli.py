@@ -1,0 +1,156 @@
+"""The command line of every study: flags, one-line errors, exit codes."""
+
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message is one complete line."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns errors of checking a user's input into a `UserError`.
+
+    To be put around preparation only, so that a bug while training keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def define_config(path: Path, get_config: Callable[[], Any]) -> Any:
+    """Defines the flag `--config` with a default file, and one-line errors for its fields.
+
+    Args:
+        path: The default config file.
+        get_config: Its function, for the names of the fields.
+    """
+    try:
+        return config_flags.DEFINE_config_file(
+            "config", str(path), "Settings, FILE.py:NAME; fields are set by --config.FIELD=VALUE."
+        )
+    except AttributeError as error:
+        # The default config takes its overrides from the command line as it is defined.
+        _exit(2, _unknown_field(error, get_config(), sys.argv))
+
+
+def run(main: Callable[[], None], *, doc: str | None) -> None:
+    """Parses flags, runs `main` and exits.
+
+    Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
+    """
+    if doc:
+        sys.modules["__main__"].__doc__ = doc
+    app.run(lambda _: _guard(main), flags_parser=_parse_flags)
+
+
+def _guard(main: Callable[[], None]) -> None:
+    from ntt_sparse.training.checkpoint import CheckpointError
+    from ntt_sparse.training.loop import DivergenceError
+
+    _log_to_stderr()
+    try:
+        main()
+    except (UserError, CheckpointError, DivergenceError) as error:
+        logging.getLogger("experiments").debug("the error came from here", exc_info=True)
+        _exit(1, f"error: {error}")
+    except KeyboardInterrupt as error:
+        _exit(130, f"interrupted: {error}" if str(error) else "interrupted")
+
+
+def _log_to_stderr() -> None:
+    """Shows this project's own messages; the libraries' stay at absl's threshold."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("ntt_sparse", "experiments"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _exit(code: int, line: str) -> None:
+    print(f"\n{line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except AttributeError as error:
+        _exit(2, _unknown_field(error, flags.FLAGS["config"].default, argv))
+    except (flags.Error, ValueError, OSError, KeyError, TypeError) as error:
+        _exit(2, f"error: {_cause(str(error))}; see --help")
+    if len(rest) > 1:
+        _exit(2, f"error: unexpected arguments {rest[1:]}; flags start with --, see --help")
+    return rest
+
+
+def _cause(message: str) -> str:
+    """One line: the exception inside a report of a config file that failed to load, or all."""
+    inner = re.findall(r"^\s*\w*Error: (.+)$", message, re.M)
+    return inner[-1] if inner else " ".join(message.split())
+
+
+def _unknown_field(error: AttributeError, config: Any, argv: list[str]) -> str:
+    """One line for a --config.FIELD that does not exist, with the closest that do."""
+    name = str(error).strip("\"'")
+    paths = [arg.split("=")[0].lstrip("-").removeprefix("config.") for arg in argv]
+    wanted = next((path for path in paths if name in path.split(".")), name)
+    known = list(_flatten(config.to_dict()))
+    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    hint = f": did you mean {' or '.join(close)}?" if close else f", only {', '.join(known)}"
+    return f"error: the config has no field {wanted!r}{hint}"
+
+
+def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Path:
+    """Makes a work directory this config's own, or finds that it already is.
+
+    Returns:
+        The directory; it holds `config.json`.
+
+    Raises:
+        ValueError: It belongs to another config, or cannot be one. Nothing is changed.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    # Through JSON, so that tuples compare equal to the lists they become.
+    config = json.loads(json.dumps(config))
+    if path.exists():
+        try:
+            existing = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): choose another --workdir") from error
+        if existing != config:
+            old, new = _flatten(existing), _flatten(config)
+            differing = [
+                f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+            raise ValueError(
+                f"work directory {workdir} belongs to another config ({'; '.join(differing)}): "
+                "choose another --workdir or the same settings"
+            )
+        return workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return workdir
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{key}.").items()}

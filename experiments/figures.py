@@ -1,0 +1,153 @@
+"""Figures, each as PNG and PDF, drawn without a display."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SPREAD_ALPHA = 0.2
+_MARKERS = "osD^v<>Pp*"
+
+
+@contextmanager
+def _figure(path: Path, rows: int = 1, columns: int = 1, **kwargs: Any) -> Iterator[Any]:
+    """A grid of axes that is saved as `path`.png and `path`.pdf."""
+    # Imported here, and not through pyplot: no display, no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **kwargs)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    yield axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without dates, so that the same numbers give the same files.
+    figure.savefig(f"{path}.png", dpi=150, metadata={"Software": None})
+    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
+
+
+def accuracy_against_density(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+) -> None:
+    """Test accuracy of each method against density; a dense network is a horizontal line.
+
+    Args:
+        path: Where to, without a suffix.
+        curves: `{label: [(density, {"mean": ..., "std": ...}), ...]}`.
+    """
+    with _figure(path, figsize=(6.4, 4.2)) as axes:
+        axis = axes[0, 0]
+        for index, (label, points) in enumerate(curves.items()):
+            densities = np.array([density for density, _ in points])
+            mean = 100 * np.array([value["mean"] for _, value in points])
+            std = 100 * np.array([value["std"] or 0.0 for _, value in points])
+            if np.all(densities == 1.0):
+                axis.axhline(mean[0], color="black", linestyle="--", label=label)
+                axis.axhspan(mean[0] - std[0], mean[0] + std[0], color="black", alpha=0.08)
+                continue
+            axis.errorbar(
+                densities, mean, std, label=label, marker=_MARKERS[index % len(_MARKERS)],
+                color=f"C{index}", capsize=3, markersize=5,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel("density (fraction of weights kept)")
+        axis.set_ylabel("test accuracy (%)")
+        axis.legend(fontsize="small", frameon=False)
+
+
+def accuracy_over_training(
+    path: Path, steps: np.ndarray, lines: Mapping[str, np.ndarray], title: str
+) -> None:
+    """Test accuracy over supervised steps, mean and standard deviation over members.
+
+    Args:
+        path: Where to, without a suffix.
+        steps: `(r,)`.
+        lines: `{label: (r, members)}`, fractions.
+        title: Title of the figure.
+    """
+    with _figure(path, figsize=(6.4, 4.2)) as axes:
+        axis = axes[0, 0]
+        for index, (label, values) in enumerate(lines.items()):
+            _band(axis, steps, 100 * values, label, f"C{index}")
+        axis.set_title(title)
+        axis.set_xlabel("supervised training step")
+        axis.set_ylabel("test accuracy (%)")
+        axis.legend(fontsize="small", frameon=False)
+
+
+def transfer_terms(
+    path: Path, steps: np.ndarray, terms: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """The transfer loss and its unweighted parts over steps, on logarithmic axes.
+
+    Args:
+        path: Where to, without a suffix.
+        steps: `(r,)`.
+        terms: `{term: {label: (r, members)}}`.
+    """
+    titles = {
+        "loss": "loss",
+        "kernel": "kernel distance",
+        "output": "output distance",
+        "l2": "squared norm of survivors",
+    }
+    with _figure(path, 1, len(terms), figsize=(3.2 * len(terms), 3.2)) as axes:
+        for axis, (term, lines) in zip(axes[0], terms.items(), strict=True):
+            for index, (label, values) in enumerate(lines.items()):
+                _band(axis, steps, values, label, f"C{index}")
+            axis.set_title(titles.get(term, term))
+            axis.set_xlabel("transfer step")
+            if all(np.all(values > 0) for values in lines.values()):
+                axis.set_yscale("log")
+        axes[0, 0].legend(fontsize="small", frameon=False)
+
+
+def output_evolution(path: Path, steps: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
+    """How the outputs of networks on a few inputs move during supervised training.
+
+    One panel per network output, one line per input; beside them the mean distance of
+    each network's outputs to those of the first network.
+
+    Args:
+        path: Where to, without a suffix.
+        steps: `(r,)`.
+        outputs: `{label: (r, inputs, k)}`; the first is the reference (the teacher).
+    """
+    styles = ["-", "--", ":"]
+    reference = next(iter(outputs.values()))
+    num_outputs = reference.shape[2]
+    with _figure(path, 1, num_outputs + 1, figsize=(4.2 * (num_outputs + 1), 3.6)) as axes:
+        for output in range(num_outputs):
+            axis = axes[0, output]
+            for index, (label, values) in enumerate(outputs.items()):
+                for example in range(values.shape[1]):
+                    axis.plot(
+                        steps, values[:, example, output], styles[index % 3], color=f"C{index}",
+                        label=label if example == 0 else None, linewidth=1.2, alpha=0.8,
+                    )  # fmt: skip
+            axis.set_title(f"output {output + 1}")
+            axis.set_xlabel("supervised training step")
+        axes[0, 0].legend(fontsize="small", frameon=False)
+        axis = axes[0, -1]
+        for index, (label, values) in enumerate(list(outputs.items())[1:], start=1):
+            distance = np.linalg.norm(values - reference, axis=2).mean(1)
+            axis.plot(steps, distance, styles[index % 3], color=f"C{index}", label=label)
+        axis.set_title("mean distance to the teacher's outputs")
+        axis.set_xlabel("supervised training step")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize="small", frameon=False)
+
+
+def _band(axis: Any, x: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
+    """The mean over the last axis with a band of one standard deviation."""
+    mean = values.mean(1)
+    axis.plot(x, mean, label=label, color=color, linewidth=1.5)
+    if values.shape[1] > 1:
+        std = values.std(1, ddof=1)
+        axis.fill_between(x, mean - std, mean + std, color=color, alpha=_SPREAD_ALPHA, linewidth=0)

@@ -1,0 +1,198 @@
+"""The report of the study: summary.json, report.md and the figures."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures
+from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
+from ntt_sparse.training.metrics import MetricsLog
+
+# Test accuracy in the authors' notebooks: layerwise, wrt="all", mean of two runs; and the
+# loss before and after transfer.
+_PUBLISHED = {
+    ("mnist", "lenet_300_100", 0.03): {
+        "ntt": 0.9646, "random": 0.93465, "loss_before": 7.737, "loss_after": 0.684,
+    },
+    ("mnist", "lenet5_caffe", 0.03): {"ntt": 0.98175, "random": 0.96725, "loss_after": 0.0285},
+}  # fmt: skip
+
+
+def write(config: Any, workdir: Path) -> dict[str, Any]:
+    """Writes everything from the metrics files alone, so that it can be repeated.
+
+    Returns:
+        The summary.
+    """
+    supervised = MetricsLog(workdir / "supervised.jsonl", "supervised")
+    runs = supervised_runs(config)
+    summary = {
+        "config": json.loads(json.dumps(config.to_dict())),
+        "supervised": _supervised_summary(supervised, runs),
+    }
+    transfer = None
+    if "ntt" in config.methods.split(","):
+        transfer = MetricsLog(workdir / "transfer.jsonl", "transfer")
+        summary["transfer"] = _transfer_summary(transfer, transfer_runs(config))
+    summary["published"] = [
+        {"density": density, **_PUBLISHED[key]}
+        for density in config.density
+        if (key := (config.data.name, config.model.name, density)) in _PUBLISHED
+    ]
+    _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _write_text(workdir / "report.md", _markdown(config, summary))
+    _draw(config, workdir / "figures", summary, transfer, supervised)
+    return summary
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Mean, standard deviation over seeds (n - 1 in the divisor) and every value."""
+    values = np.asarray(values, float)
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "values": values.tolist()}
+
+
+def _groups(runs: list[Run]) -> dict[tuple[str, float], list[int]]:
+    """Indices of the members of each method and density."""
+    groups: dict[tuple[str, float], list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault((run.method, run.density), []).append(index)
+    return groups
+
+
+def _supervised_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
+    steps, validation = log.column("validation/accuracy")
+    _, test = log.column("test/accuracy")
+    _, train = log.column("train/task/accuracy")
+    # The first record of the best validation accuracy; test accuracy is only looked up.
+    best = np.argmax(validation, axis=0)
+    everyone = np.arange(len(runs))
+    return [
+        {
+            "method": method,
+            "density": density,
+            "seeds": [runs[index].seed for index in members],
+            "test_accuracy_last": spread(test[-1, members]),
+            "test_accuracy_best_validation": spread(test[best, everyone][members]),
+            "best_validation_step": steps[best[members]].tolist(),
+            "train_accuracy_last": spread(train[-1, members]),
+        }
+        for (method, density), members in _groups(runs).items()
+    ]
+
+
+def _transfer_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
+    rows = []
+    for (_, density), members in _groups(runs).items():
+        row: dict[str, Any] = {"density": density, "seeds": [runs[i].seed for i in members]}
+        for term in ("loss", "kernel", "output", "l2"):
+            _, values = log.column(f"validation/{term}")
+            row[f"{term}_before"] = spread(values[0, members])
+            row[f"{term}_after"] = spread(values[-1, members])
+        rows.append(row)
+    return rows
+
+
+def _percent(value: dict[str, Any]) -> str:
+    deviation = "" if value["std"] is None else f" ± {100 * value['std']:.2f}"
+    return f"{100 * value['mean']:.2f}{deviation}"
+
+
+def _markdown(config: Any, summary: dict[str, Any]) -> str:
+    lines = [
+        f"# Neural Tangent Transfer: {config.name}",
+        "",
+        f"Test accuracy in percent, mean ± standard deviation over seeds {list(config.seeds)}; "
+        "after the last step, and at the step of best validation accuracy.",
+        "",
+        "| method | density | last | best validation |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in summary["supervised"]:
+        last, best = row["test_accuracy_last"], row["test_accuracy_best_validation"]
+        label = METHODS[row["method"]].label
+        lines.append(f"| {label} | {row['density']:g} | {_percent(last)} | {_percent(best)} |")
+    if "transfer" in summary:
+        lines += [
+            "",
+            f'Transfer objective on held-out inputs (wrt="{config.transfer.wrt}"), before → after:',
+            "",
+            "| density | loss | kernel | output | l2 |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for row in summary["transfer"]:
+            cells = [
+                f"{row[f'{term}_before']['mean']:.4g} → {row[f'{term}_after']['mean']:.4g}"
+                for term in ("loss", "kernel", "output", "l2")
+            ]
+            lines.append(f"| {row['density']:g} | {' | '.join(cells)} |")
+    for row in summary["published"]:
+        parts = [
+            f"{METHODS[name].label} {100 * row[name]:.2f} %"
+            for name in ("ntt", "random")
+            if name in row
+        ]
+        if "loss_before" in row:
+            parts.append(f"loss {row['loss_before']} → {row['loss_after']}")
+        lines += ["", f'Published (wrt="all") at density {row["density"]:g}: {", ".join(parts)}.']
+    return "\n".join(lines) + "\n"
+
+
+def _draw(
+    config: Any,
+    directory: Path,
+    summary: dict[str, Any],
+    transfer: MetricsLog | None,
+    supervised: MetricsLog,
+) -> None:
+    runs = supervised_runs(config)
+    rows = summary["supervised"]
+    curves = {
+        METHODS[method].label: [
+            (row["density"], row["test_accuracy_last"]) for row in rows if row["method"] == method
+        ]
+        for method in config.methods.split(",")
+    }
+    figures.accuracy_against_density(directory / "accuracy_against_density", curves)
+    steps, accuracy = supervised.column("test/accuracy")
+    groups = _groups(runs)
+    for density in config.density:
+        lines = {
+            METHODS[method].label: accuracy[:, members]
+            for (method, group_density), members in groups.items()
+            if group_density in (density, 1.0)
+        }
+        name = f"accuracy_over_training_d{density!r}"
+        figures.accuracy_over_training(directory / name, steps, lines, f"density {density:g}")
+    if transfer is not None:
+        members = _groups(transfer_runs(config))
+        terms = {}
+        for term in ("loss", "kernel", "output", "l2"):
+            steps, values = transfer.column(f"validation/{term}")
+            terms[term] = {f"density {d:g}": values[:, i] for (_, d), i in members.items()}
+        figures.transfer_terms(directory / "transfer_terms", steps, terms)
+    if config.probe:
+        steps, outputs = supervised.column("outputs")
+        named = dict(zip(member_names(runs), np.moveaxis(outputs, 1, 0), strict=True))
+        for density in config.density:
+            for seed in config.seeds:
+                shown = {
+                    label: named[member_names([Run(method, d, seed)])[0]]
+                    for label, method, d in (
+                        ("teacher (dense)", "dense", 1.0),
+                        ("NTT student", "ntt", density),
+                        ("random sparse", "random", density),
+                    )
+                    if Run(method, d, seed) in runs
+                }
+                path = directory / f"output_evolution_d{density!r}_s{seed}"
+                figures.output_evolution(path, steps, shown)

@@ -1,0 +1,313 @@
+"""The Neural Tangent Transfer study: prepare, transfer, train, report."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import ntt_report
+from experiments.cli import claim_workdir, user_errors
+from experiments.ntt_members import (
+    METHODS,
+    Run,
+    member_names,
+    supervised_members,
+    supervised_runs,
+    transfer_members,
+    transfer_runs,
+)
+from experiments.ntt_stages import (
+    make_optimizer,
+    refresh_masks,
+    supervised_evaluation,
+    supervised_terms,
+    transfer_evaluation,
+    transfer_terms,
+)
+from ntt_sparse import models
+from ntt_sparse._types import ApplyFn
+from ntt_sparse.data import images
+from ntt_sparse.data.batches import steps_per_epoch, total_steps
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training.checkpoint import Checkpoints
+from ntt_sparse.training.loop import Plan, fit
+from ntt_sparse.training.metrics import MetricsLog, TensorBoard
+from ntt_sparse.training.state import Member
+from ntt_sparse.training.step import make_program, make_step
+
+_logger = logging.getLogger(__name__)
+
+
+class Setup(NamedTuple):
+    """Everything that is known before training starts."""
+
+    apply_fn: ApplyFn
+    module: Any
+    input_shape: tuple[int, ...]
+    transfer: images.ImageData
+    supervised: images.ImageData
+    transfer_plan: Plan
+    supervised_plan: Plan
+
+
+def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dict[str, Any]:
+    """Runs the study, or goes on with it.
+
+    Args:
+        config: From `experiments.configs.ntt.get_config`.
+        workdir: Where everything is written; an earlier run of the same config there is
+            continued, and a finished one only draws its report again.
+        data_dir: Where prepared TensorFlow Datasets are; by default as TFDS decides.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        UserError: The config, the data or the work directory does not permit the study;
+            nothing was changed.
+    """
+    with user_errors():
+        check_config(config)
+        setup = prepare(config, data_dir)
+        workdir = claim_workdir(workdir, config.to_dict())
+    transferred = None
+    if "ntt" in config.methods.split(","):
+        transferred = transfer(config, setup, workdir)
+    supervise(config, setup, workdir, transferred)
+    summary = ntt_report.write(config, workdir)
+    print(f"\n{(workdir / 'report.md').read_text()}")
+    print(f"figures: {workdir / 'figures'}\nsummary: {workdir / 'summary.json'}")
+    return summary
+
+
+def check_config(config: Any) -> None:
+    """Checks values that types do not.
+
+    Raises:
+        ValueError: A value is unknown or out of range; the message names the field.
+    """
+    methods = config.methods.split(",")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or len(set(methods)) < len(methods):
+        raise ValueError(
+            f"config.methods is {config.methods!r}: expected different names, joined by commas, "
+            f"from {','.join(METHODS)}"
+        )
+    if not config.density or not config.seeds:
+        raise ValueError("config.density and config.seeds need at least one value each")
+    for field in ("density", "seeds"):
+        if len(set(config[field])) < len(config[field]):
+            raise ValueError(f"config.{field} is {config[field]}: a value stands there twice")
+    for density in config.density:
+        pruning_masks.check_density(density, "config.density")
+    if any(not isinstance(seed, int) or seed < 0 for seed in config.seeds):
+        raise ValueError(f"config.seeds is {config.seeds}, expected integers of 0 or more")
+    choices = {
+        "scope": ("layer", "global"),
+        "transfer.initial_mask": ("magnitude", "logit_snip"),
+        "transfer.wrt": ("masked", "all"),
+        "supervised.optimizer": ("adam", "sgd"),
+        "supervised.loss": ("cross_entropy", "squared_error"),
+    }
+    for field, allowed in choices.items():
+        value = _get(config, field)
+        if value not in allowed:
+            raise ValueError(f"config.{field} is {value!r}, expected one of {', '.join(allowed)}")
+    for field in ("snip_batch_size", "transfer.refresh_every", "transfer.record_every"):
+        if _get(config, field) < 1:
+            raise ValueError(f"config.{field} is {_get(config, field)}, expected 1 or more")
+    for stage in ("transfer", "supervised"):
+        for field, least in (("epochs", 1), ("batch_size", 1), ("max_steps", 0)):
+            if config[stage][field] < least:
+                raise ValueError(
+                    f"config.{stage}.{field} is {config[stage][field]}, expected {least} or more"
+                )
+        if not config[stage].learning_rate > 0:
+            raise ValueError(f"config.{stage}.learning_rate must be positive")
+    for field in ("transfer.kernel_weight", "transfer.l2_weight", "supervised.weight_decay"):
+        if not 0 <= _get(config, field) < float("inf"):
+            raise ValueError(f"config.{field} is {_get(config, field)}, expected 0 or more")
+    if config.transfer.batch_size < 2 and "ntt" in methods:
+        raise ValueError("config.transfer.batch_size is 1: kernel pairs need at least two examples")
+
+
+def _get(config: Any, path: str) -> Any:
+    for field in path.split("."):
+        config = config[field]
+    return config
+
+
+def prepare(config: Any, data_dir: str | None) -> Setup:
+    """Loads data and model and plans both stages, before anything is trained or written."""
+    whole = images.load(
+        config.data.name,
+        data_dir=data_dir,
+        validation_fraction=0.0,
+        seed=config.data.split_seed,
+    )
+    if config.data.classes:
+        whole = _keep_classes(whole, tuple(config.data.classes), config.data.per_class)
+    options = {"padding": config.model.padding} if config.model.padding else {}
+    module = models.create(config.model.name, num_outputs=whole.num_classes, **options)
+    # Shapes alone: a model that the images do not fit is found out here.
+    params = jax.eval_shape(lambda: models.init(module, jax.random.key(0), whole.input_shape))
+    scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
+    for density in config.density:
+        for scope in ("layer", "global"):
+            pruning_masks.keep_counts(scores, density, scope=scope)
+    data, plans = {}, {}
+    for stage in ("transfer", "supervised"):
+        settings = config[stage]
+        data[stage] = _hold_out(whole, settings.validation_fraction, config.data.split_seed)
+        n = len(data[stage].train.y)
+        per_epoch = steps_per_epoch(n, settings.batch_size)
+        steps = settings.max_steps or total_steps(n, settings.batch_size, settings.epochs)
+        every = settings.record_every or per_epoch
+        plans[stage] = Plan(steps, per_epoch, every, config.checkpoint_seconds)
+    return Setup(
+        apply_fn=models.apply_fn(module),
+        module=module,
+        input_shape=whole.input_shape,
+        transfer=data["transfer"],
+        supervised=data["supervised"],
+        transfer_plan=plans["transfer"],
+        supervised_plan=plans["supervised"],
+    )
+
+
+def _keep_classes(
+    data: images.ImageData, classes: tuple[int, ...], per_class: int
+) -> images.ImageData:
+    test_counts = [int(np.sum(data.test.y == label)) for label in classes]
+    return data._replace(
+        train=images.subset(data.train, classes, per_class),
+        test=images.subset(data.test, classes, min(per_class, *test_counts)),
+        num_classes=len(classes),
+    )
+
+
+def _hold_out(data: images.ImageData, fraction: float, seed: int) -> images.ImageData:
+    """Splits the training part; with a fraction of 0 the validation set is the training set."""
+    if fraction == 0:
+        return data._replace(validation=data.train)
+    train, validation = images.split_indices(len(data.train.y), fraction, seed)
+    return data._replace(
+        train=images.Split(data.train.x[train], data.train.y[train]),
+        validation=images.Split(data.train.x[validation], data.train.y[validation]),
+    )
+
+
+def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
+    """The label-free stage: one student per density and seed. Returns its members."""
+    runs = transfer_runs(config)
+    inputs = setup.transfer.train.x
+    members = transfer_members(config, setup.module, setup.input_shape, inputs, runs)
+    step_fn = make_step(
+        transfer_terms(config, setup.apply_fn),
+        make_optimizer(config.transfer),
+        after_update=refresh_masks(config.transfer.refresh_every, setup.transfer_plan.total_steps),
+    )
+    # Kernels are large: on a CPU, members one after another bound the memory and cost no time.
+    mode = "loop" if jax.default_backend() == "cpu" else "vmap"
+    held_out = setup.transfer.validation.x[: config.transfer.batch_size]
+    evaluate = transfer_evaluation(config, setup.apply_fn)
+    return _fit_stage(
+        config, workdir, "transfer", runs, members, step_fn, setup.transfer_plan,
+        inputs, evaluate, (held_out,), mode,
+    )  # fmt: skip
+
+
+def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | None) -> Member:
+    """The supervised stage: every method, density and seed in one program."""
+    runs = supervised_runs(config)
+    data = setup.supervised
+    members = supervised_members(
+        config, setup.module, setup.input_shape, data.train, runs, transferred
+    )
+    _log_densities(runs, members)
+    step_fn = make_step(supervised_terms(config, setup.apply_fn), make_optimizer(config.supervised))
+    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    evaluate = supervised_evaluation(config, setup.apply_fn)
+    evaluation_data = (
+        tuple(data.validation),
+        tuple(data.test),
+        data.train.x[: config.probe],
+    )
+    return _fit_stage(
+        config, workdir, "supervised", runs, members, step_fn, setup.supervised_plan,
+        tuple(data.train), evaluate, evaluation_data, mode, patience=config.supervised.patience,
+    )  # fmt: skip
+
+
+def _fit_stage(
+    config: Any,
+    workdir: Path,
+    stage: str,
+    runs: list[Run],
+    members: Member,
+    step_fn: Any,
+    plan: Plan,
+    train_data: Any,
+    evaluate: Any,
+    evaluation_data: tuple[Any, ...],
+    mode: meshes.MemberMode,
+    *,
+    patience: int = 0,
+) -> Member:
+    """Runs one stage over whatever devices there are."""
+    batch_size = config[stage].batch_size
+    mesh = meshes.auto_mesh(len(runs), batch_size)
+    names = member_names(runs)
+    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode)
+    train_data, evaluation_data = jax.device_put(
+        jax.tree.map(jnp.asarray, (train_data, evaluation_data)), meshes.replicated(mesh)
+    )
+    mapped = jax.jit(meshes.map_members(evaluate, mesh, num_shared=len(evaluation_data), mode=mode))
+    _logger.info(
+        "%s: %d members, %d steps, mesh %s, %s", stage, len(runs), plan.total_steps,
+        dict(mesh.shape), mode,
+    )  # fmt: skip
+    log = MetricsLog(workdir / f"{stage}.jsonl", stage)
+    with Checkpoints(workdir / "checkpoints" / stage) as checkpoints:
+        # Events after the checkpoint that an interrupted run left are written again.
+        resumed_at = max(checkpoints.steps(), default=-1)
+        board = TensorBoard(workdir / "tensorboard" / stage, names, purge_step=resumed_at + 1)
+        state = fit(
+            program,
+            members,
+            train_data,
+            plan,
+            log=log,
+            checkpoints=checkpoints,
+            member_names=names,
+            evaluate=lambda current: mapped(current, *evaluation_data),
+            should_stop=lambda records: _out_of_patience(records, patience),
+            tensorboard=board,
+        )
+        board.close()
+    return state.members
+
+
+def _out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
+    """Whether no member's validation accuracy rose in the last `patience` records."""
+    if not patience or len(records) <= patience:
+        return False
+    accuracies = np.array([record["validation/accuracy"] for record in records], float)
+    return bool(np.all(accuracies[-patience:].max(0) <= accuracies[:-patience].max(0)))
+
+
+def _log_densities(runs: list[Run], members: Member) -> None:
+    """Logs what each method keeps of each layer, for the first seed."""
+    shown = set()
+    for index, run_ in enumerate(runs):
+        if (run_.method, run_.density) in shown or run_.method == "dense":
+            continue
+        shown.add((run_.method, run_.density))
+        masks = jax.tree.map(lambda leaf, i=index: leaf[i], members.masks)
+        rows = pruning_masks.layer_densities(masks)
+        kept = ", ".join(f"{name} {row.kept}/{row.total}" for name, row in rows.items())
+        _logger.info("%s at density %g keeps %s", run_.method, run_.density, kept)

@@ -1,0 +1,135 @@
+"""LeNet and its kin: plain stacks of convolutions, pooling and dense layers."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+_PADDINGS = ("VALID", "SAME")
+
+
+class LeNet(nn.Module):
+    """Stages of convolutions, each closed by 2x2 max pooling, then dense layers, with ReLU.
+
+    Kernels start from `glorot_normal`, biases from `normal(stddev=1e-2)`. The params are
+    named in order: `Conv_0`, ..., `Dense_0`, ..., each with a `kernel` and a `bias`.
+
+    Attributes:
+        num_outputs: Outputs of the last dense layer, 1 or more.
+        stages: Channels of the convolutions, by stage; none for a multilayer perceptron.
+        kernel_size: Height and width of all kernels.
+        hidden: Widths of the hidden dense layers.
+        padding: "VALID" (the default, as in published code) or "SAME".
+        field: Smaller images are centred on zeros, up to this height and width.
+        dropout: With `train=True`, drops 0.25 after each pooling and 0.5 between each
+            hidden dense layer and its ReLU; takes `rngs={"dropout": key}`.
+        dtype: Of the computation; by default that of inputs and params together.
+        param_dtype: Of the parameters.
+    """
+
+    num_outputs: int = 10
+    stages: tuple[tuple[int, ...], ...] = ()
+    kernel_size: int = 5
+    hidden: tuple[int, ...] = ()
+    padding: str = "VALID"
+    field: int = 0
+    dropout: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        """Checks the fields.
+
+        Raises:
+            ValueError: `padding` or `num_outputs` has no meaning.
+        """
+        super().__post_init__()
+        if self.padding not in _PADDINGS:
+            raise ValueError(f"padding is {self.padding!r}, expected one of {', '.join(_PADDINGS)}")
+        if self.num_outputs < 1:
+            raise ValueError(f"num_outputs is {self.num_outputs}, expected 1 or more")
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n ..."], *, train: bool = False
+    ) -> Float[Array, "n num_outputs"]:
+        """The outputs (logits) of a batch.
+
+        Args:
+            x: Images `(n, height, width, channels)`; any shape `(n, ...)` without stages.
+            train: Whether dropout drops.
+
+        Returns:
+            Outputs `(n, num_outputs)`.
+
+        Raises:
+            ValueError: Not images, or images too small for the stages.
+        """
+        layer = {
+            "kernel_init": nn.initializers.glorot_normal(),
+            "bias_init": nn.initializers.normal(stddev=1e-2),
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+
+        def drop(x, rate):
+            return nn.Dropout(rate, deterministic=not train)(x) if self.dropout else x
+
+        if self.stages:
+            self._check_images(x.shape)
+            x = pad_to_field(x, self.field)
+        for stage in self.stages:
+            for channels in stage:
+                size = (self.kernel_size, self.kernel_size)
+                x = nn.relu(nn.Conv(channels, size, padding=self.padding, **layer)(x))
+            x = drop(max_pool(x), 0.25)
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.relu(drop(nn.Dense(width, **layer)(x), 0.5))
+        return nn.Dense(self.num_outputs, **layer)(x)
+
+    def _check_images(self, shape: tuple[int, ...]) -> None:
+        """Follows the image size through the stages, before any of it is computed."""
+        if len(shape) != 4:
+            raise ValueError(f"input is {shape}, expected images (n, height, width, channels)")
+        shrink = self.kernel_size - 1 if self.padding == "VALID" else 0
+        size = max(min(shape[1:3]), self.field)
+        for stage in self.stages:
+            for _ in stage:
+                size -= shrink
+            size //= 2
+            if size < 1:
+                hint = 'a larger image or padding="SAME"' if shrink else "a larger image"
+                raise ValueError(
+                    f"images of {shape[1]}x{shape[2]} vanish in {len(self.stages)} stages of "
+                    f"{self.padding} {self.kernel_size}x{self.kernel_size} convolutions and "
+                    f"2x2 pooling: use {hint}"
+                )
+
+
+def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """2x2 max pooling with stride 2; an odd last row or column is left out.
+
+    Reshape and maximum instead of `nn.max_pool`: the same values, but its second
+    derivatives, which kernel objectives take, are plain elementwise code and not a
+    windowed reduction that is slow on CPU. Tied maxima share the gradient equally, where
+    `nn.max_pool` gives it to the first. Ties are all but confined to windows of
+    zeros after a ReLU, whose own gradient there is zero.
+
+    Args:
+        x: Images `(n, h, w, c)` with h and w 2 or more.
+
+    Returns:
+        Images `(n, h // 2, w // 2, c)`.
+    """
+    n, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    windows = x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels)
+    return windows.max(axis=(2, 4))
+
+
+def pad_to_field(x: Float[Array, "n h w c"], field: int) -> Float[Array, "n h2 w2 c"]:
+    """Centres images smaller than `field` x `field` on zeros; larger ones pass through."""
+    missing = [max(0, field - size) for size in x.shape[1:3]]
+    return jnp.pad(x, [(0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)])

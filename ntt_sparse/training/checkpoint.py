@@ -1,0 +1,143 @@
+"""Checkpoints: a whole run state through Orbax, verified bit by bit when it comes back."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_logger = logging.getLogger(__name__)
+
+_State = TypeVar("_State")
+
+
+class CheckpointError(RuntimeError):
+    """Checkpoints are there, but none of them can be used."""
+
+
+def digest(tree: Any) -> np.ndarray:
+    """A 128-bit fingerprint of every bit of a pytree of arrays, as `(16,)` uint8."""
+    fingerprint = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.ascontiguousarray(leaf)
+        header = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+        fingerprint.update(header.encode())
+        fingerprint.update(array.reshape(-1).view(np.uint8).data)
+    return np.frombuffer(fingerprint.digest(), np.uint8)
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run, in one directory.
+
+    Each holds the state, how many records the metrics file had when it was taken, and
+    a digest of the state. Saving is atomic (Orbax writes aside and renames); a
+    checkpoint that was cut short or changed on disk fails its digest and is set aside
+    when an older one can take its place.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        """Opens a directory, created when the first checkpoint is saved.
+
+        Args:
+            directory: Where the checkpoints of this stage are.
+            keep: How many of the newest to keep, at least 1.
+
+        Raises:
+            ValueError: `keep` is below 1.
+        """
+        if keep < 1:
+            raise ValueError(f"{keep=} checkpoints: expected at least 1")
+        # Imported here: the library is useful without it, and it is slow to import.
+        from orbax.checkpoint import v1 as ocp
+
+        self.directory = Path(directory).absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases Orbax' threads."""
+        self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a finished checkpoint, oldest first."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, step: int, state: Any, *, records: int) -> None:
+        """Saves a state; returns when it is on disk. A step already saved is left as it is."""
+        if step in self.steps():
+            return
+        meta = {"records": np.asarray(records, np.int64), "digest": digest(state)}
+        self._checkpointer.save(step, {"state": state, "meta": meta})
+
+    def restore(self, like: _State) -> tuple[_State, int] | None:
+        """The newest checkpoint that is whole.
+
+        Args:
+            like: A state of the structure, shapes, dtypes and shardings to restore:
+                arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            `(state, records)`, or `None` when there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none is whole and of this run.
+        """
+        steps = self.steps()
+        problems = {}
+        for step in reversed(steps):
+            try:
+                restored = self._load(step, like)
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damage.
+                problems[step] = " ".join(str(error).split())[:200]
+                continue
+            for damaged in problems:
+                aside = self._set_aside(damaged)
+                _logger.warning(
+                    "checkpoint of step %d is damaged (%s): moved to %s, going on from step %d",
+                    damaged, problems[damaged], aside, step,
+                )  # fmt: skip
+            return restored
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} can be used: "
+                + "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+                + ". Delete or move that directory to start this stage again"
+            )
+        return None
+
+    def _load(self, step: int, like: _State) -> tuple[_State, int]:
+        def abstract(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+        meta = {"records": np.zeros((), np.int64), "digest": np.zeros(16, np.uint8)}
+        tree = {"state": jax.tree.map(abstract, like), "meta": meta}
+        loaded = self._checkpointer.load(step, tree)
+        found = digest(loaded["state"])
+        if not np.array_equal(found, loaded["meta"]["digest"]):
+            raise ValueError("its content does not match its digest")
+        return loaded["state"], int(loaded["meta"]["records"])
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint next to the directory, where nothing overwrites it."""
+        aside = self.directory.with_name(f"{self.directory.name}-damaged")
+        aside.mkdir(exist_ok=True)
+        target = aside / str(step)
+        while target.exists():
+            target = target.with_name(f"{target.name}+")
+        (self.directory / str(step)).rename(target)
+        self._checkpointer.reload()
+        return target

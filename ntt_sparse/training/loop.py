@@ -1,0 +1,233 @@
+"""The loop around compiled chunks: records, checkpoints, progress, interruption.
+
+Where chunks are cut depends on the clock (so that progress shows and `Ctrl-C` is
+heard), what they compute does not: every step is a pure function of the state, and
+sums of metrics travel in the state. A run that was killed and started again therefore
+ends bit-identical to an unbroken one.
+"""
+
+import dataclasses
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
+from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
+from ntt_sparse.training.state import Member, TrainState
+from ntt_sparse.training.step import Program
+
+_logger = logging.getLogger(__name__)
+
+# A chunk takes about this long: short enough for progress and Ctrl-C, long enough
+# that the host costs nothing.
+_CHUNK_SECONDS = 1.0
+
+
+class DivergenceError(FloatingPointError):
+    """The loss of a member stopped being finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and left a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When a stage does what.
+
+    Attributes:
+        total_steps: Optimiser steps of the stage, at least 1.
+        steps_per_epoch: Steps in one pass over the data; a new order is drawn after it.
+        record_every: Steps between records; there is one before and one at the end too.
+        checkpoint_seconds: Least time between checkpoints; 0 saves after every chunk.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    record_every: int
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self):
+        for name in ("total_steps", "steps_per_epoch", "record_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def next_stop(self, step: int) -> int:
+        """The next step at which something happens on the host, or the data order changes."""
+        boundaries = [
+            step - step % every + every for every in (self.record_every, self.steps_per_epoch)
+        ]
+        return min(*boundaries, self.total_steps)
+
+
+def fit(
+    program: Program,
+    members: Member,
+    data: Any,
+    plan: Plan,
+    *,
+    log: MetricsLog,
+    checkpoints: Checkpoints,
+    member_names: Sequence[str],
+    evaluate: Callable[[Member], Mapping[str, Array]] | None = None,
+    should_stop: Callable[[list[Record]], bool] = lambda records: False,
+    tensorboard: TensorBoard | None = None,
+) -> TrainState:
+    """Runs a stage to its end, from its newest checkpoint if there is one.
+
+    Args:
+        program: From `ntt_sparse.training.step.make_program`.
+        members: Members at the start, with a leading member axis.
+        data: Pytree of arrays `(n, ...)`, on the devices.
+        plan: When to record, to save and to end.
+        log: Where records go; its records are cut back to those of the checkpoint.
+        checkpoints: Where checkpoints are found and left.
+        member_names: One name per member, for messages.
+        evaluate: `(members) -> {name: (M, ...)}`, joined into every record.
+        should_stop: Looks at all records after each of them; `True` ends the stage.
+        tensorboard: A second sink for the scalars of the records.
+
+    Returns:
+        The final state, which is checkpointed.
+
+    Raises:
+        DivergenceError: A term of the loss stopped being finite; the newest checkpoint
+            is from before that.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
+        CheckpointError: Checkpoints are there, but none can be used.
+    """
+    state = _restore(program.init(members, data), log, checkpoints)
+
+    def record(state: TrainState) -> TrainState:
+        values = {} if evaluate is None else dict(evaluate(state.members))
+        if int(state.since):
+            values |= {f"train/{k}": v / state.since for k, v in state.sums.items()}
+        values = jax.device_get(values)
+        log.write(int(state.step), values)
+        if tensorboard is not None:
+            tensorboard.write(log.stage, int(state.step), values)
+        # Subtraction keeps the sharding, so that the next chunk does not compile again.
+        cleared = jax.tree.map(lambda leaf: leaf - leaf, state.sums)
+        return state._replace(sums=cleared, since=state.since - state.since)
+
+    if not log.records:
+        state = record(state)
+    epoch, permutations, length = -1, None, 1
+    saved_at = time.monotonic()
+    step = int(state.step)
+    with _progress(plan, step, log.stage) as progress, _interruption() as interrupted:
+        while step < plan.total_steps and not should_stop(log.records):
+            if step // plan.steps_per_epoch != epoch:
+                epoch = step // plan.steps_per_epoch
+                permutations = program.permutations(state, jnp.int32(epoch), data)
+            stop = min(plan.next_stop(step), step + length)
+            began = time.monotonic()
+            state = program.chunk(state, data, permutations, jnp.int32(stop))
+            loss = _check_finite(state, member_names, log.stage)
+            per_step = (time.monotonic() - began) / (stop - step)
+            length = int(np.clip(_CHUNK_SECONDS / per_step, 1, 4 * length))
+            progress(stop - step, loss)
+            step = stop
+            if step % plan.record_every == 0 or step == plan.total_steps:
+                state = record(state)
+            due = time.monotonic() - saved_at >= plan.checkpoint_seconds
+            if due or interrupted() or step == plan.total_steps:
+                checkpoints.save(step, state, records=len(log.records))
+                saved_at = time.monotonic()
+            if interrupted() and step < plan.total_steps:
+                raise Interrupted(
+                    f"stopped at step {step} of {plan.total_steps} of stage {log.stage!r}; "
+                    "the same command goes on from here"
+                )
+    # An early stop may have come between two checkpoints.
+    checkpoints.save(step, state, records=len(log.records))
+    return state
+
+
+def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> TrainState:
+    restored = checkpoints.restore(state)
+    if restored is None:
+        log.truncate(0)
+        return state
+    state, records = restored
+    try:
+        log.truncate(records)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    _logger.info("stage %s goes on from step %d", log.stage, int(state.step))
+    return state
+
+
+def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) -> float:
+    """Raises with step, term and member if anything logged was not finite; the mean loss."""
+    bad_step, sums, since = jax.device_get((state.bad_step, state.sums, state.since))
+    # By step; at one step a term before the sum of all terms, which it makes bad too.
+    found = [
+        (steps[member], name == "loss", name, member)
+        for name, steps in bad_step.items()
+        for member in np.flatnonzero(steps >= 0)
+    ]
+    if found:
+        step, _, name, member = min(found)
+        raise DivergenceError(
+            f"stage {stage!r}: {name!r} of member {member_names[member]!r} is not finite at step "
+            f"{step}: lower the learning rate or the weight of that term"
+        )
+    return float(np.mean(sums["loss"]) / since)
+
+
+@contextmanager
+def _interruption() -> Iterator[Callable[[], bool]]:
+    """Remembers the first SIGINT or SIGTERM; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received = []
+    previous = {}
+
+    def handler(signum, frame):
+        del frame
+        received.append(signum)
+        for number, old in previous.items():
+            signal.signal(number, old)
+        _logger.warning("stopping after this chunk; once more to stop at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handler)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _progress(plan: Plan, step: int, stage: str) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar with loss and time left; log lines where there is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=plan.total_steps,
+        initial=step,
+        desc=stage,
+        unit="step",
+        dynamic_ncols=True,
+        # A pipe or a log file gets a line now and then, a terminal a live bar.
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    ) as bar:
+
+        def advance(steps: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update(steps)
+
+        yield advance

@@ -1,0 +1,127 @@
+"""Devices: a mesh with axes `member` and `data`, and functions mapped over members.
+
+A run is a batch of members (seeds, densities, coefficients) on a leading axis.
+Members are spread over the `member` axis and the examples of a batch over the
+`data` axis; one device is the mesh of shape (1, 1), not a special case.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MemberMode: TypeAlias = Literal["vmap", "loop"]
+"""How the members of one device ride: as a batched axis, or one after another."""
+
+
+def make_mesh(
+    member: int = 1, data: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `member * data` devices.
+
+    Args:
+        member: Devices over which members are spread.
+        data: Devices over which the examples of each batch are spread.
+        devices: Devices to use, the first `member * data` of all by default.
+
+    Returns:
+        A mesh with axes `("member", "data")`, both of type `Auto`.
+
+    Raises:
+        ValueError: There are fewer devices than asked for.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if member < 1 or data < 1 or member * data > len(devices):
+        raise ValueError(
+            f"a mesh of {member=} x {data=} needs {member * data} devices (at least one), "
+            f"{len(devices)} are there"
+        )
+    return jax.make_mesh(
+        (member, data),
+        ("member", "data"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: member * data],
+    )
+
+
+def auto_mesh(
+    num_members: int, batch_size: int, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh that spreads members first, then batches, without a remainder."""
+    devices = jax.devices() if devices is None else list(devices)
+    member = math.gcd(num_members, len(devices))
+    data = math.gcd(batch_size, len(devices) // member)
+    return make_mesh(member, data, devices=devices)
+
+
+def member_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays with a leading member axis."""
+    return NamedSharding(mesh, P("member"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def spread_examples(batch: Any) -> Any:
+    """Spreads the leading axis of a batch over the `data` axis, inside `map_members`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.axis_names or mesh.shape["data"] == 1:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, P("data")))
+
+
+def map_members(
+    fn: Callable[..., Any], mesh: Mesh, *, num_shared: int, mode: MemberMode = "vmap"
+) -> Callable[..., Any]:
+    """Maps a one-member function over the leading member axis.
+
+    Args:
+        fn: `fn(member, *shared) -> result`, all pytrees, no member axis.
+        mesh: From `make_mesh`; the number of members must be divisible by its
+            `member` axis.
+        num_shared: How many shared arguments (the same for every member) there are.
+        mode: `"vmap"` runs the members of a device as one batched axis, `"loop"` one
+            after another. Batched kernels make convolutions slow on CPU.
+
+    Returns:
+        `mapped(members, *shared) -> results` with a leading member axis on every leaf
+        of `members` and `results`; to be called under `jax.jit`.
+
+    Raises:
+        ValueError: `mode` is unknown.
+    """
+    if mode not in ("vmap", "loop"):
+        raise ValueError(f"{mode=} is unknown: expected 'vmap' or 'loop'")
+
+    def local(members, *shared):
+        if mode == "vmap":
+            return jax.vmap(fn, in_axes=(0,) + (None,) * num_shared)(members, *shared)
+        return jax.lax.map(lambda member: fn(member, *shared), members)
+
+    # Manual over members, automatic over data: each device runs its own members and
+    # XLA partitions their batches. Nothing communicates over members, so the
+    # replication check, which refuses loops with constant initial carries, is off.
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P("member"),) + (P(),) * num_shared,
+        out_specs=P("member"),
+        axis_names={"member"},
+        check_vma=False,
+    )
+
+
+def default_member_mode(params: Any) -> MemberMode:
+    """One after another for convolutions on CPU, where batched kernels are slow, else batched.
+
+    Args:
+        params: Parameters of one member, or their shapes; a leaf with more than two
+            dimensions counts as a convolution kernel.
+    """
+    convolutional = any(len(leaf.shape) > 2 for leaf in jax.tree.leaves(params))
+    return "loop" if convolutional and jax.default_backend() == "cpu" else "vmap"

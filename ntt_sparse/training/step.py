@@ -1,0 +1,199 @@
+"""One training step, made from named loss terms; chunks of steps as one compiled call.
+
+A loss is a sum of named terms. A term reads a `TermInputs` and returns its
+(weighted) contribution to the loss and a dictionary of scalars worth logging.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from ntt_sparse._types import Masks, Params, PRNGKey, Scalar
+from ntt_sparse.data.batches import batch_indices, epoch_permutation
+from ntt_sparse.training.mesh import (
+    MemberMode,
+    map_members,
+    member_sharding,
+    replicated,
+    spread_examples,
+)
+from ntt_sparse.training.state import Member, TrainState
+
+# Independent streams folded from a member's key.
+_DATA_STREAM, _NOISE_STREAM = 0, 1
+
+
+class TermInputs(NamedTuple):
+    """What a loss term may read of one member at one step.
+
+    Attributes:
+        params: Parameters, not masked; the loss is differentiated with respect to them.
+        masks: Masks of the structure of `params`.
+        context: The member's `context`.
+        batch: The minibatch, a pytree of arrays with a leading example axis.
+        key: A key for this term at this step.
+    """
+
+    params: Params
+    masks: Masks
+    context: Any
+    batch: Any
+    key: PRNGKey
+
+
+Term: TypeAlias = Callable[[TermInputs], tuple[Scalar, Mapping[str, Scalar]]]
+"""A named part of the loss: `(contribution, {name: scalar to log})`."""
+
+StepFn: TypeAlias = Callable[[Member, Any, Int[Array, ""]], tuple[Member, dict[str, Scalar]]]
+"""`(member, batch, step) -> (member, logs)`, pure."""
+
+
+def make_step(
+    terms: Mapping[str, Term],
+    optimizer: optax.GradientTransformation,
+    *,
+    after_update: Callable[[Member, Int[Array, ""]], Member] | None = None,
+) -> StepFn:
+    """Builds the pure step of one member.
+
+    Args:
+        terms: The loss, as named terms; their contributions are summed.
+        optimizer: Any Optax transformation. It gets the masks as the extra argument
+            `masks`, which `ntt_sparse.pruning.transform.keep_masked` reads.
+        after_update: Called as `after_update(member, step)` after the parameters have
+            moved, with `step` counted from 1: mask schedules live here.
+
+    Returns:
+        The step. Its logs hold `"loss"`, one entry per term and `"term/name"` for
+        what each term logs.
+
+    Raises:
+        ValueError: There are no terms.
+    """
+    if not terms:
+        raise ValueError("a loss needs at least one term, none were given")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step_fn(member, batch, step):
+        key = jax.random.fold_in(jax.random.fold_in(member.key, _NOISE_STREAM), step)
+
+        def loss_fn(params):
+            logs = {}
+            for index, (name, term) in enumerate(terms.items()):
+                inputs = TermInputs(
+                    params, member.masks, member.context, batch, jax.random.fold_in(key, index)
+                )
+                logs[name], details = term(inputs)
+                logs |= {f"{name}/{detail}": value for detail, value in details.items()}
+            loss = sum(logs[name] for name in terms)
+            return loss, {"loss": loss, **logs}
+
+        grads, logs = jax.grad(loss_fn, has_aux=True)(member.params)
+        updates, opt_state = optimizer.update(
+            grads, member.opt_state, member.params, masks=member.masks
+        )
+        params = optax.apply_updates(member.params, updates)
+        member = member._replace(params=params, opt_state=opt_state)
+        if after_update is not None:
+            member = after_update(member, step + 1)
+        return member, logs
+
+    return step_fn
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run.
+
+    Attributes:
+        init: `(members, data) -> TrainState` at step 0.
+        permutations: `(state, epoch, data) -> (M, n)` data order of every member.
+        chunk: `(state, data, permutations, stop) -> state` runs the steps up to `stop`,
+            which must lie in the same epoch; the state is donated. One compilation
+            serves every length.
+    """
+
+    init: Callable[..., TrainState]
+    permutations: Callable[..., Array]
+    chunk: Callable[..., TrainState]
+
+
+def make_program(
+    step_fn: StepFn, *, batch_size: int, mesh: Mesh, mode: MemberMode = "vmap"
+) -> Program:
+    """Compiles a step into chunks over all members.
+
+    The data stays on the devices as a pytree of arrays `(n, ...)`; each step gathers
+    its batch there, by a permutation drawn anew every epoch from the member's key.
+
+    Args:
+        step_fn: From `make_step`.
+        batch_size: Examples per step and member.
+        mesh: From `ntt_sparse.training.mesh`.
+        mode: How the members of one device ride.
+    """
+
+    def gather(data, permutation, step):
+        indices = batch_indices(permutation, step, batch_size)
+        return spread_examples(jax.tree.map(lambda leaf: leaf[indices], data))
+
+    def chunk_one(carry, start, stop, data):
+        member, sums, bad_step, permutation = carry
+
+        def body(step, loop_carry):
+            member, sums, bad_step = loop_carry
+            member, logs = step_fn(member, gather(data, permutation, step), step)
+            sums = jax.tree.map(jnp.add, sums, logs)
+            bad_step = jax.tree.map(
+                lambda bad, value: jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad),
+                bad_step,
+                logs,
+            )
+            return member, sums, bad_step
+
+        return jax.lax.fori_loop(start, stop, body, (member, sums, bad_step))
+
+    shardings = state_shardings(mesh)
+    mapped_chunk = map_members(chunk_one, mesh, num_shared=3, mode=mode)
+
+    def chunk(state, data, permutations, stop):
+        carry = (state.members, state.sums, state.bad_step, permutations)
+        members, sums, bad_step = mapped_chunk(carry, state.step, stop, data)
+        return TrainState(stop, members, sums, state.since + stop - state.step, bad_step)
+
+    def init(members, data):
+        def logs_of(member):
+            # Shapes and dtypes alone: the batch is never gathered.
+            batch = jax.tree.map(lambda leaf: leaf[:batch_size], data)
+            return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
+
+        shapes = jax.eval_shape(jax.vmap(logs_of), members)
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        bad_step = jax.tree.map(lambda leaf: jnp.full(leaf.shape, -1, jnp.int32), shapes)
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, members, sums, zero, bad_step)
+        # A copy: chunks donate the state, and the caller keeps the members.
+        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+
+    def permutations(state, epoch, data):
+        n = jax.tree.leaves(data)[0].shape[0]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.members.key, _DATA_STREAM)
+        return jax.vmap(epoch_permutation, (0, None, None))(keys, epoch, n)
+
+    return Program(
+        init=init,
+        permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
+        chunk=jax.jit(chunk, donate_argnums=0, out_shardings=shardings),
+    )
+
+
+def state_shardings(mesh: Mesh) -> TrainState:
+    """Shardings of a `TrainState`, as a prefix: members over the mesh, counters everywhere."""
+    by_member, everywhere = member_sharding(mesh), replicated(mesh)
+    return TrainState(
+        step=everywhere, members=by_member, sums=by_member, since=everywhere, bad_step=by_member
+    )

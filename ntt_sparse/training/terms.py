@@ -1,0 +1,117 @@
+"""Loss terms of supervised training, and their evaluation over whole sets."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from ntt_sparse._types import ApplyFn, Masks, Params, Scalar
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.training.step import Term, TermInputs
+
+Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
+
+
+def example_losses(
+    outputs: Float[Array, "n k"], labels: Int[Array, " n"], loss: Loss
+) -> Float[Array, " n"]:
+    """The loss of each example.
+
+    Args:
+        outputs: Network outputs: logits for cross-entropy, plain outputs for squared error.
+        labels: Classes in 0..k-1.
+        loss: `"cross_entropy"` of the softmax, or `"squared_error"`: half the squared
+            distance to the one-hot target, whose gradient flow is df/dt = -K(f - y).
+
+    Raises:
+        ValueError: `loss` is unknown.
+    """
+    if loss == "cross_entropy":
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    if loss == "squared_error":
+        targets = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
+        return 0.5 * jnp.sum((outputs - targets) ** 2, axis=1)
+    raise ValueError(f"{loss=} is unknown: expected 'cross_entropy' or 'squared_error'")
+
+
+def supervised(apply_fn: Callable[..., Any], *, loss: Loss = "cross_entropy") -> Term:
+    """The mean loss of the masked network over batches `(x, y)`; logs the accuracy.
+
+    `apply_fn(params, x, train=True, rngs={"dropout": key})` is called, so networks
+    with dropout drop.
+    """
+
+    def term(inputs: TermInputs):
+        x, y = inputs.batch
+        effective = pruning_masks.apply(inputs.params, inputs.masks)
+        outputs = apply_fn(effective, x, train=True, rngs={"dropout": inputs.key})
+        accuracy = jnp.mean(jnp.argmax(outputs, axis=1) == y, dtype=outputs.dtype)
+        return jnp.mean(example_losses(outputs, y, loss)), {"accuracy": accuracy}
+
+    return term
+
+
+def weight_decay(coefficient: float) -> Term:
+    """`coefficient` times the sum of squares of the surviving weights, without biases."""
+
+    def term(inputs: TermInputs):
+        effective = pruning_masks.apply(inputs.params, inputs.masks)
+        squares = jax.tree.map(
+            lambda leaf, mask: None if mask is None else jnp.sum(leaf**2), effective, inputs.masks
+        )
+        total = sum(jax.tree.leaves(squares))
+        return coefficient * total, {"sum_of_squares": total}
+
+    return term
+
+
+def evaluate_supervised(
+    apply_fn: ApplyFn,
+    params: Params,
+    masks: Masks,
+    data: tuple[Float[Array, "n ..."], Int[Array, " n"]],
+    *,
+    loss: Loss = "cross_entropy",
+    batch_size: int = 1000,
+) -> dict[str, Scalar]:
+    """Mean loss and accuracy of the masked network over a whole set.
+
+    Args:
+        apply_fn: The network, deterministic.
+        params: Parameters, not masked.
+        masks: Masks of the structure of `params`.
+        data: Inputs and labels; any number of examples, at least one.
+        loss: See `example_losses`.
+        batch_size: Examples at a time, which bounds the memory.
+
+    Returns:
+        `{"loss": ..., "accuracy": ...}`, scalars.
+
+    Raises:
+        ValueError: The set is empty.
+    """
+    n = data[1].shape[0]
+    if n == 0:
+        raise ValueError("the set to evaluate on is empty")
+    effective = pruning_masks.apply(params, masks)
+    batch_size = min(batch_size, n)
+    num_batches = -(-n // batch_size)
+    padding = num_batches * batch_size - n
+
+    def split(leaf):
+        leaf = jnp.pad(leaf, [(0, padding)] + [(0, 0)] * (leaf.ndim - 1))
+        return leaf.reshape(num_batches, batch_size, *leaf.shape[1:])
+
+    def sums(batch):
+        x, y, counts = batch
+        outputs = apply_fn(effective, x)
+        losses = jnp.where(counts, example_losses(outputs, y, loss), 0)
+        correct = counts & (jnp.argmax(outputs, axis=1) == y)
+        return jnp.sum(losses), jnp.sum(correct, dtype=losses.dtype)
+
+    real = jnp.arange(num_batches * batch_size).reshape(num_batches, batch_size) < n
+    losses, correct = jax.lax.map(sums, (*map(split, data), real))
+    return {"loss": jnp.sum(losses) / n, "accuracy": jnp.sum(correct) / n}

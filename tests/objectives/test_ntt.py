@@ -1,0 +1,406 @@
+"""Neural Tangent Transfer against NumPy float64 references and hand-made cases."""
+
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ntt_sparse.objectives.ntt import ntt_loss, ntt_loss_from_targets, teacher_targets
+from ntt_sparse.pruning import masks as pruning_masks
+
+METHODS = ["jacobian", "ntk_vector_products"]  # "auto" is one of them
+WEIGHTS = {"kernel_weight": 0.3, "l2_weight": 0.02}
+
+
+def net(params, x):
+    """One hidden layer, tanh."""
+    hidden = jnp.tanh(x @ params["in"]["kernel"] + params["in"]["bias"])
+    return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+def problem(n, seed=0, dtype=np.float64):
+    """Student, masks, teacher and inputs as NumPy arrays."""
+    rng = np.random.default_rng(seed)
+
+    def params():
+        return {
+            name: {"bias": rng.normal(size=q).astype(dtype), "kernel": w.astype(dtype)}
+            for name, w, q in (
+                ("in", rng.normal(size=(4, 6)), 6),
+                ("out", rng.normal(size=(6, 3)), 3),
+            )
+        }
+
+    student, teacher = params(), params()
+    masks = {
+        name: {"bias": None, "kernel": rng.random(layer["kernel"].shape) < 0.4}
+        for name, layer in student.items()
+    }
+    return student, masks, teacher, rng.normal(size=(n, 4)).astype(dtype)
+
+
+def to_jax(trees):
+    return jax.tree.map(jnp.asarray, trees)
+
+
+def reference_outputs_and_kernel(params, masks, x1, x2, wrt):
+    """Closed forms of `net`: Theta = (M-weighted input Gram + bias) times sensitivities."""
+    w1 = np.where(masks["in"]["kernel"], params["in"]["kernel"], 0)
+    w2 = np.where(masks["out"]["kernel"], params["out"]["kernel"], 0)
+    m1, m2 = (
+        masks[name]["kernel"] if wrt == "masked" else np.ones_like(masks[name]["kernel"])
+        for name in ("in", "out")
+    )
+    h1, h2 = (np.tanh(x @ w1 + params["in"]["bias"]) for x in (x1, x2))
+    d1, d2 = ((1 - h**2)[:, None] * w2.T for h in (h1, h2))  # (n, k, hidden)
+    first = np.einsum("ijb,iob,jqb->ijoq", np.einsum("ia,ja,ab->ijb", x1, x2, m1 * 1.0) + 1, d1, d2)
+    last = (np.einsum("ib,jb,bo->ijo", h1, h2, m2 * 1.0) + 1)[..., None] * np.eye(3)
+    return (h @ w2 + params["out"]["bias"] for h in (h1, h2)), first + last
+
+
+def reference_loss(student, masks, teacher, x, wrt="masked", kernel_weight=0.3, l2_weight=0.02):
+    x1, x2 = x[: len(x) // 2], x[len(x) // 2 :]
+    dense = jax.tree.map(np.ones_like, masks)
+    ours, kernel = reference_outputs_and_kernel(student, masks, x1, x2, wrt)
+    theirs, target = reference_outputs_and_kernel(teacher, dense, x1, x2, "all")
+    kernel_term = np.mean((kernel - target) ** 2)
+    output_term = np.mean((np.concatenate([*ours]) - np.concatenate([*theirs])) ** 2)
+    names = ("in", "out")
+    l2 = sum(np.sum(student[n]["kernel"][masks[n]["kernel"]] ** 2) for n in names)
+    density = np.mean(np.concatenate([masks[n]["kernel"].ravel() for n in names]))
+    loss = kernel_weight * kernel_term + output_term + l2_weight / density * l2
+    return loss, (kernel_term, output_term, l2)
+
+
+@pytest.mark.parametrize("n", [2, 6, 7])
+@pytest.mark.parametrize("wrt", ["masked", "all"])
+@pytest.mark.parametrize("method", METHODS)
+def test_value_and_terms(x64, method, wrt, n):
+    arrays = problem(n)
+    expected, expected_terms = reference_loss(*arrays, wrt)
+    loss, terms = ntt_loss(net, *to_jax(arrays), **WEIGHTS, wrt=wrt, method=method)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(terms, expected_terms, rtol=1e-12)
+    assert terms._fields == ("kernel", "output", "l2")
+
+
+@pytest.mark.parametrize("wrt", ["masked", "all"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_equals_difference_quotients(x64, method, wrt):
+    student, masks, teacher, x = problem(7, seed=1)
+    rng = np.random.default_rng(2)
+    jax_student, jax_masks, jax_teacher, jax_x = to_jax((student, masks, teacher, x))
+    grad = jax.grad(
+        lambda p: ntt_loss(
+            net, p, jax_masks, jax_teacher, jax_x, kernel_weight=1e4, wrt=wrt, method=method
+        )[0]
+    )(jax_student)
+    step = 1e-5
+    for _ in range(5):
+        direction = jax.tree.map(lambda p: rng.normal(size=p.shape), student)
+        up, down = (
+            reference_loss(
+                jax.tree.map(lambda p, d, s=s: p + s * d, student, direction),
+                masks, teacher, x, wrt, 1e4, 0.0,
+            )[0]
+            for s in (step, -step)
+        )  # fmt: skip
+        actual = sum(
+            np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grad, direction)), strict=True)
+        )
+        np.testing.assert_allclose(actual, (up - down) / (2 * step), rtol=1e-6)
+    for name, mask in masks.items():
+        assert np.all(np.asarray(grad[name]["kernel"])[~mask["kernel"]] == 0)
+        assert np.any(np.asarray(grad[name]["kernel"])[mask["kernel"]] != 0)
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, masks, teacher, x = to_jax(problem(4, dtype=np.float32))
+    grad = jax.grad(lambda t: ntt_loss(net, student, masks, t, x, **WEIGHTS)[0])(teacher)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grad))
+
+
+def test_recorded_arithmetic_of_the_published_run():
+    """Terms 6439, 1.022 and 82.9 at density 0.03 weigh to 7.737, gamma^2 1e-3, beta 1e-4.
+
+    A linear model of 100 weights, 3 kept. Both inputs are e_0 + c e_9: e_0 is kept, so
+    the outputs differ by w_0 - t_0 = sqrt(1.022); e_9 is pruned, so the kernels differ
+    by c^2 = sqrt(6439). The survivors are 2, sqrt(78.9) and 0.
+    """
+    w = jnp.zeros((100, 1)).at[:10, 0].set(jnp.array([2, 78.9**0.5, 0, 7, 7, 7, 7, 7, 7, 7]))
+    mask = jnp.zeros((100, 1), bool).at[:3].set(True)
+    teacher = jnp.zeros((100, 1)).at[0].set(2 - 1.022**0.5)
+    x = jnp.zeros((2, 100)).at[:, 0].set(1).at[:, 9].set(6439**0.25)
+    loss, terms = ntt_loss(
+        lambda w, x: x @ w, w, mask, teacher, x, kernel_weight=1e-3, l2_weight=1e-4
+    )
+    np.testing.assert_allclose(terms, (6439, 1.022, 82.9), rtol=1e-5)
+    np.testing.assert_allclose(loss, 7.737, atol=5e-4)
+
+
+def gradient_descent(weights, apply, x, y, rate=0.02, steps=300):
+    """Outputs at `x` along gradient descent on half the summed squares."""
+
+    def step(w, _):
+        grad = jax.grad(lambda w: 0.5 * jnp.sum((apply(w, x) - y) ** 2))(w)
+        return w - rate * grad, apply(w, x)
+
+    return jax.lax.scan(step, weights, length=steps)[1]
+
+
+@pytest.mark.parametrize("pruned", ["always_zero", "in_use"])
+def test_proposition_1(x64, pruned):
+    """Equal kernels and equal first outputs make equal curves at the training inputs.
+
+    The teacher's kernel is a sum of one positive semidefinite matrix per feature, so a
+    masked linear model has the same kernel exactly if the features cut off are zero on
+    all training inputs (such as the border of images). Its other weights still differ
+    from the teacher's: there are more features than inputs. In the control a feature in
+    use is cut and the first outputs are made equal all the same.
+    """
+    rng = np.random.default_rng(3)
+    x, y, teacher = rng.normal(size=(6, 14)), rng.normal(size=(6, 1)), rng.normal(size=(14, 1))
+    x[:, 10:] = 0
+    mask = np.arange(14)[:, None] < (10 if pruned == "always_zero" else 9)
+    kept_x = x * mask.T
+    student = rng.normal(size=(14, 1))
+    student += np.linalg.pinv(kept_x) @ (x @ teacher - kept_x @ student)
+    assert np.abs(student - teacher)[:9].max() > 0.1
+
+    def linear(w, x):
+        return x @ w
+
+    x, y, teacher, student, mask = to_jax((x, y, teacher, student, mask))
+    _, terms = ntt_loss(linear, student, mask, teacher, x, kernel_weight=1.0)
+    dense = gradient_descent(teacher, linear, x, y)
+    sparse = gradient_descent(student, lambda w, x: linear(pruning_masks.apply(w, mask), x), x, y)
+    # Discrete descent in closed form: f_t = y + (I - rate X X^T)^t (f_0 - y).
+    power = np.linalg.matrix_power(np.eye(6) - 0.02 * np.asarray(x @ x.T), 299)
+    np.testing.assert_allclose(dense[-1], y + power @ (dense[0] - y), rtol=1e-10)
+    np.testing.assert_allclose(sparse[0], dense[0], atol=1e-12)
+    assert float(terms.output) < 1e-24
+    assert np.abs(dense[-1] - dense[0]).max() > 0.5
+    gap = np.abs(dense - sparse).max()
+    if pruned == "always_zero":
+        assert float(terms.kernel) < 1e-24
+        assert gap < 1e-11
+    else:
+        assert float(terms.kernel) > 1e-2
+        assert gap > 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_members_and_traced_weights(x64, method):
+    members = [problem(6, seed=seed) for seed in range(3)]
+    kernel_weights, l2_weights = np.array([0.1, 1.0, 0.0]), np.array([0.0, 0.5, 1e-3])
+    expected = [
+        reference_loss(*member, "masked", kernel_weight, l2_weight)[0]
+        for member, kernel_weight, l2_weight in zip(
+            members, kernel_weights, l2_weights, strict=True
+        )
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+    @jax.jit
+    @jax.vmap
+    def losses(student, masks, teacher, x, kernel_weight, l2_weight):
+        def loss(p):
+            return ntt_loss(
+                net, p, masks, teacher, x,
+                kernel_weight=kernel_weight, l2_weight=l2_weight, method=method,
+            )[0]  # fmt: skip
+
+        return jax.value_and_grad(loss)(student)
+
+    values, grads = losses(*stacked, jnp.asarray(kernel_weights), jnp.asarray(l2_weights))
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+    for i, member in enumerate(members):
+        single = jax.grad(
+            lambda p, i=i, member=member: ntt_loss(
+                net, p, *to_jax(member[1:]),
+                kernel_weight=kernel_weights[i], l2_weight=l2_weights[i], method="jacobian",
+            )[0]
+        )(to_jax(member[0]))  # fmt: skip
+        for batched, alone in zip(*map(jax.tree.leaves, (grads, single)), strict=True):
+            np.testing.assert_allclose(batched[i], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_new_masks_do_not_recompile():
+    student, masks, teacher, x = to_jax(problem(4, dtype=np.float32))
+    traces = []
+
+    @jax.jit
+    def loss(masks, kernel_weight):
+        traces.append(None)
+        return ntt_loss(net, student, masks, teacher, x, kernel_weight=kernel_weight)[0]
+
+    first, second = loss(masks, 1.0), loss(jax.tree.map(jnp.logical_not, masks), 2.0)
+    assert first != second
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("local", [1, 2, 3])
+@pytest.mark.parametrize("wrap", ["shard_map", "shard_map_unchecked", "pmap"])
+def test_devices_equal_one_device(wrap, local, dtype):
+    """Value and gradient of a split batch; with one example each, four devices idle."""
+    with jax.enable_x64(dtype == np.float64):
+        student, masks, teacher, x = to_jax(problem(8 * local, dtype=dtype))
+
+        def loss(p, m, t, x, axis_name=None):
+            return ntt_loss(net, p, m, t, x, **WEIGHTS, axis_name=axis_name)
+
+        expected, expected_grad = jax.value_and_grad(loss, has_aux=True)(student, masks, teacher, x)
+
+        def local_step(p, m, t, x):
+            value, grad = jax.value_and_grad(loss, has_aux=True)(p, m, t, x, "data")
+            return value, grad if wrap == "shard_map" else jax.lax.pmean(grad, "data")
+
+        if wrap == "pmap":
+            step = jax.pmap(local_step, "data", in_axes=(None, None, None, 0))
+            value, grad = jax.tree.map(
+                lambda leaf: leaf[0], step(student, masks, teacher, x.reshape(8, local, -1))
+            )
+        else:
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+            step = jax.shard_map(
+                local_step,
+                mesh=mesh,
+                in_specs=(P(), P(), P(), P("data")),
+                out_specs=P(),
+                check_vma=wrap == "shard_map",
+            )
+            value, grad = jax.jit(step)(student, masks, teacher, x)
+        tolerance = 1e-5 if dtype == np.float32 else 1e-11
+        for actual, single in zip(*map(jax.tree.leaves, (value, expected)), strict=True):
+            np.testing.assert_allclose(actual, single, rtol=tolerance)
+        for actual, single in zip(*map(jax.tree.leaves, (grad, expected_grad)), strict=True):
+            scale = np.abs(single).max()
+            np.testing.assert_allclose(actual, single, rtol=0, atol=tolerance * scale)
+
+
+def test_targets_can_be_kept():
+    student, masks, teacher, x = to_jax(problem(6, dtype=np.float32))
+    targets = teacher_targets(net, teacher, x)
+    assert targets.outputs.shape == (6, 3)
+    assert targets.kernel.shape == (3, 3, 3, 3)
+    kept = ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS)
+    whole = ntt_loss(net, student, masks, teacher, x, **WEIGHTS)
+    np.testing.assert_allclose(jax.tree.leaves(kept), jax.tree.leaves(whole), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_precision(method, dtype):
+    arrays = problem(8, dtype=np.float32)
+    exact = jax.tree.map(lambda a: a if a.dtype == bool else a.astype(np.float64), arrays)
+    expected, expected_terms = reference_loss(*exact)
+    with jax.enable_x64(dtype == np.float64):
+        loss, terms = ntt_loss(
+            net, *to_jax(arrays if dtype == np.float32 else exact), **WEIGHTS, method=method
+        )
+    assert loss.dtype == dtype
+    tolerance = 1e-4 if dtype == np.float32 else 1e-9
+    np.testing.assert_allclose(loss, expected, rtol=tolerance)
+    np.testing.assert_allclose(terms, expected_terms, rtol=tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["empty_masks", "dead_layer", "constant_inputs", "same_network"])
+def test_degenerate_cases_stay_finite(case, method):
+    student, masks, teacher, x = to_jax(problem(4, dtype=np.float32))
+
+    def relu_net(params, x):
+        hidden = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
+        return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+    if case == "empty_masks":
+        masks = jax.tree.map(jnp.zeros_like, masks)
+    elif case == "dead_layer":
+        student["in"]["bias"] -= 1e3
+    elif case == "constant_inputs":
+        x = jnp.ones_like(x)
+    else:
+        student, masks = teacher, jax.tree.map(jnp.ones_like, masks)
+    (loss, terms), grad = jax.jit(
+        jax.value_and_grad(
+            lambda p, m: ntt_loss(relu_net, p, m, teacher, x, **WEIGHTS, method=method),
+            has_aux=True,
+        )
+    )(student, masks)
+    assert np.isfinite(loss)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grad))
+    if case == "empty_masks":
+        assert terms.l2 == 0
+    if case == "same_network":
+        np.testing.assert_allclose(terms[:2], 0, atol=1e-8)
+
+
+def test_memory_of_lenet_300_100():
+    """A batch of 64 needs far less than the 1.4 GB that its two Jacobians would take."""
+    sizes = (784, 300, 100, 10)
+    params = [
+        {"kernel": jnp.zeros((p, q)), "bias": jnp.zeros(q)} for p, q in itertools.pairwise(sizes)
+    ]
+    masks = [{"kernel": jnp.ones(layer["kernel"].shape, bool), "bias": None} for layer in params]
+
+    def lenet(params, x):
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+    step = jax.jit(jax.grad(lambda p, t, x: ntt_loss(lenet, p, masks, t, x, kernel_weight=1e-3)[0]))
+    compiled = step.lower(params, params, jnp.zeros((64, 784))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"kernel_weight": -1e-3}, "kernel_weight is -0.001, expected a finite number"),
+        ({}, {"kernel_weight": float("nan")}, "kernel_weight is nan"),
+        ({}, {"kernel_weight": jnp.ones(2)}, r"kernel_weight has shape \(2,\), expected a scalar"),
+        ({}, {"l2_weight": float("inf")}, "l2_weight is inf"),
+        ({"x": jnp.ones((1, 4))}, {}, "a batch of 1 holds no pair"),
+        ({"x": jnp.ones((0, 4))}, {}, "a batch of 0 holds no pair"),
+        ({"masks": {"in": None, "out": None}}, {}, "masks must have the structure of params"),
+        ({"masks": {n: {"bias": None, "kernel": None} for n in ("in", "out")}}, {}, "no array"),
+        ({"masks": lambda m: m[1:]}, {}, r"'in/kernel' is bool\(3, 6\), expected bool\(4, 6\)"),
+        (
+            {"teacher": lambda t: t[1:]},
+            {},
+            r"teacher's 'in/bias' has shape \(5,\), the student's \(6,\)",
+        ),
+        ({"teacher": {"in": jnp.ones(3)}}, {}, "teacher_params have structure"),
+    ],
+)
+def test_errors(change, options, message):
+    arrays = dict(
+        zip(("params", "masks", "teacher", "x"), to_jax(problem(4, dtype=np.float32)), strict=True)
+    )
+    for name, value in change.items():
+        arrays[name] = jax.tree.map(value, arrays[name]) if callable(value) else value
+    with pytest.raises(ValueError, match=message) as error:
+        # Without the run-time type checker of the tests, which is first otherwise.
+        inspect.unwrap(ntt_loss)(net, *arrays.values(), **{"kernel_weight": 1.0, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_targets_of_another_batch_are_refused():
+    student, masks, teacher, x = to_jax(problem(6, dtype=np.float32))
+    targets = teacher_targets(net, teacher, x[:4])
+    with pytest.raises(
+        ValueError, match=r"targets.outputs has shape \(4, 3\), the student \(6, 3\)"
+    ):
+        inspect.unwrap(ntt_loss_from_targets)(net, student, masks, targets, x, kernel_weight=1.0)
+
+
+def test_a_scalar_is_no_batch():
+    student, _, _, _ = to_jax(problem(6, dtype=np.float32))
+    with pytest.raises(ValueError, match="x is a scalar, expected a batch"):
+        inspect.unwrap(teacher_targets)(net, student, jnp.ones(()))

@@ -1,0 +1,120 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntt_sparse.pruning import densities, masks, saliency
+
+
+def resnet20(num_classes):
+    """Shapes of the CIFAR ResNet-20 with 1x1 projection shortcuts."""
+    shapes = {"conv": (3, 3, 3, 16)}
+    for stage, (before, width) in enumerate([(16, 16), (16, 32), (32, 64)], start=1):
+        for block in range(3):
+            inputs = before if block == 0 else width
+            shapes[f"b{stage}.{block}.c1"] = (3, 3, inputs, width)
+            shapes[f"b{stage}.{block}.c2"] = (3, 3, width, width)
+        if before != width:
+            shapes[f"b{stage}.shortcut"] = (1, 1, before, width)
+    shapes["fc"] = (64, num_classes)
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return {**params, "bias": jax.ShapeDtypeStruct((num_classes,), jnp.float32)}
+
+
+COLUMNS = ["conv", "b1.2.c2", "b2.0.c1", "b2.shortcut", "b2.1.c1"]
+COLUMNS += ["b3.0.c1", "b3.shortcut", "b3.2.c2", "fc"]
+# Computed by hand from the published algorithm, rounded to 4 decimals.
+GOLDEN = [
+    (100, 0.10, [0.9293, 0.2648, 0.1882, 1.0, 0.1220, 0.0889, 0.7684, 0.0584, 0.4115]),
+    (100, 0.05, [0.4598, 0.1310, 0.0931, 0.7759, 0.0603, 0.0440, 0.3802, 0.0289, 0.2036]),
+    (100, 0.02, [0.1839, 0.0524, 0.0372, 0.3104, 0.0241, 0.0176, 0.1521, 0.0116, 0.0814]),
+    (100, 0.002, [0.0184, 0.0052, 0.0037, 0.0310, 0.0024, 0.0018, 0.0152, 0.0012, 0.0081]),
+    (10, 0.05, [0.4748, 0.1353, 0.0961, 0.8012, 0.0623, 0.0454, 0.3926, 0.0298, 0.9486]),
+]
+
+
+def total_density(params, layer_densities):
+    sizes = {n: leaf.size for n, leaf in params.items() if n in layer_densities}
+    kept = sum(layer_densities[name] * size for name, size in sizes.items())
+    return kept / sum(sizes.values())
+
+
+@pytest.mark.parametrize(("classes", "density", "expected"), GOLDEN)
+def test_erk_of_resnet20(classes, density, expected):
+    params = resnet20(classes)
+    total = {10: 270_896, 100: 276_656}[classes]
+    assert sum(p.size for n, p in params.items() if n != "bias") == total
+    actual = densities.erk(params, density)
+    assert "bias" not in actual
+    np.testing.assert_allclose([actual[c] for c in COLUMNS], expected, rtol=0, atol=5e-5)
+    assert total_density(params, actual) == pytest.approx(density, abs=1e-6)
+    assert all(0.0 < value <= 1.0 for value in actual.values())
+
+
+SHAPE = st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(SHAPE, min_size=1, max_size=6), st.floats(1e-4, 1.0))
+def test_erk_meets_the_density_within_range(shapes, density):
+    params = {str(i): jax.ShapeDtypeStruct(s, jnp.float32) for i, s in enumerate(shapes)}
+    actual = densities.erk(params, density)
+    assert list(actual) == list(params)
+    assert all(0.0 < value <= 1.0 for value in actual.values())
+    assert total_density(params, actual) == pytest.approx(density, rel=1e-6)
+    # Layers that are not dense are proportional to sum(shape) / prod(shape).
+    ratios = [v / (sum(s) / np.prod(s)) for v, s in zip(actual.values(), shapes, strict=True)]
+    sparse = [r for r, v in zip(ratios, actual.values(), strict=True) if v < 1.0]
+    if sparse:
+        np.testing.assert_allclose(sparse, sparse[0], rtol=1e-9)
+        assert max(ratios) <= max(sparse) * (1 + 1e-9)
+
+
+def test_the_capacity_check_runs_more_than_once():
+    # N = 512, raw p = 1.25, .75, .375, .125 over 4 + 8 + 32 + 468 weights at d = .1: the budget
+    # of 51.2 with eps = 51.2 / (5 + 6 + 12 + 58.5) = .628 leaves all below 1; at d = .3 the
+    # budget of 153.6 gives eps = 1.885, so that the first (2.36) is dense; with it gone,
+    # eps = 149.6 / 76.5 = 1.956 and the second (1.467) is dense too; then
+    # eps = 141.6 / 70.5 = 2.0085 leaves .7532 and .2511.
+    shapes = {"a": (1, 4), "b": (2, 4), "c": (4, 8), "d": (12, 39)}
+    raw = {name: sum(s) / np.prod(s) for name, s in shapes.items()}
+    params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+    eps = (0.3 * 512 - 4 - 8) / (12 + 51)
+    actual = densities.erk(params, 0.3)
+    expected = {"a": 1.0, "b": 1.0, "c": eps * raw["c"], "d": eps * raw["d"]}
+    assert actual == pytest.approx(expected, rel=1e-12)
+
+
+def test_uniform_and_its_predicate():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(4), "c": jnp.ones((1, 1))}
+    assert densities.uniform(params, 0.25) == {"a": 0.25, "c": 0.25}
+    chosen = densities.uniform(params, 0.25, prunable=lambda path, leaf: path == "b")
+    assert chosen == {"b": 0.25}
+
+
+@pytest.mark.parametrize("distribution", [densities.uniform, densities.erk])
+def test_density_one_is_dense(distribution):
+    assert set(distribution(resnet20(10), 1.0).values()) == {1.0}
+
+
+@pytest.mark.parametrize("distribution", [densities.uniform, densities.erk])
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.01, float("nan")])
+def test_bad_densities_raise_before_any_work(distribution, density):
+    def never(path, leaf):
+        raise AssertionError("the predicate was asked")
+
+    with pytest.raises(ValueError, match=r"expected a fraction in \(0, 1\]"):
+        distribution({"a": jnp.ones((2, 2))}, density, prunable=never)
+
+
+@pytest.mark.parametrize("distribution", [densities.uniform, densities.erk])
+def test_from_scores_takes_the_densities(distribution):
+    params = {"a": jnp.ones((20, 10)), "bias": jnp.ones(10), "b": jnp.ones((100, 30))}
+    wanted = distribution(params, 0.2)
+    scores = saliency.random(jax.random.key(0), params)
+    report = masks.layer_densities(masks.from_scores(scores, wanted))
+    assert {n: row.kept for n, row in report.items()} == {
+        n: round(wanted[n] * params[n].size) for n in ("a", "b")
+    }

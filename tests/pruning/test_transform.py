@@ -1,0 +1,190 @@
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ntt_sparse.pruning import masks, transform
+
+OPTIMISERS = {
+    "sgd_momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(1e-2),
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "lamb": lambda: optax.lamb(1e-2, weight_decay=0.1),
+    "clip_adam": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    "schedule": lambda: optax.adam(optax.cosine_decay_schedule(1e-2, 20)),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+}
+every_optimiser = pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS.keys())
+
+X = np.random.default_rng(0).normal(size=(12, 6))
+Y = np.random.default_rng(1).normal(size=(12, 5))
+
+
+def init(seed=0, dtype=None):
+    kernel, bias = jax.random.split(jax.random.key(seed))
+    return {
+        "kernel": jax.random.normal(kernel, (6, 5), dtype),
+        "bias": jax.random.normal(bias, (5,), dtype),
+    }
+
+
+def random_masks(seed=0):
+    return {"kernel": jax.random.bernoulli(jax.random.key(100 + seed), 0.4, (6, 5)), "bias": None}
+
+
+def loss(params):
+    return jnp.mean((jnp.tanh(X @ params["kernel"] + params["bias"]) - Y) ** 2)
+
+
+def train(optimiser, params, tree, steps=20):
+    """Params after every step, stacked; gradients are taken at the effective weights."""
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss)(masks.apply(params, tree))
+        updates, state = optimiser.update(grads, state, params, masks=tree)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, optimiser.init(params)), length=steps)[1]
+
+
+@every_optimiser
+@pytest.mark.usefixtures("x64")
+def test_pruned_weights_are_zero_and_survivors_train_as_if_alone(make):
+    params, tree = init(), random_masks()
+    keep = np.asarray(tree["kernel"])
+    history = jax.jit(lambda params: train(transform.keep_masked(make()), params, tree))(params)
+    # The reference: the bare optimiser on a vector of survivors. It knows no pruned weight.
+    reference, bias = params["kernel"][keep], params["bias"]
+    alone, inner = {"kernel": reference, "bias": bias}, make()
+    state = inner.init(alone)
+
+    @jax.jit
+    def reference_step(alone, state):
+        def alone_loss(p):
+            kernel = jnp.zeros((6, 5)).at[np.nonzero(keep)].set(p["kernel"])
+            return loss({**p, "kernel": kernel})
+
+        updates, state = inner.update(jax.grad(alone_loss)(alone), state, alone)
+        return optax.apply_updates(alone, updates), state
+
+    for i in range(20):
+        alone, state = reference_step(alone, state)
+        assert np.count_nonzero(history["kernel"][i][~keep]) == 0
+        np.testing.assert_allclose(history["kernel"][i][keep], alone["kernel"], rtol=1e-10)
+        np.testing.assert_allclose(history["bias"][i], alone["bias"], rtol=1e-10)
+    assert np.all(np.abs(history["kernel"][-1][keep] - params["kernel"][keep]) > 1e-4)
+
+
+@every_optimiser
+def test_masks_may_change_between_steps(make):
+    optimiser, params = transform.keep_masked(make()), init()
+    schedule = jnp.stack([random_masks(i)["kernel"] for i in range(20)])
+
+    def step(carry, kernel_mask):
+        params, state = carry
+        tree = {"kernel": kernel_mask, "bias": None}
+        # The dense gradient: it does not vanish where pruned.
+        updates, state = optimiser.update(jax.grad(loss)(params), state, params, masks=tree)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params["kernel"]
+
+    carry = params, optimiser.init(params)
+    _, kernels = jax.jit(lambda carry: jax.lax.scan(step, carry, schedule))(carry)
+    kernels, schedule = np.asarray(kernels), np.asarray(schedule)
+    assert np.count_nonzero(kernels[~schedule]) == 0
+    # A weight that returns starts from zero and moves again.
+    returned = schedule[1:] & ~schedule[:-1]
+    assert np.all(kernels[1:][returned] != 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_members_train_apart_under_vmap():
+    optimiser = transform.keep_masked(optax.adamw(1e-2))
+    stack = lambda make: jax.tree.map(lambda *t: jnp.stack(t), *[make(i) for i in range(3)])  # noqa: E731
+    together = jax.vmap(lambda p, m: train(optimiser, p, m, 5))(stack(init), stack(random_masks))
+    for i in range(3):
+        alone = train(optimiser, init(i), random_masks(i), 5)
+        for name in alone:
+            np.testing.assert_allclose(together[name][i], alone[name], rtol=1e-12)
+
+
+def test_last_in_a_chain():
+    optimiser = optax.chain(optax.clip(0.01), transform.keep_masked(optax.sgd(0.1, momentum=0.9)))
+    tree = random_masks()
+    history = train(optimiser, init(), tree)
+    assert np.count_nonzero(history["kernel"][:, ~np.asarray(tree["kernel"])]) == 0
+
+
+@pytest.mark.parametrize("params_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("grads_dtype", [jnp.float32, jnp.bfloat16])
+def test_zero_is_exact_in_mixed_precision(params_dtype, grads_dtype):
+    # 0.1 in float32 has no equal in bfloat16: -param must not be rounded to the update's dtype.
+    params = {"w": jnp.full((1, 2), 0.1, params_dtype)}
+    grads, tree = {"w": jnp.ones((1, 2), grads_dtype)}, {"w": jnp.array([[True, False]])}
+    optimiser = transform.keep_masked(optax.sgd(1.0))
+    updates, _ = optimiser.update(grads, optimiser.init(params), params, masks=tree)
+    stepped = optax.apply_updates(params, updates)["w"]
+    assert stepped.dtype == params_dtype
+    assert stepped[0, 1] == 0
+    assert stepped[0, 0] != 0
+
+
+def test_the_inner_optimiser_sees_neither_pruned_gradients_nor_pruned_weights():
+    seen = {}
+
+    def update(updates, state, params=None, *, temperature):
+        seen.update(updates=updates, params=params, temperature=temperature)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    params = {"w": jnp.array([[1.0, 2.0]])}
+    transform.keep_masked(inner).update(
+        {"w": jnp.array([[3.0, jnp.nan]])},
+        (),
+        params,
+        masks={"w": jnp.array([[True, False]])},
+        temperature=7,
+    )
+    np.testing.assert_array_equal(seen["updates"]["w"], [[3.0, 0.0]])
+    np.testing.assert_array_equal(seen["params"]["w"], [[1.0, 0.0]])
+    assert seen["temperature"] == 7
+
+
+def test_new_masks_do_not_recompile(compilations):
+    optimiser, params = transform.keep_masked(optax.adam(1e-2)), init()
+    step = jax.jit(lambda state, tree: optimiser.update(params, state, params, masks=tree))
+    state = optimiser.init(params)
+    first, second = random_masks(0), random_masks(1)
+    step(state, first)
+    with compilations() as events:
+        step(state, second)
+    assert events == []
+
+
+def test_the_state_is_that_of_the_inner_optimiser():
+    params, inner = init(), optax.adam(1e-2)
+    state = transform.keep_masked(inner).init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(inner.init(params))
+
+
+def test_missing_or_foreign_arguments_raise():
+    optimiser, params, tree = transform.keep_masked(optax.sgd(0.1)), init(), random_masks()
+    state = optimiser.init(params)
+    with pytest.raises(ValueError, match="keep_masked needs params: call update"):
+        optimiser.update(params, state, masks=tree)
+    with pytest.raises(ValueError, match="keep_masked needs masks: call update"):
+        optimiser.update(params, state, params)
+    with pytest.raises(ValueError, match="masks must have the structure of params"):
+        optimiser.update(params, state, params, masks={"kernel": tree["kernel"]})
+
+
+def test_the_example_of_the_docstring():
+    results = doctest.testmod(transform)
+    assert results.attempted > 0
+    assert results.failed == 0
