@@ -31,19 +31,25 @@ def user_errors() -> Iterator[None]:
 
 
 def define_config(path: Path, get_config: Callable[[], Any]) -> Any:
-    """Defines the flag `--config` with a default file, and one-line errors for its fields.
+    """Defines the flag `--config` with a default file.
 
     Args:
         path: The default config file.
-        get_config: Its function, for the names of the fields.
+        get_config: Its function; all configs of a study have the same fields.
     """
-    try:
-        return config_flags.DEFINE_config_file(
-            "config", str(path), "Settings, FILE.py:NAME; fields are set by --config.FIELD=VALUE."
-        )
-    except AttributeError as error:
-        # The default config takes its overrides from the command line as it is defined.
-        _exit(2, _unknown_field(error, get_config(), sys.argv))
+    # Found here, because an unknown field fails in the middle of defining the flag.
+    known = list(_flatten(get_config().to_dict()))
+    for field in (arg.split("=")[0].lstrip("-") for arg in sys.argv):
+        name = field.removeprefix("config.")
+        if field.startswith("config.") and name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = (
+                f": did you mean {' or '.join(close)}?" if close else f", only {', '.join(known)}"
+            )
+            _exit(2, f"error: the config has no field {name!r}{hint}")
+    return config_flags.DEFINE_config_file(
+        "config", str(path), "Settings, FILE.py:NAME; fields are set by --config.FIELD=VALUE."
+    )
 
 
 def run(main: Callable[[], None], *, doc: str | None) -> None:
@@ -89,8 +95,6 @@ def _exit(code: int, line: str) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except AttributeError as error:
-        _exit(2, _unknown_field(error, flags.FLAGS["config"].default, argv))
     except (flags.Error, ValueError, OSError, KeyError, TypeError) as error:
         _exit(2, f"error: {_cause(str(error))}; see --help")
     if len(rest) > 1:
@@ -102,17 +106,6 @@ def _cause(message: str) -> str:
     """One line: the exception inside a report of a config file that failed to load, or all."""
     inner = re.findall(r"^\s*\w*Error: (.+)$", message, re.M)
     return inner[-1] if inner else " ".join(message.split())
-
-
-def _unknown_field(error: AttributeError, config: Any, argv: list[str]) -> str:
-    """One line for a --config.FIELD that does not exist, with the closest that do."""
-    name = str(error).strip("\"'")
-    paths = [arg.split("=")[0].lstrip("-").removeprefix("config.") for arg in argv]
-    wanted = next((path for path in paths if name in path.split(".")), name)
-    known = list(_flatten(config.to_dict()))
-    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    hint = f": did you mean {' or '.join(close)}?" if close else f", only {', '.join(known)}"
-    return f"error: the config has no field {wanted!r}{hint}"
 
 
 def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Path:

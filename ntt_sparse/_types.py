@@ -4,7 +4,8 @@ Shapes are jaxtyping annotations; the tests execute them through beartype, in
 production they cost nothing.
 """
 
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
@@ -24,9 +25,5 @@ Scalar: TypeAlias = Float[Array, ""]
 """A floating-point scalar."""
 
 
-class ApplyFn(Protocol):
-    """A network as a pure function of its parameters and a batch."""
-
-    def __call__(self, params: Any, x: Any, /) -> Any:
-        """Maps params and inputs `(n, ...)` to outputs `(n, k)`."""
-        ...
+ApplyFn: TypeAlias = Callable[..., Any]
+"""A pure function: `apply_fn(params, x)` maps inputs `(n, ...)` to outputs `(n, k)`."""

@@ -1,0 +1,1 @@
+"""Arrays in: image sets, and batches of them drawn on the device."""

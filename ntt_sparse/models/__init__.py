@@ -1,13 +1,13 @@
 """Models by name, and as the pure functions that objectives take."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ntt_sparse._types import ApplyFn, Params, PRNGKey
+from ntt_sparse._types import Params, PRNGKey
 from ntt_sparse.models.lenet import LeNet
 
 
@@ -73,7 +73,7 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     return entry.module(num_outputs=num_outputs, **entry.fixed, **kwargs)
 
 
-def apply_fn(module: nn.Module) -> ApplyFn:
+def apply_fn(module: nn.Module) -> Callable[..., Any]:
     """The module as a pure function `(params, x) -> outputs`.
 
     Keyword arguments of that function are passed on to `module.apply`, such as

@@ -1,0 +1,1 @@
+"""What is cut: masks, the scores they are selected by, and densities per layer."""

@@ -152,8 +152,7 @@ def logit_snip(
     """
 
     def squared_norm(p):
-        outputs = apply_fn(p, x)
-        return jnp.sum(jnp.square(outputs.astype(jnp.result_type(jnp.float32, outputs))))
+        return jnp.sum(jnp.square(apply_fn(p, x)))
 
     return _sensitivity(squared_norm, params, prunable, jax.lax.psum, axis_name)
 

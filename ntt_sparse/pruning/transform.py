@@ -36,11 +36,11 @@ def keep_masked(inner: optax.GradientTransformation) -> optax.GradientTransforma
     Example:
         >>> import jax.numpy as jnp, optax
         >>> params, masks = {"w": jnp.ones((1, 2))}, {"w": jnp.array([[True, False]])}
-        >>> optimiser = keep_masked(optax.adamw(0.5, weight_decay=0.0))
+        >>> optimiser = keep_masked(optax.sgd(0.25, momentum=0.9))
         >>> state = optimiser.init(params)
         >>> updates, state = optimiser.update(params, state, params, masks=masks)
         >>> print(optax.apply_updates(params, updates)["w"])
-        [[0.5 0. ]]
+        [[0.75 0.  ]]
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -90,9 +90,9 @@ def _line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _plain(value: np.ndarray) -> Any:
+def _plain(value: Any) -> Any:
     """Nested lists of Python numbers, `None` for what is not finite."""
-    if value.ndim:
+    if np.ndim(value):
         return [_plain(part) for part in value]
     number = value.item()
     return None if isinstance(number, float) and not math.isfinite(number) else number

@@ -18,6 +18,11 @@ def image_feature(shape):
     }
 
 
+def mask_feature(shape):
+    content = image_feature(shape)["image"] | {"label": {"numClasses": "2"}, "useColormap": True}
+    return {"image": content, "pythonClassName": FEATURES + "labeled_image.LabeledImage"}
+
+
 def label_feature(num_classes):
     return {
         "classLabel": {"numClasses": str(num_classes)},

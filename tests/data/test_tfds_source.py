@@ -15,6 +15,7 @@ from made_sets import (
     info_json,
     label_feature,
     make_arrays,
+    mask_feature,
     png,
     text_feature,
     write_images,
@@ -89,12 +90,20 @@ def test_fine_labels_of_cifar100(data_dir):
 
 
 def test_keys_are_found_by_their_features(data_dir):
+    # A segmentation mask is stored like an image, and is not the one meant.
     arrays = make_arrays()
+    mask = np.zeros((5, 7, 1), np.uint8)
     splits = {
-        split: [{"digit": int(b), "scan": png(a)} for a, b in zip(x, y, strict=True)]
+        split: [
+            {"digit": int(b), "mask": png(mask), "scan": png(a)} for a, b in zip(x, y, strict=True)
+        ]
         for split, (x, y) in arrays.items()
     }
-    features = {"digit": label_feature(4), "scan": image_feature((5, 7, 3))}
+    features = {
+        "digit": label_feature(4),
+        "mask": mask_feature((5, 7, 1)),
+        "scan": image_feature((5, 7, 3)),
+    }
     write_records(data_dir, "made", splits, features)
     assert_holds(tfds_source.read("made", data_dir), arrays)
 

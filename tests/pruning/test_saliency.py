@@ -70,13 +70,12 @@ def test_random_leaves_are_independent_of_each_other_and_of_the_predicate():
     assert not np.any(np.asarray(other["c"] == scores["c"]))
 
 
-def test_random_masks_of_half_precision_do_not_favour_early_entries():
-    # In bfloat16, uniform draws have about 2^7 values, and the ties at the cut would go to
-    # the first of 20,000 entries: hundreds more in the first half.
+def test_random_scores_of_half_precision_params_hardly_tie():
+    # In bfloat16 a uniform draw has 2^7 values, and ties at the cut go to early entries. In
+    # float32 it has 2^23: 20,000 draws hold 20,000^2 / 2 / 2^23 = 24 pairs of equals on average.
     params = {"w": jnp.zeros((2, 10_000), jnp.bfloat16)}
-    kept = masks.from_scores(saliency.random(jax.random.key(0), params), 0.3)["w"]
-    # Hypergeometric: 3000 expected in each half, standard deviation 32.4.
-    assert abs(int(kept[0].sum()) - 3000) < 4 * 32.4
+    scores = np.asarray(saliency.random(jax.random.key(0), params)["w"])
+    assert len(np.unique(scores)) > 20_000 - 24 - 5 * np.sqrt(24)
 
 
 # SNIP
@@ -96,11 +95,11 @@ def test_snip_is_the_derivative_by_gates():
             changed = [gates * leaf if j == i else leaf for j, leaf in enumerate(leaves)]
             return loss(jax.tree.unflatten(treedef, changed), batch)
 
-        # Central differences: truncation of order step^2, rounding of order 1e-16 / step.
+        # Central differences: truncation of order step^2 = 1e-10, rounding of 1e-16 / step = 1e-11.
         bumps = step * np.eye(score.size).reshape(-1, *score.shape)
         differences = [(gated(1 + b) - gated(1 - b)) / (2 * step) for b in bumps]
         expected = np.abs(np.array(differences)).reshape(score.shape)
-        np.testing.assert_allclose(score, expected, rtol=0, atol=1e-9 * np.max(expected) * 10)
+        np.testing.assert_allclose(score, expected, rtol=0, atol=1e-9)
 
 
 def test_snip_ranking_does_not_depend_on_the_scale_of_the_loss():
@@ -152,13 +151,6 @@ def test_logit_snip_is_snip_of_the_squared_norm():
     params, (x, _) = init(jax.random.key(0)), data()
     expected = saliency.snip(lambda p, x: jnp.sum(network(p, x) ** 2), params, x)
     assert_close(saliency.logit_snip(network, params, x), expected, rtol=1e-6)
-
-
-def test_logit_snip_sums_half_precision_in_single():
-    # 4096 squares of 1 sum to 256 in bfloat16, where 256 + 1 is 256.
-    params = {"w": jnp.ones((1, 1), jnp.bfloat16)}
-    scores = saliency.logit_snip(lambda p, x: x @ p["w"], params, jnp.ones((4096, 1), jnp.bfloat16))
-    np.testing.assert_array_equal(scores["w"].astype(jnp.float32), [[8192.0]])
 
 
 # The global batch on eight devices

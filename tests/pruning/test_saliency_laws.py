@@ -70,7 +70,8 @@ def test_no_prunable_leaf_raises(score):
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 def test_dtype_is_kept(score, dtype):
     # Random scores alone are never in half precision, whose ties would favour early entries.
-    expected = jnp.promote_types(dtype, jnp.float32) if score is SALIENCIES["random"] else dtype
+    kept = score is not SALIENCIES["random"]
+    expected = jnp.dtype(dtype) if kept else jnp.promote_types(dtype, jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(score(init(KEY, dtype)))} == {expected}
 
 

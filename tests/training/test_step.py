@@ -1,0 +1,166 @@
+"""Steps and chunks against a loop written by hand, on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from ntt_sparse.pruning import masks
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import state as states
+from ntt_sparse.training import step as steps
+from ntt_sparse.training import terms
+
+PER_EPOCH = problems.NUM_EXAMPLES // problems.BATCH_SIZE
+
+
+def run_chunks(program, members, stops, mesh=None):
+    """Runs to each stop in turn; the final state."""
+    mesh = meshes.make_mesh() if mesh is None else mesh
+    data = jax.device_put(problems.data(), meshes.replicated(mesh))
+    state = program.init(members, data)
+    for stop in stops:
+        epoch = int(state.step) // PER_EPOCH
+        permutations = program.permutations(state, jnp.int32(epoch), data)
+        state = program.chunk(state, data, permutations, jnp.int32(stop))
+    return state
+
+
+def by_hand(seed, num_steps):
+    """Adam on softmax cross-entropy of the masked network, written out; no dropout."""
+    member = jax.tree.map(lambda leaf: leaf[0], problems.members((seed,)))
+    x, y = problems.data()
+    params, opt_state = member.params, member.opt_state
+    losses = []
+    for index in range(num_steps):
+        key = jax.random.fold_in(jax.random.fold_in(member.key, 0), index // PER_EPOCH)
+        order = jax.random.permutation(key, len(y))
+        batch = order[(index % PER_EPOCH) * 16 :][:16]
+
+        def loss_fn(params, batch=batch):
+            hidden = jnp.tanh(x[batch] @ (params["in"] * member.masks["in"]) + params["bias"])
+            logits = hidden @ (params["out"] * member.masks["out"])
+            logp = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
+            return -jnp.mean(logp[jnp.arange(16), y[batch]])
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = problems.optimizer.update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+        losses.append(loss)
+    return params, losses
+
+
+def no_dropout(params, x, **kwargs):
+    del kwargs
+    return problems.apply_fn(params, x)
+
+
+def test_chunks_follow_a_loop_written_by_hand():
+    fn = steps.make_step({"task": terms.supervised(no_dropout)}, problems.optimizer)
+    state = run_chunks(problems.program(fn=fn), problems.members((3, 5)), [4, 6, 9])
+    for index, seed in enumerate((3, 5)):
+        params, losses = by_hand(seed, 9)
+        for name, leaf in params.items():
+            np.testing.assert_allclose(state.members.params[name][index], leaf, atol=2e-6)
+        np.testing.assert_allclose(state.sums["task"][index], sum(losses), rtol=1e-5)
+    assert int(state.since) == 9
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop"])
+def test_where_chunks_are_cut_changes_no_bit(mode):
+    program = problems.program(mode=mode)
+    one = run_chunks(program, problems.members(), [6, 12])
+    many = run_chunks(program, problems.members(), [1, 2, 5, 6, 8, 11, 12])
+    same = jax.tree.map(
+        lambda a, b: bool(jnp.all(a == b)), one._replace(members=()), many._replace(members=())
+    )
+    assert all(jax.tree.leaves(same))
+    for a, b in zip(
+        jax.tree.leaves(one.members.params), jax.tree.leaves(many.members.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert program.chunk._cache_size() == 1
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_chunks(problems.program(), problems.members(), [6, 9])
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"), [((4, 1), "vmap"), ((1, 8), "vmap"), ((2, 4), "vmap"), ((2, 4), "loop")]
+)
+def test_eight_devices_give_the_numbers_of_one(one_device, shape, mode):
+    mesh = meshes.make_mesh(*shape)
+    many = run_chunks(problems.program(mesh, mode), problems.members(), [6, 9], mesh)
+    for a, b in zip(
+        jax.tree.leaves(one_device.members.params),
+        jax.tree.leaves(many.members.params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for name, values in one_device.sums.items():
+        np.testing.assert_allclose(many.sums[name], values, rtol=1e-5)
+    used = {shard.device for shard in many.members.params["in"].addressable_shards}
+    assert len(used) == shape[0] * shape[1]
+
+
+def test_members_are_independent_of_their_company():
+    alone = run_chunks(problems.program(), problems.members((2,)), [6])
+    together = run_chunks(problems.program(), problems.members((0, 2, 7)), [6])
+    np.testing.assert_allclose(
+        alone.members.params["in"][0], together.members.params["in"][1], atol=1e-6
+    )
+
+
+def test_pruned_weights_stay_zero_and_masks_are_kept():
+    members = problems.members()
+    state = run_chunks(problems.program(), members, [6, 12])
+    for name in ("in", "out"):
+        pruned = ~np.asarray(members.masks[name])
+        assert np.all(np.asarray(state.members.params[name])[pruned] == 0)
+    np.testing.assert_array_equal(state.members.masks["in"], members.masks["in"])
+
+
+def test_after_update_sees_steps_from_one_and_may_change_masks():
+    def after_update(member, step):
+        def refresh(member):
+            return member._replace(masks=masks.full(member.params))
+
+        return jax.lax.cond(step == 3, refresh, lambda member: member, member)
+
+    loss = {"task": terms.supervised(problems.apply_fn)}
+    fn = steps.make_step(loss, problems.optimizer, after_update=after_update)
+    program = problems.program(fn=fn)
+    densities = [
+        float(masks.density(run_chunks(program, problems.members(), [stop]).members.masks))
+        for stop in (2, 3)
+    ]
+    assert densities == [0.5, 1.0]
+
+
+def test_first_bad_step_of_each_member_is_remembered():
+    def term(inputs):
+        bad = inputs.params["steps"] >= inputs.context
+        return jnp.where(bad, jnp.inf, 0.0), {}
+
+    count_up = optax.GradientTransformation(
+        lambda params: (), lambda grads, state, params: ({"steps": jnp.ones(())}, state)
+    )
+
+    def member(key, bad_from):
+        return states.create_member(
+            {"steps": jnp.zeros(())}, {"steps": None}, count_up, key, bad_from
+        )
+
+    keys = jnp.stack([jax.random.key(seed) for seed in range(3)])
+    members = jax.vmap(member)(keys, jnp.array([99, 4, 2]))
+    program = problems.program(fn=steps.make_step({"made": term}, count_up))
+    assert run_chunks(program, members, [6]).bad_step["made"].tolist() == [-1, 4, 2]
+
+
+def test_loss_without_terms_raises():
+    with pytest.raises(ValueError, match="at least one term"):
+        steps.make_step({}, problems.optimizer)
