@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-_einsum = lambda *args: jnp.einsum(*args, precision="highest")  # noqa: E731
+
+def _einsum(spec: str, *operands: Array) -> Array:
+    return jnp.einsum(spec, *operands, precision="highest")
 
 
 def dense(
@@ -66,7 +68,7 @@ def weighted_products(
 
     def row(operands):
         inner, delta1 = operands
-        return _einsum("ujq,oq->jou", (inner[:, None] * delta2).swapaxes(0, 1), delta1)
+        return _einsum("juq,oq->jou", inner[:, None] * delta2, delta1)
 
     return jax.lax.map(row, (inner, delta1))
 

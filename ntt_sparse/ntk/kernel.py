@@ -1,25 +1,24 @@
 """The empirical neural tangent kernel (NTK) of dense and masked networks."""
 
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse._types import Masks, Params
+from ntt_sparse._types import ApplyFn, Masks, Params
 from ntt_sparse.ntk._varying import varying_as
 from ntt_sparse.ntk.jacobian import FlatFn, jacobian_contraction, select, vector_products
+from ntt_sparse.ntk.structured import has_rules, structured
 
-ApplyFn: TypeAlias = Callable[[Any, Any], Any]
 Wrt: TypeAlias = Literal["masked", "all"]
 Output: TypeAlias = Literal["full", "trace"]
-Method: TypeAlias = Literal["auto", "jacobian", "ntk_vector_products"]
+Method: TypeAlias = Literal["auto", "jacobian", "ntk_vector_products", "structured"]
 
 _METHODS = {
-    "auto": vector_products,
     "jacobian": jacobian_contraction,
     "ntk_vector_products": vector_products,
+    "structured": structured,
 }
 
 
@@ -85,7 +84,7 @@ def empirical_ntk(
     for name, value, known in (
         ("wrt", wrt, ("masked", "all")),
         ("output", output, ("full", "trace")),
-        ("method", method, tuple(_METHODS)),
+        ("method", method, ("auto", *_METHODS)),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
@@ -96,7 +95,10 @@ def empirical_ntk(
     _check_outputs(apply_fn, params, x1)
 
     weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
-    weights = varying_as(weights, (x1, x2, leaf_masks))
+    weights, leaf_masks = varying_as((weights, leaf_masks), (x1, x2))
+    same = x2 is x1
+    x1 = varying_as(x1, (x2, weights))
+    x2 = x1 if same else varying_as(x2, (x1, weights))
     counted = leaf_masks if wrt == "masked" else [None] * len(leaves)
 
     def fn(leaves, x):
@@ -107,6 +109,8 @@ def empirical_ntk(
 
 def _kernel(fn: FlatFn, weights: Any, masks: Any, x1: Any, x2: Any, method: str, trace: bool):
     with jax.default_matmul_precision("highest"):
+        if method == "auto":
+            method = "structured" if has_rules(fn, weights, x1, x2) else "ntk_vector_products"
         return _METHODS[method](fn, weights, masks, x1, x2, trace=trace)
 
 

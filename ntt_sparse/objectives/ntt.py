@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse._types import Masks, Params, Scalar
+from ntt_sparse._types import ApplyFn, Masks, Params, Scalar
 from ntt_sparse.ntk import empirical_ntk
-from ntt_sparse.ntk.kernel import ApplyFn, Method, Wrt
+from ntt_sparse.ntk.kernel import Method, Wrt
 from ntt_sparse.pruning import masks as pruning_masks
 
 
