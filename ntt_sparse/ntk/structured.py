@@ -42,6 +42,8 @@ class Plan(NamedTuple):
     """How each leaf, by its number, enters the kernel. Unused leaves are in no group."""
 
     program: _program.Program
+    output: jax.ShapeDtypeStruct
+    """The outputs of one example, `(k,)`."""
     dense: dict[int, Dense]
     direct: list[int]
     """Leaves that enter through their own small Jacobian."""
@@ -62,14 +64,14 @@ def plan(
 ) -> Plan:
     """Reads the program of `fn` and finds a rule for each leaf."""
     program = _program.read(lambda w, example: fn(w, example[None])[0], leaves, x1[0])
-    outputs = jax.eval_shape(fn, leaves, x1).shape[1]
-    result = Plan(program, {}, [], [])
+    output = jax.eval_shape(lambda w: fn(w, x1[:1])[0], leaves)
+    result = Plan(program, output, {}, [], [])
     for number, leaf in enumerate(leaves):
         steps = _program.uses(program, number)
         site = _dense_site(program, number, steps)
         if site is not None:
             result.dense[number] = site
-        elif steps and (len(x1) + len(x2)) * outputs * leaf.size <= _JACOBIAN_LIMIT:
+        elif steps and (len(x1) + len(x2)) * output.size * leaf.size <= _JACOBIAN_LIMIT:
             result.direct.append(number)
         elif steps:
             result.rest.append(number)
@@ -96,7 +98,8 @@ def structured(
     layout = plan(fn, leaves, x1, x2)
     one = _factors(layout, leaves, x1)
     two = one if x2 is x1 else _factors(layout, leaves, x2)
-    kernels = []
+    shape = (len(x1), len(x2), *layout.output.shape * 2)
+    kernels = [jnp.zeros(shape, layout.output.dtype)]
     for leaf, site in layout.dense.items():
         mask = masks[leaf]
         mask = mask.T if mask is not None and site.axis == 1 else mask
@@ -107,7 +110,7 @@ def structured(
         kernels.append(_contract.jacobians(jacobian, two.jacobians[leaf]))
     if trace:
         kernels = [jnp.einsum("ijoo->ij", kernel) for kernel in kernels]
-    if layout.rest or not kernels:
+    if layout.rest:
         some = layout.rest
         partial = [leaves[leaf] for leaf in some]
         partial_masks = [masks[leaf] for leaf in some]

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params, Scalar
 from ntt_sparse.pruning import masks as pruning_masks
@@ -16,7 +16,7 @@ Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
 
 
 def example_losses(
-    outputs: Float[Array, "n k"], labels: Int[Array, " n"], loss: Loss
+    outputs: Float[Array, "n k"], labels: Int[ArrayLike, " n"], loss: Loss
 ) -> Float[Array, " n"]:
     """The loss of each example.
 
@@ -72,7 +72,7 @@ def evaluate_supervised(
     apply_fn: ApplyFn,
     params: Params,
     masks: Masks,
-    data: tuple[Float[Array, "n ..."], Int[Array, " n"]],
+    data: tuple[Shaped[ArrayLike, "n ..."], Int[ArrayLike, " n"]],
     *,
     loss: Loss = "cross_entropy",
     batch_size: int = 1000,

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ntt_sparse.ntk import empirical_ntk
 
-METHODS = ["jacobian", "ntk_vector_products"]  # "auto" is one of them
+METHODS = ["jacobian", "ntk_vector_products", "structured"]  # "auto" is one of them
 SIZES = (5, 7, 6, 3)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ntt_sparse.objectives.ntt import ntt_loss, ntt_loss_from_targets, teacher_targets
 from ntt_sparse.pruning import masks as pruning_masks
 
-METHODS = ["jacobian", "ntk_vector_products"]  # "auto" is one of them
+METHODS = ["jacobian", "ntk_vector_products", "structured"]  # "auto" is one of them
 WEIGHTS = {"kernel_weight": 0.3, "l2_weight": 0.02}
 
 

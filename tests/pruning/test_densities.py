@@ -73,11 +73,10 @@ def test_erk_meets_the_density_within_range(shapes, density):
 
 
 def test_the_capacity_check_runs_more_than_once():
-    # N = 512, raw p = 1.25, .75, .375, .125 over 4 + 8 + 32 + 468 weights at d = .1: the budget
-    # of 51.2 with eps = 51.2 / (5 + 6 + 12 + 58.5) = .628 leaves all below 1; at d = .3 the
-    # budget of 153.6 gives eps = 1.885, so that the first (2.36) is dense; with it gone,
-    # eps = 149.6 / 76.5 = 1.956 and the second (1.467) is dense too; then
-    # eps = 141.6 / 70.5 = 2.0085 leaves .7532 and .2511.
+    # N = 512 and sum(shape) is 5, 6, 12, 51. At d = .3 the budget is 153.6 and
+    # eps = 153.6 / 74 = 2.076, so that the first layer (p = 1.25) is dense; without it
+    # eps = 149.6 / 69 = 2.168, so that the second (p = .75) is dense too; then
+    # eps = 141.6 / 63 = 2.248 leaves .843 and .245.
     shapes = {"a": (1, 4), "b": (2, 4), "c": (4, 8), "d": (12, 39)}
     raw = {name: sum(s) / np.prod(s) for name, s in shapes.items()}
     params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}

@@ -1,0 +1,137 @@
+"""Checkpoints: what goes in comes out bit for bit, and nothing else does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ntt_sparse.training import checkpoint, state
+
+
+def make_state(seed=0):
+    params = {
+        "w": jax.random.normal(jax.random.key(seed), (2, 3, 4)),
+        "b": jnp.array([[-0.0], [jnp.float32(1e-45)]]),
+    }
+    members = state.Member(
+        params=params,
+        masks={"w": params["w"] > 0, "b": None},
+        opt_state=jax.vmap(optax.adam(1e-3).init)(params),
+        key=jax.random.split(jax.random.key(seed + 1), 2),
+        context={"counts": jnp.arange(2), "nothing": ()},
+    )
+    return state.TrainState(jnp.int32(5), members, {"loss": jnp.ones(2)}, jnp.int32(1), {})
+
+
+def bits(tree):
+    leaves = []
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        leaves.append(np.asarray(leaf).tobytes())
+    return leaves
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    saved = make_state()
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(5, saved, records=7)
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        restored, records = checkpoints.restore(make_state(seed=9))
+    assert records == 7
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    assert bits(restored) == bits(saved)
+    # The key draws what the saved one would have drawn.
+    draws = [jax.random.uniform(s.members.key[1], (3,)) for s in (saved, restored)]
+    np.testing.assert_array_equal(*draws)
+
+
+def test_only_the_newest_are_kept_and_the_newest_is_restored(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_state(step), records=step)
+        assert checkpoints.steps() == [2, 3]
+        restored, records = checkpoints.restore(make_state())
+    assert records == 3
+    assert bits(restored) == bits(make_state(3))
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(make_state()) is None
+
+
+def data_file(directory):
+    """The file that holds the arrays."""
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def empty(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, caplog):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(1), records=1)
+        checkpoints.save(2, make_state(2), records=2)
+    damage(data_file(tmp_path / "c" / "2"))
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        restored, records = checkpoints.restore(make_state())
+        assert records == 1
+        assert bits(restored) == bits(make_state(1))
+        assert "step 2 is damaged" in caplog.text
+        # Its place is free again, and what was there is not lost.
+        checkpoints.save(2, make_state(2), records=2)
+        assert checkpoints.restore(make_state())[1] == 2
+    assert (tmp_path / "c-damaged" / "2").is_dir()
+
+
+def test_damage_everywhere_is_an_error_that_leaves_everything(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(1), records=1)
+    cut(data_file(tmp_path / "c" / "1"))
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="Delete or move that directory"):
+            checkpoints.restore(make_state())
+    assert (tmp_path / "c" / "1").is_dir()
+
+
+def test_a_checkpoint_of_another_network_is_an_error(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(), records=1)
+        other = make_state()
+        other.members.params["w"] = jnp.zeros((2, 5, 4))
+        with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+            checkpoints.restore(other)
+
+
+def test_digest_sees_every_bit():
+    base = {"a": jnp.zeros(3), "b": None}
+    assert np.array_equal(
+        checkpoint.digest(base), checkpoint.digest({"a": np.zeros(3, np.float32)})
+    )
+    others = [
+        {"a": jnp.array([0.0, -0.0, 0.0])},
+        {"a": jnp.zeros(3, jnp.int32)},
+        {"a": jnp.zeros((3, 1))},
+        {"c": jnp.zeros(3)},
+    ]
+    for other in others:
+        assert not np.array_equal(checkpoint.digest(base), checkpoint.digest(other))
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="at least 1"):
+        checkpoint.Checkpoints(tmp_path, keep=0)
