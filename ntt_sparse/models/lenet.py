@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 _PADDINGS = ("VALID", "SAME")
 
@@ -52,7 +52,7 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n ..."], *, train: bool = False
+        self, x: Float[ArrayLike, "n ..."], *, train: bool = False
     ) -> Float[Array, "n num_outputs"]:
         """The outputs (logits) of a batch.
 
@@ -66,6 +66,7 @@ class LeNet(nn.Module):
         Raises:
             ValueError: Not images, or images too small for the stages.
         """
+        x = jnp.asarray(x)
         layer = {
             "kernel_init": nn.initializers.glorot_normal(),
             "bias_init": nn.initializers.normal(stddev=1e-2),

@@ -97,6 +97,13 @@ def _weighted_products_bwd(residuals, d_kernel):
 weighted_products.defvjp(_weighted_products_fwd, _weighted_products_bwd)
 
 
+def position_sum(
+    inputs: Float[Array, "t p"], delta: Float[Array, "k t q"]
+) -> Float[Array, "k p q"]:
+    r"""The gradients $\sum_t a_t \delta_{ot}^\top$ of one example."""
+    return _einsum("tp,otq->opq", inputs, delta)
+
+
 def jacobians(
     jacobian1: Float[Array, "n1 k ..."], jacobian2: Float[Array, "n2 k ..."]
 ) -> Float[Array, "n1 n2 k k"]:

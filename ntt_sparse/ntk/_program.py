@@ -33,7 +33,10 @@ class Program(NamedTuple):
     steps: tuple[Step, ...]
     constants: Mapping[int, Any]
     output: int
-    leaf_count: int
+
+    def result(self, step: int) -> Any:
+        """Shape and dtype of the (only) result of a step."""
+        return self.steps[step].equation.outvars[0].aval
 
 
 def read(fn: Callable[..., Any], leaves: Sequence[Array], example: Array) -> Program:
@@ -69,7 +72,7 @@ def read(fn: Callable[..., Any], leaves: Sequence[Array], example: Array) -> Pro
         return tuple(map(slot, jaxpr.outvars))
 
     (output,) = flatten(closed.jaxpr, closed.consts, range(len(leaves) + 1))
-    return Program(tuple(steps), constants, output, len(leaves))
+    return Program(tuple(steps), constants, output)
 
 
 def _inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:

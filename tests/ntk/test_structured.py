@@ -1,5 +1,7 @@
 """The structured kernel: which rule each weight gets, and that no rule gives a wrong number."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,25 +90,33 @@ def scanned(w, x):
     return jax.lax.scan(step, x, length=2)[0] @ w["first"] @ w["second"] @ w["third"]
 
 
+def two_weights_in_one_product(w, x):
+    """Each is the matrix and the other the vector: both tap the same step."""
+    scale = w["third"][:1, :1] + 1.0
+    scale = scale * 0 + (w["row"] @ w["column"])
+    return jnp.tanh(x @ w["first"]) * scale
+
+
 def constant_output(w, x):
     return jnp.ones((len(x), 3))
 
 
+# Network, leaves by rule: one vector per example, several, neither.
 NETWORKS = [
-    # Network, leaves with the rule of dense layers.
-    (chain, ["first", "second", "third"]),
-    (columns, ["second", "third"]),
-    (summed_over_last_axis, ["first"]),
-    (grouped, ["first", "second", "third"]),
-    (used_twice, ["first", "third"]),
-    (also_the_square, ["first", "second"]),
-    (positions, ["third"]),
-    (product_of_weights, []),
-    (some_unused, ["first"]),
-    (inside_control_flow, ["second", "third"]),
-    (gram_of_weights, ["first"]),
-    (scanned, ["second", "third"]),
-    (constant_output, []),
+    (chain, ["first", "second", "third"], [], []),
+    (columns, ["third"], [], ["first", "second"]),
+    (left_operands, ["first", "second", "third"], [], []),
+    (summed_over_last_axis, ["first"], [], ["second", "third"]),
+    (grouped, ["first", "second", "third"], [], []),
+    (used_twice, ["first", "third"], [], ["second"]),
+    (also_the_square, ["first", "second"], [], ["third"]),
+    (positions, ["third"], ["second"], ["first"]),
+    (product_of_weights, [], ["first", "second", "third"], []),
+    (some_unused, ["first"], [], []),
+    (inside_control_flow, ["second", "third"], [], ["first"]),
+    (gram_of_weights, ["first"], [], ["second"]),
+    (scanned, ["second", "third"], [], ["first"]),
+    (constant_output, [], [], []),
 ]
 
 
@@ -208,7 +218,7 @@ def test_members_of_a_sparse_lenet(x64, density):
             "kernel": jnp.asarray(rng.normal(size=(members, p, q)) / np.sqrt(p)),
             "bias": jnp.asarray(rng.normal(size=(members, q))),
         }
-        for p, q in zip(sizes[:-1], sizes[1:], strict=True)
+        for p, q in itertools.pairwise(sizes)
     ]
     masks = [
         {"kernel": jnp.asarray(rng.random(p["kernel"].shape) < density), "bias": None}
