@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 
@@ -77,7 +78,8 @@ def _guard(main: Callable[[], None]) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Shows this project's own messages; the libraries' stay at absl's threshold."""
+    """Shows this project's own messages, and of the libraries' only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("ntt_sparse", "experiments"):

@@ -9,13 +9,14 @@ from jaxtyping import Array, Float, Shaped
 from ntt_sparse._types import ApplyFn, Masks, Params
 from ntt_sparse.ntk._varying import varying_as
 from ntt_sparse.ntk.jacobian import FlatFn, jacobian_contraction, select, vector_products
-from ntt_sparse.ntk.structured import has_rules, structured
+from ntt_sparse.ntk.structured import automatic, structured
 
 Wrt: TypeAlias = Literal["masked", "all"]
 Output: TypeAlias = Literal["full", "trace"]
 Method: TypeAlias = Literal["auto", "jacobian", "ntk_vector_products", "structured"]
 
 _METHODS = {
+    "auto": automatic,
     "jacobian": jacobian_contraction,
     "ntk_vector_products": vector_products,
     "structured": structured,
@@ -49,14 +50,15 @@ def empirical_ntk(
     Leaves whose mask is `None` contribute in full to both. All matrix products are
     made at the highest precision, those of `apply_fn` included. The kernel can be
     differentiated with respect to `params`, and batched or compiled; pruned
-    entries then get a gradient of exactly zero.
+    entries then get a gradient of exactly zero. Forward-mode differentiation of the
+    kernel needs one of the two general methods, not the structured one.
 
-    The outputs for an example must depend on that example alone. Batch
-    normalisation in training mode breaks this and gives a kernel without meaning;
-    use its running statistics.
+    The outputs for an example must be the same in every batch, alone or in company.
+    Batch normalisation in training mode breaks this, as does noise drawn for a whole
+    batch, and the kernel is then without meaning; use the form for evaluation.
 
     Args:
-        apply_fn: A pure function `apply_fn(params, x) -> (n, k)`.
+        apply_fn: A pure function `apply_fn(params, x) -> (n, k)` for any n.
         params: Its parameters, floating point.
         x1: The first batch, `(n1, ...)`.
         x2: The second batch, `(n2, ...)` with the same example shape; `x1` if `None`.
@@ -64,10 +66,17 @@ def empirical_ntk(
         wrt: Which weights the masked network is differentiated by, as above.
         output: `"full"` for every pair of outputs, `"trace"` for the sum over o of
             $K_{ijoo}$ (the sum, not the mean).
-        method: How it is computed; the value is the same to rounding.
-            `"jacobian"` holds the Jacobians of both batches, (n1 + n2) k P numbers
-            for P parameters. `"ntk_vector_products"` holds k P numbers and needs k
-            times fewer operations for the full kernel. `"auto"` takes the faster.
+        method: How it is computed; the value is the same to rounding. For P parameters:
+
+            * `"jacobian"` builds the Jacobians of both batches: (n1 + n2) k P numbers,
+              2 n1 n2 k^2 P operations.
+            * `"ntk_vector_products"` holds k P numbers and needs k times fewer
+              operations for the full kernel.
+            * `"structured"` reads the program of `apply_fn` and contracts layer inputs
+              with output sensitivities, many times faster for dense and
+              convolutional layers; other weights are treated one by one as above.
+            * `"auto"` takes `"structured"` where it has a rule for every leaf and
+              `"ntk_vector_products"` elsewhere.
 
     Returns:
         The kernel, `(n1, n2, k, k)` or `(n1, n2)`, in the dtype of the outputs.
@@ -84,7 +93,7 @@ def empirical_ntk(
     for name, value, known in (
         ("wrt", wrt, ("masked", "all")),
         ("output", output, ("full", "trace")),
-        ("method", method, ("auto", *_METHODS)),
+        ("method", method, tuple(_METHODS)),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
@@ -104,14 +113,8 @@ def empirical_ntk(
     def fn(leaves, x):
         return apply_fn(jax.tree.unflatten(treedef, leaves), x)
 
-    return _kernel(fn, weights, counted, x1, x2, method, trace=output == "trace")
-
-
-def _kernel(fn: FlatFn, weights: Any, masks: Any, x1: Any, x2: Any, method: str, trace: bool):
     with jax.default_matmul_precision("highest"):
-        if method == "auto":
-            method = "structured" if has_rules(fn, weights, x1, x2) else "ntk_vector_products"
-        return _METHODS[method](fn, weights, masks, x1, x2, trace=trace)
+        return _METHODS[method](fn, weights, counted, x1, x2, trace=output == "trace")
 
 
 def _check_batches(x1: Any, x2: Any) -> None:

@@ -77,13 +77,6 @@ def plan(
     return result
 
 
-def has_rules(
-    fn: FlatFn, leaves: Leaves, x1: Shaped[Array, "n1 ..."], x2: Shaped[Array, "n2 ..."]
-) -> bool:
-    """Whether no leaf would be left to NTK-vector products."""
-    return not plan(fn, leaves, x1, x2).rest
-
-
 def structured(
     fn: FlatFn,
     leaves: Leaves,
@@ -94,7 +87,41 @@ def structured(
     trace: bool = False,
 ) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
     """The kernel by the rule of each leaf, see the module; the interface of `vector_products`."""
+    return evaluate(plan(fn, leaves, x1, x2), fn, leaves, masks, x1, x2, trace=trace)
+
+
+def automatic(
+    fn: FlatFn,
+    leaves: Leaves,
+    masks: LeafMasks,
+    x1: Shaped[Array, "n1 ..."],
+    x2: Shaped[Array, "n2 ..."],
+    *,
+    trace: bool = False,
+) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
+    """The structured kernel where every leaf has a rule, else that of `vector_products`.
+
+    A leaf without a rule costs as much as the whole kernel by NTK-vector products.
+    """
     layout = plan(fn, leaves, x1, x2)
+    # The structured trace is taken of the full kernel.
+    too_large = trace and len(x1) * len(x2) * layout.output.size**2 > _JACOBIAN_LIMIT
+    if layout.rest or too_large:
+        return vector_products(fn, leaves, masks, x1, x2, trace=trace)
+    return evaluate(layout, fn, leaves, masks, x1, x2, trace=trace)
+
+
+def evaluate(
+    layout: Plan,
+    fn: FlatFn,
+    leaves: Leaves,
+    masks: LeafMasks,
+    x1: Shaped[Array, "n1 ..."],
+    x2: Shaped[Array, "n2 ..."],
+    *,
+    trace: bool,
+) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
+    """The sum of the kernels of all leaves under a plan for these arguments."""
     one = _factors(layout, leaves, x1)
     two = one if x2 is x1 else _factors(layout, leaves, x2)
     # Masks as the matrices that the weights are at their sites.

@@ -106,52 +106,61 @@ def fit(
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
         CheckpointError: Checkpoints are there, but none can be used.
     """
-    state = _restore(program.init(members, data), log, checkpoints)
 
     def record(state: TrainState) -> TrainState:
-        values = {} if evaluate is None else dict(evaluate(state.members))
-        if int(state.since):
-            values |= {f"train/{k}": v / state.since for k, v in state.sums.items()}
-        values = jax.device_get(values)
-        log.write(int(state.step), values)
-        if tensorboard is not None:
-            tensorboard.write(log.stage, int(state.step), values)
-        # Subtraction keeps the sharding, so that the next chunk does not compile again.
-        cleared = jax.tree.map(lambda leaf: leaf - leaf, state.sums)
-        return state._replace(sums=cleared, since=state.since - state.since)
+        return _record(state, log, evaluate, tensorboard)
 
-    if not log.records:
-        state = record(state)
-    epoch, permutations, length = -1, None, 1
-    saved_at = time.monotonic()
-    step = int(state.step)
-    with _progress(plan, step, log.stage) as progress, _interruption() as interrupted:
-        while step < plan.total_steps and not should_stop(log.records):
-            if step // plan.steps_per_epoch != epoch:
-                epoch = step // plan.steps_per_epoch
-                permutations = program.permutations(state, jnp.int32(epoch), data)
-            stop = min(plan.next_stop(step), step + length)
-            began = time.monotonic()
-            state = program.chunk(state, data, permutations, jnp.int32(stop))
-            loss = _check_finite(state, member_names, log.stage)
-            per_step = (time.monotonic() - began) / (stop - step)
-            length = int(np.clip(_CHUNK_SECONDS / per_step, 1, 4 * length))
-            progress(stop - step, loss)
-            step = stop
-            if step % plan.record_every == 0 or step == plan.total_steps:
-                state = record(state)
-            due = time.monotonic() - saved_at >= plan.checkpoint_seconds
-            if due or interrupted() or step == plan.total_steps:
-                checkpoints.save(step, state, records=len(log.records))
-                saved_at = time.monotonic()
-            if interrupted() and step < plan.total_steps:
-                raise Interrupted(
-                    f"stopped at step {step} of {plan.total_steps} of stage {log.stage!r}; "
-                    "the same command goes on from here"
-                )
-    # An early stop may have come between two checkpoints.
-    checkpoints.save(step, state, records=len(log.records))
+    with _interruption() as interrupted:
+        state = _restore(program.init(members, data), log, checkpoints)
+        if not log.records:
+            state = record(state)
+        step, epoch, permutations, length = int(state.step), -1, None, 1
+        saved_at = time.monotonic()
+        with _progress(plan, step, log.stage) as progress:
+            while step < plan.total_steps and not should_stop(log.records):
+                if step // plan.steps_per_epoch != epoch:
+                    epoch = step // plan.steps_per_epoch
+                    permutations = program.permutations(state, jnp.int32(epoch), data)
+                stop = min(plan.next_stop(step), step + length)
+                began = time.monotonic()
+                state = program.chunk(state, data, permutations, jnp.int32(stop))
+                loss = _check_finite(state, member_names, log.stage)
+                per_step = (time.monotonic() - began) / (stop - step)
+                length = int(np.clip(_CHUNK_SECONDS / per_step, 1, 4 * length))
+                progress(stop - step, loss)
+                step = stop
+                if step % plan.record_every == 0 or step == plan.total_steps:
+                    state = record(state)
+                stopping = interrupted() and step < plan.total_steps
+                if stopping or time.monotonic() - saved_at >= plan.checkpoint_seconds:
+                    checkpoints.save(step, state, records=len(log.records))
+                    saved_at = time.monotonic()
+                if stopping:
+                    raise Interrupted(
+                        f"stopped at step {step} of {plan.total_steps} of stage {log.stage!r}; "
+                        "the same command goes on from here"
+                    )
+        checkpoints.save(step, state, records=len(log.records))
     return state
+
+
+def _record(
+    state: TrainState,
+    log: MetricsLog,
+    evaluate: Callable[[Member], Mapping[str, Array]] | None,
+    tensorboard: TensorBoard | None,
+) -> TrainState:
+    """Writes what was measured since the last record; the state with its sums cleared."""
+    values = {} if evaluate is None else dict(evaluate(state.members))
+    if int(state.since):
+        values |= {f"train/{name}": total / state.since for name, total in state.sums.items()}
+    values = jax.device_get(values)
+    log.write(int(state.step), values)
+    if tensorboard is not None:
+        tensorboard.write(log.stage, int(state.step), values)
+    # Subtraction keeps the sharding, so that the next chunk does not compile again.
+    cleared = jax.tree.map(lambda leaf: leaf - leaf, state.sums)
+    return state._replace(sums=cleared, since=state.since - state.since)
 
 
 def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> TrainState:

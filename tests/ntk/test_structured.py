@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ntt_sparse.ntk import empirical_ntk, kernel, structured
+from ntt_sparse.ntk import empirical_ntk, structured
 
-LEAVES = {"first": (6, 5), "second": (5, 4), "third": (4, 3)}
+LEAVES = {
+    "first": (6, 5),
+    "second": (5, 4),
+    "third": (4, 3),
+    "wide": (3, 5),
+    "row": (1, 4),
+    "column": (4, 1),
+}
 
 
 def matrices(seed=0):
@@ -23,16 +30,17 @@ def chain(w, x):
 
 
 def columns(w, x):
-    """Weights on the left and summed over their second axis, through `dot` and `tensordot`."""
-    first = jnp.tanh(jnp.dot(w["first"].T, x.T))
-    second = jnp.tanh(jax.lax.dot_general(first, w["second"], (((0,), (0,)), ((), ()))))
-    return jnp.tensordot(second, w["third"], 1)
+    """Examples in columns: matrices on the left, summed over either axis."""
+    hidden = jnp.tanh(jax.lax.dot_general(w["first"], x, (((0,), (1,)), ((), ()))))
+    return jax.lax.dot_general(w["wide"], hidden, (((1,), (0,)), ((), ()))).T
 
 
 def summed_over_last_axis(w, x):
-    hidden = jnp.tanh(x @ w["first"])
-    transposed = jax.lax.dot_general(hidden, w["second"].T * 1.0, (((1,), (1,)), ((), ())))
-    return jax.lax.dot_general(w["third"].T, transposed, (((1,), (1,)), ((), ()))).T
+    return jax.lax.dot_general(jnp.tanh(x @ w["first"]), w["wide"], (((1,), (1,)), ((), ())))
+
+
+def transposed(w, x):
+    return jnp.tanh(x @ w["first"]) @ w["wide"].T
 
 
 def grouped(w, x):
@@ -83,6 +91,12 @@ def gram_of_weights(w, x):
     return jnp.tanh(x @ w["first"]) @ (w["second"] @ w["second"].T)
 
 
+def batch_product(w, x):
+    """A product with a batch axis, and an elementwise one."""
+    hidden = jnp.einsum("ni,io,io->no", x, w["first"], jnp.ones((6, 5)))
+    return jnp.einsum("no,oq->noq", jnp.tanh(hidden), w["second"]).sum(1) @ w["third"]
+
+
 def scanned(w, x):
     def step(h, _):
         return jnp.tanh(h @ w["first"] @ w["first"].T), None
@@ -91,10 +105,8 @@ def scanned(w, x):
 
 
 def two_weights_in_one_product(w, x):
-    """Each is the matrix and the other the vector: both tap the same step."""
-    scale = w["third"][:1, :1] + 1.0
-    scale = scale * 0 + (w["row"] @ w["column"])
-    return jnp.tanh(x @ w["first"]) * scale
+    """Each is the matrix and the other the vector, so that both tap the same step."""
+    return jnp.tanh(x @ w["first"]) * (w["row"] @ w["column"])
 
 
 def constant_output(w, x):
@@ -104,9 +116,10 @@ def constant_output(w, x):
 # Network, leaves by rule: one vector per example, several, neither.
 NETWORKS = [
     (chain, ["first", "second", "third"], [], []),
-    (columns, ["third"], [], ["first", "second"]),
-    (left_operands, ["first", "second", "third"], [], []),
-    (summed_over_last_axis, ["first"], [], ["second", "third"]),
+    (columns, ["first", "wide"], [], []),
+    (summed_over_last_axis, ["first", "wide"], [], []),
+    (transposed, ["first"], [], ["wide"]),
+    (two_weights_in_one_product, ["first", "row", "column"], [], []),
     (grouped, ["first", "second", "third"], [], []),
     (used_twice, ["first", "third"], [], ["second"]),
     (also_the_square, ["first", "second"], [], ["third"]),
@@ -115,6 +128,7 @@ NETWORKS = [
     (some_unused, ["first"], [], []),
     (inside_control_flow, ["second", "third"], [], ["first"]),
     (gram_of_weights, ["first"], [], ["second"]),
+    (batch_product, ["third"], [], ["first", "second"]),
     (scanned, ["second", "third"], [], ["first"]),
     (constant_output, [], [], []),
 ]
@@ -125,27 +139,13 @@ def masks_like(weights, density=0.5, seed=1):
     return {name: jnp.asarray(rng.random(w.shape) < density) for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("everything_direct", [True, False])
-@pytest.mark.parametrize(
-    ("network", "dense"), NETWORKS, ids=lambda value: getattr(value, "__name__", "")
-)
-def test_equals_the_jacobian_method(x64, monkeypatch, network, dense, everything_direct):
-    """Whatever is not a dense layer goes through its own Jacobian, or NTK-vector products."""
-    if not everything_direct:
-        monkeypatch.setattr(structured, "_JACOBIAN_LIMIT", 0)
-    weights = matrices()
-    masks = masks_like(weights)
-    rng = np.random.default_rng(2)
-    x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
+def as_flat(network, names):
+    return lambda leaves, x: network(dict(zip(names, leaves, strict=True)), x)
 
-    layout = structured.plan(
-        lambda leaves, x: network(dict(zip(LEAVES, leaves, strict=True)), x),
-        [*weights.values()],
-        x1,
-        x2,
-    )
-    assert [list(LEAVES)[leaf] for leaf in layout.dense] == dense
-    assert not (layout.rest if everything_direct else layout.direct)
+
+def assert_equals_jacobian_method(network, weights, x1, x2):
+    """Value and gradient, half of the weights masked."""
+    masks = masks_like(weights)
 
     def value_and_grad(method):
         def objective(w):
@@ -156,11 +156,75 @@ def test_equals_the_jacobian_method(x64, monkeypatch, network, dense, everything
 
     (_, value), grad = value_and_grad("structured")
     (_, expected), expected_grad = value_and_grad("jacobian")
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * scale)
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
     for name, leaf in expected_grad.items():
         bound = 1e-11 * np.abs(leaf).max()
         np.testing.assert_allclose(grad[name], leaf, rtol=0, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize("jacobians_fit", [True, False])
+@pytest.mark.parametrize(
+    ("network", "dense", "shared", "other"),
+    NETWORKS,
+    ids=[network.__name__ for network, *_ in NETWORKS],
+)
+def test_equals_the_jacobian_method(x64, monkeypatch, network, dense, shared, other, jacobians_fit):
+    """Weights without a rule go through their own Jacobian, or NTK-vector products."""
+    if not jacobians_fit:
+        monkeypatch.setattr(structured, "_JACOBIAN_LIMIT", 0)
+        shared, other = [], [name for name in LEAVES if name in shared + other]
+    weights = matrices()
+    rng = np.random.default_rng(2)
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
+    layout = structured.plan(as_flat(network, LEAVES), [*weights.values()], x1, x2)
+    groups = layout.dense, layout.shared, layout.direct if jacobians_fit else layout.rest
+    named = [[list(LEAVES)[leaf] for leaf in group] for group in groups]
+    assert named == [dense, shared, other]
+    assert not (layout.rest if jacobians_fit else layout.direct)
+    assert_equals_jacobian_method(network, weights, x1, x2)
+
+
+CONVOLUTIONS = {
+    "same": {"padding": "SAME"},
+    "valid": {"padding": "VALID"},
+    "strides": {"padding": "SAME", "window_strides": (2, 3)},
+    "dilated_window": {"padding": "VALID", "rhs_dilation": (2, 1)},
+    "dilated_input": {"padding": ((1, 2), (0, 1)), "lhs_dilation": (2, 3)},
+    "cropped": {"padding": ((-1, 0), (2, -2))},
+    "channels_first": {"padding": "SAME", "dimension_numbers": ("NCHW", "HWIO", "NHWC")},
+    "odd_layout": {"padding": "VALID", "dimension_numbers": ("HNCW", "OHIW", "CWNH")},
+    "one_position": {"padding": "VALID", "window_strides": (9, 9)},
+    "groups": {"padding": "SAME", "feature_group_count": 2},
+    "two_images": {"padding": "VALID", "dimension_numbers": ("CHWN", "HWIO", "NHWC")},
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(x64, name):
+    options = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    options |= CONVOLUTIONS[name]
+    lhs, rhs, _ = options["dimension_numbers"]
+    # Images of 6 x 7 with 2 channels (which "two_images" takes for two images).
+    sizes = {"N": 1, "H": 6, "W": 7, "C": 2}
+    if name == "two_images":
+        sizes |= {"N": 2, "C": 1}
+    window = {"H": 3, "W": 2, "I": sizes["C"] // options.get("feature_group_count", 1), "O": 4}
+    rng = np.random.default_rng(5)
+    weights = {"conv": jnp.asarray(rng.normal(size=[window[axis] for axis in rhs]))}
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, *(sizes[axis] for axis in lhs)))) for n in (3, 2))
+
+    def network(w, x):
+        def one(image):
+            result = jnp.tanh(jax.lax.conv_general_dilated(image, w["conv"], **options))
+            return result.reshape(-1)[:7:2]
+
+        return one(x[0])[None] if len(x) == 1 else jax.lax.map(one, x)
+
+    layout = structured.plan(as_flat(network, weights), [*weights.values()], x1, x2)
+    found = [name for name in ("dense", "shared", "direct", "rest") if getattr(layout, name)]
+    expected = {"one_position": "dense", "groups": "direct", "two_images": "direct"}
+    assert found == [expected.get(name, "shared")]
+    assert_equals_jacobian_method(network, weights, x1, x2)
 
 
 def test_derivative_rules_are_kept(x64):
@@ -243,16 +307,25 @@ def test_members_of_a_sparse_lenet(x64, density):
 def test_auto_takes_structure_where_all_leaves_have_a_rule(monkeypatch):
     weights = {name: leaf.astype(jnp.float32) for name, leaf in matrices().items()}
     taken = []
-    for name, method in kernel._METHODS.items():
-        monkeypatch.setitem(
-            kernel._METHODS,
+    for name in ("evaluate", "vector_products"):
+        monkeypatch.setattr(
+            structured,
             name,
-            lambda *args, _name=name, _method=method, **options: (
-                taken.append(_name) or _method(*args, **options)
+            lambda *args, _name=name, _fn=getattr(structured, name), **options: (
+                taken.append(_name) or _fn(*args, **options)
             ),
         )
-    empirical_ntk(used_twice, weights, jnp.ones((3, 6)))
+
+    def kernel_of(network, **options):
+        taken.clear()
+        empirical_ntk(network, weights, jnp.ones((3, 6)), **options)
+        return taken
+
+    assert kernel_of(used_twice) == ["evaluate"]
+    assert kernel_of(chain, output="trace") == ["evaluate"]
     monkeypatch.setattr(structured, "_JACOBIAN_LIMIT", 0)
-    empirical_ntk(chain, weights, jnp.ones((3, 6)))
-    empirical_ntk(used_twice, weights, jnp.ones((3, 6)))
-    assert taken == ["structured", "structured", "ntk_vector_products"]
+    assert kernel_of(chain) == ["evaluate"]
+    # A full kernel that does not fit, and a leaf without a rule.
+    assert kernel_of(chain, output="trace") == ["vector_products"]
+    assert kernel_of(used_twice) == ["vector_products"]
+    assert kernel_of(used_twice, method="structured") == ["evaluate", "vector_products"]

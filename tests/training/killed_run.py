@@ -12,7 +12,7 @@ from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog
 
-PLAN = Plan(total_steps=400, steps_per_epoch=6, record_every=5, checkpoint_seconds=0.0)
+PLAN = Plan(total_steps=200, steps_per_epoch=6, record_every=5, checkpoint_seconds=0.0)
 
 
 def main(workdir: Path) -> None:
