@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -89,7 +89,7 @@ def _log_to_stderr() -> None:
         logger.propagate = False
 
 
-def _exit(code: int, line: str) -> None:
+def _exit(code: int, line: str) -> NoReturn:
     print(f"\n{line}", file=sys.stderr)
     sys.exit(code)
 

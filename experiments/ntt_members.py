@@ -29,7 +29,7 @@ class Method(NamedTuple):
     """
 
     label: str
-    scope: str | None = None
+    scope: pruning_masks.Scope | None = None
 
 
 METHODS = {
@@ -78,7 +78,7 @@ def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
 
 
-def _counts(module: Any, input_shape: tuple[int, ...], runs: list[Run], scope: str) -> Any:
+def _counts(module: Any, input_shape: tuple[int, ...], runs: list[Run], scope: Any) -> Any:
     """Exact counts of weights to keep, with a leading member axis."""
     params = jax.eval_shape(lambda: models.init(module, jax.random.key(0), input_shape))
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)

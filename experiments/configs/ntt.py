@@ -22,10 +22,11 @@ MNIST 98.18 % (random masks 96.73 %).
 """
 
 import difflib
+from typing import Any
 
 import ml_collections
 
-_BASE = {
+_BASE: dict[str, Any] = {
     "name": "",
     # Which networks are compared, and at which densities (fraction of weights kept).
     "methods": (
@@ -180,7 +181,7 @@ def get_config(name: str = "digits_lenet300") -> ml_collections.ConfigDict:
         settings["density"] = tuple(settings.get("density", _BASE["density"]))[:2]
     for path, value in settings.items():
         *parents, field = path.split(".")
-        node = config
+        node: Any = config
         for parent in parents:
             node = node[parent]
         node[field] = value

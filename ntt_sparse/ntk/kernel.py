@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params
 from ntt_sparse.ntk._varying import varying_as
-from ntt_sparse.ntk.jacobian import FlatFn, jacobian_contraction, select, vector_products
+from ntt_sparse.ntk.jacobian import jacobian_contraction, select, vector_products
 from ntt_sparse.ntk.structured import automatic, structured
 
 Wrt: TypeAlias = Literal["masked", "all"]
@@ -104,10 +104,9 @@ def empirical_ntk(
     _check_outputs(apply_fn, params, x1)
 
     weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
-    weights, leaf_masks = varying_as((weights, leaf_masks), (x1, x2))
-    same = x2 is x1
-    x1 = varying_as(x1, (x2, weights))
-    x2 = x1 if same else varying_as(x2, (x1, weights))
+    operands = (weights, leaf_masks, x1, None if x2 is x1 else x2)
+    weights, leaf_masks, x1, x2 = varying_as(operands, operands)
+    x2 = x1 if x2 is None else x2
     counted = leaf_masks if wrt == "masked" else [None] * len(leaves)
 
     def fn(leaves, x):

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree, UInt
 
 from ntt_sparse._types import Masks, Params, Scalar, Scores
@@ -170,7 +171,7 @@ def density(masks: Masks) -> float | Scalar:
         raise ValueError("masks hold no array: every leaf is None, so no density is defined")
     kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in leaves)
     total = sum(mask.size for mask in leaves)
-    return kept / total if isinstance(kept, jax.core.Tracer) else int(kept) / total
+    return kept / total if isinstance(kept, Tracer) else int(kept) / total
 
 
 def layer_densities(masks: Masks) -> dict[str, LayerDensity]:
@@ -222,7 +223,7 @@ def from_scores(scores: Scores, density: Density, *, scope: Scope = "global") ->
     counts = keep_counts(scores, density, scope=scope)
     masks = from_counts(scores, counts)
     # Asked of the masks: within a trace they are traced even where the scores are constants.
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(masks)):
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(masks)):
         for name, leaf in named_leaves(scores).items():
             if bool(jnp.any(jnp.isnan(leaf))):
                 raise ValueError(

@@ -56,9 +56,10 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.directory = Path(directory).absolute()
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(self.directory),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 

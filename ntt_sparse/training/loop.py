@@ -184,7 +184,7 @@ def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) ->
     found = [
         (steps[member], name == "loss", name, member)
         for name, steps in bad_step.items()
-        for member in np.flatnonzero(steps >= 0)
+        for member in np.flatnonzero(steps >= 0).tolist()
     ]
     if found:
         step, _, name, member = min(found)

@@ -18,7 +18,7 @@ MemberMode: TypeAlias = Literal["vmap", "loop"]
 
 
 def make_mesh(
-    member: int = 1, data: int = 1, *, devices: Sequence[jax.Device] | None = None
+    member: int = 1, data: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh of `member * data` devices.
 
@@ -48,7 +48,7 @@ def make_mesh(
 
 
 def auto_mesh(
-    num_members: int, batch_size: int, *, devices: Sequence[jax.Device] | None = None
+    num_members: int, batch_size: int, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """The mesh that spreads members first, then batches, without a remainder."""
     devices = jax.devices() if devices is None else list(devices)

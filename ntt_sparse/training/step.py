@@ -193,7 +193,8 @@ def make_program(
 
 def state_shardings(mesh: Mesh) -> TrainState:
     """Shardings of a `TrainState`, as a prefix: members over the mesh, counters everywhere."""
-    by_member, everywhere = member_sharding(mesh), replicated(mesh)
+    by_member: Any = member_sharding(mesh)
+    everywhere: Any = replicated(mesh)
     return TrainState(
         step=everywhere, members=by_member, sums=by_member, since=everywhere, bad_step=by_member
     )

@@ -62,7 +62,7 @@ def weight_decay(coefficient: float) -> Term:
         squares = jax.tree.map(
             lambda leaf, mask: None if mask is None else jnp.sum(leaf**2), effective, inputs.masks
         )
-        total = sum(jax.tree.leaves(squares))
+        total = jnp.sum(jnp.stack(jax.tree.leaves(squares)))
         return coefficient * total, {"sum_of_squares": total}
 
     return term
@@ -93,7 +93,7 @@ def evaluate_supervised(
     Raises:
         ValueError: The set is empty.
     """
-    n = data[1].shape[0]
+    n = len(jnp.asarray(data[1]))
     if n == 0:
         raise ValueError("the set to evaluate on is empty")
     effective = pruning_masks.apply(params, masks)

@@ -307,14 +307,17 @@ def test_members_of_a_sparse_lenet(x64, density):
 def test_auto_takes_structure_where_all_leaves_have_a_rule(monkeypatch):
     weights = {name: leaf.astype(jnp.float32) for name, leaf in matrices().items()}
     taken = []
-    for name in ("evaluate", "vector_products"):
+
+    def spy(name):
+        function = getattr(structured, name)
         monkeypatch.setattr(
             structured,
             name,
-            lambda *args, _name=name, _fn=getattr(structured, name), **options: (
-                taken.append(_name) or _fn(*args, **options)
-            ),
+            lambda *args, **kwargs: taken.append(name) or function(*args, **kwargs),
         )
+
+    spy("evaluate")
+    spy("vector_products")
 
     def kernel_of(network, **options):
         taken.clear()

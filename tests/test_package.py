@@ -1,0 +1,94 @@
+"""The package as a whole: what importing it costs, and that the README tells the truth."""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ntt_sparse
+from experiments.configs import ntt as configs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+HEAVY = ("tensorflow", "matplotlib", "sklearn", "orbax", "tensorflow_datasets", "tensorboardX")
+
+
+def modules(package):
+    return [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+
+
+def test_no_module_imports_anything_heavy():
+    names = modules(ntt_sparse)
+    assert "ntt_sparse.objectives.ntt" in names
+    code = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# Who may import whom: an arrow that is not here is a mistake.
+ROOMS = {
+    "ntk": {"_types", "ntk"},
+    "data": {"data"},
+    "models": {"_types", "models"},
+    "pruning": {"_types", "pruning"},
+    "objectives": {"_types", "ntk", "objectives", "pruning.masks"},
+    "training": {"_types", "data.batches", "pruning.masks", "training"},
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards_only(room):
+    for path in (ROOT / "ntt_sparse" / room).rglob("*.py"):
+        text = path.read_text()
+        found = re.findall(r"^\s*from ntt_sparse\.(\S+) import (\w+)", text, re.M)
+        found = [(module, f"{module}.{name}") for module, name in found]
+        found += [
+            (name, name) for name in re.findall(r"^\s*from ntt_sparse import (\w+)", text, re.M)
+        ]
+        for candidates in found:
+            allowed = any(
+                name == arrow or name.startswith(f"{arrow}.")
+                for name in candidates
+                for arrow in ROOMS[room]
+            )
+            assert allowed, f"{path.name} imports {candidates[1]}"
+
+
+def test_every_public_function_is_documented():
+    for name in modules(ntt_sparse):
+        module = importlib.import_module(name)
+        assert module.__doc__, name
+        for attribute, value in vars(module).items():
+            if callable(value) and getattr(value, "__module__", "") == name:
+                assert attribute.startswith("_") or value.__doc__, f"{name}.{attribute}"
+
+
+def test_the_readme_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.search(r"total\s+2,510\s+50,200\s+0\.05000", capsys.readouterr().out)
+
+
+def test_the_readme_names_what_exists():
+    for module in re.findall(r"^\| `(ntt_sparse\.[\w.]+)`", README, re.M):
+        importlib.import_module(module)
+    for name in re.findall(r"ntt\.py:(\w+)", README):
+        configs.get_config(name)
+    fields = configs.get_config().to_dict()
+    for path in re.findall(r"--config\.([\w.]+)=", README):
+        node = fields
+        for field in path.split("."):
+            assert field in node, path
+            node = node[field]
+
+
+def test_no_private_jax_is_imported():
+    for path in [*ROOT.glob("ntt_sparse/**/*.py"), *ROOT.glob("experiments/**/*.py")]:
+        assert not re.search(r"jax\._src|jax\.interpreters", path.read_text()), path
