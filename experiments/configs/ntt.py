@@ -1,15 +1,18 @@
 """Settings of Neural Tangent Transfer (Liu and Zenke, ICML 2020, Table 2 and B.3).
 
-A name picks the settings; `,smoke` shrinks them to seconds, to see that all parts work:
+A name picks the settings. `,global` lets weights compete across layers, with a
+Logit-SNIP mask to start from (C.2); `,smoke` shrinks the settings to seconds, to see that
+all parts work:
 
     python -m experiments.ntt --config=experiments/configs/ntt.py:mnist_lenet300
+    python -m experiments.ntt --config=experiments/configs/ntt.py:mnist_lenet300,global
     python -m experiments.ntt --config=experiments/configs/ntt.py:mnist_lenet300,smoke
 
 =============================  ======================================================
 digits_lenet300                the default: 8x8 digits inside scikit-learn, no download
 mnist_lenet300                 published; also fashion_mnist_lenet300
 mnist_lenet5_caffe             published; also fashion_mnist_lenet5_caffe
-cifar10_conv4, svhn_conv4      published
+cifar10_conv4, svhn_conv4      published; dropout in the supervised stage only
 outputs_lenet300               output evolution on 250 zeros and 250 ones (Sec. 4.1)
 outputs_lenet5_caffe           the same for a CNN (C.1, Fig. 1)
 outputs_digits_lenet300        the same on the embedded digits
@@ -84,7 +87,8 @@ _BASE: dict[str, Any] = {
 
 _CAFFE = {"model.name": "lenet5_caffe", "transfer.l2_weight": 1e-5}
 _CONV4 = {
-    "model.name": "conv4",
+    # Dropout drops in supervised training alone: kernels are taken without it.
+    "model.name": "conv4_dropout",
     "transfer.batch_size": 32,
     "transfer.l2_weight": 1e-8,
     "supervised.epochs": 600,
@@ -151,6 +155,7 @@ _CONFIGS = {
         "model.padding": "SAME",
     },
 }
+_GLOBAL = {"scope": "global", "transfer.initial_mask": "logit_snip"}
 _SMOKE = {
     "seeds": (1, 2),
     "transfer.max_steps": 6,
@@ -162,21 +167,26 @@ _SMOKE = {
 
 
 def get_config(name: str = "digits_lenet300") -> ml_collections.ConfigDict:
-    """The settings of a name, such as `"mnist_lenet300"` or `"mnist_lenet300,smoke"`.
+    """The settings of a name, such as `"mnist_lenet300"` or `"mnist_lenet300,global,smoke"`.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name or an option is unknown.
     """
     base, *options = name.split(",")
     if base not in _CONFIGS:
         close = difflib.get_close_matches(base, _CONFIGS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"unknown config {base!r}{hint}: expected one of {', '.join(_CONFIGS)}")
-    if options not in ([], ["smoke"]):
-        raise ValueError(f"config {base!r} has no option {','.join(options)!r}: there is 'smoke'")
+    unknown = [option for option in options if option not in ("global", "smoke")]
+    if unknown:
+        raise ValueError(
+            f"config {base!r} has no option {', '.join(unknown)}: there are global and smoke"
+        )
     config = ml_collections.ConfigDict(_BASE)
     settings = {**_CONFIGS[base], "name": name}
-    if options:
+    if "global" in options:
+        settings |= _GLOBAL
+    if "smoke" in options:
         settings |= _SMOKE
         settings["density"] = tuple(settings.get("density", _BASE["density"]))[:2]
     for path, value in settings.items():

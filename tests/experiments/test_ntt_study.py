@@ -17,7 +17,7 @@ from ntt_sparse.training.state import create_member
 
 
 @pytest.mark.parametrize("name", configs._CONFIGS)
-@pytest.mark.parametrize("option", ["", ",smoke"])
+@pytest.mark.parametrize("option", ["", ",smoke", ",global,smoke"])
 def test_every_config_is_valid(name, option):
     ntt_study.check_config(configs.get_config(name + option))
 
@@ -33,6 +33,10 @@ def test_published_settings():
         assert settings.l2_weight == l2
         assert config.supervised.learning_rate == 1e-3
     assert (mnist.supervised.epochs, conv4.supervised.epochs) == (50, 600)
+    # C.2: global pruning starts from Logit-SNIP.
+    glob = configs.get_config("mnist_lenet300,global")
+    assert (glob.scope, glob.transfer.initial_mask) == ("global", "logit_snip")
+    assert (mnist.scope, mnist.transfer.initial_mask) == ("layer", "magnitude")
     assert conv4.snip_batch_size == 128 and mnist.snip_batch_size == 100
 
 
