@@ -1,6 +1,7 @@
 """The command line of every study: flags, one-line errors, exit codes."""
 
 import difflib
+import fcntl
 import json
 import logging
 import re
@@ -13,6 +14,8 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
+
+from ntt_sparse.training.files import write_text
 
 
 class UserError(Exception):
@@ -80,6 +83,8 @@ def _guard(main: Callable[[], None]) -> None:
 def _log_to_stderr() -> None:
     """Shows this project's own messages, and of the libraries' only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax abandons tasks when a checkpoint cannot be read; we say what is wrong ourselves.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("ntt_sparse", "experiments"):
@@ -110,39 +115,60 @@ def _cause(message: str) -> str:
     return inner[-1] if inner else " ".join(message.split())
 
 
-def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Path:
-    """Makes a work directory this config's own, or finds that it already is.
+@contextmanager
+def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]:
+    """Holds a work directory for this config, alone, while the block runs.
 
-    Returns:
+    Yields:
         The directory; it holds `config.json`.
 
     Raises:
-        ValueError: It belongs to another config, or cannot be one. Nothing is changed.
+        UserError: It belongs to another config, another process works in it, or it
+            cannot be written. Nothing is changed.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
-    # Through JSON, so that tuples compare equal to the lists they become.
-    config = json.loads(json.dumps(config))
-    if path.exists():
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"work directory {workdir} cannot be written ({error.strerror}): "
+            "choose a folder of your own with --workdir"
+        ) from error
+    with lock:
         try:
-            existing = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): choose another --workdir") from error
-        if existing != config:
-            old, new = _flatten(existing), _flatten(config)
-            differing = [
-                f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-            ]
-            raise ValueError(
-                f"work directory {workdir} belongs to another config ({'; '.join(differing)}): "
-                "choose another --workdir or the same settings"
-            )
-        return workdir
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return workdir
+            # Released by the system when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process works in {workdir}: wait for it, or choose another --workdir"
+            ) from error
+        with user_errors():
+            _check_owner(workdir, json.loads(json.dumps(config)))
+        yield workdir
+
+
+def _check_owner(workdir: Path, config: dict[str, Any]) -> None:
+    """Finds `config`, which went through JSON, in config.json, or writes it there."""
+    path = workdir / "config.json"
+    if not path.exists():
+        write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return
+    try:
+        existing = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --workdir") from error
+    if existing != config:
+        old, new = _flatten(existing), _flatten(config)
+        differing = [
+            f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        raise ValueError(
+            f"work directory {workdir} belongs to another config ({'; '.join(differing)}): "
+            "choose another --workdir or the same settings"
+        )
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -32,13 +32,14 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, **kwargs: Any) -> Itera
 
 
 def accuracy_against_density(
-    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], reference: str
 ) -> None:
-    """Test accuracy of each method against density; a dense network is a horizontal line.
+    """Test accuracy of each method against density; the reference is a horizontal line.
 
     Args:
         path: Where to, without a suffix.
         curves: `{label: [(density, {"mean": ..., "std": ...}), ...]}`.
+        reference: Label of the network that all are compared with, the dense one.
     """
     with _figure(path, figsize=(6.4, 4.2)) as axes:
         axis = axes[0, 0]
@@ -46,7 +47,7 @@ def accuracy_against_density(
             densities = np.array([density for density, _ in points])
             mean = 100 * np.array([value["mean"] for _, value in points])
             std = 100 * np.array([value["std"] or 0.0 for _, value in points])
-            if np.all(densities == 1.0):
+            if label == reference:
                 axis.axhline(mean[0], color="black", linestyle="--", label=label)
                 axis.axhspan(mean[0] - std[0], mean[0] + std[0], color="black", alpha=0.08)
                 continue

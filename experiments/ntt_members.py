@@ -1,7 +1,6 @@
 """The members of the study: which networks there are and how each is initialised."""
 
 import logging
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -135,16 +134,28 @@ def supervised_members(
         if run.method not in ("ntt", "dense"):
             scope = METHODS[run.method].scope or config.scope
             scores = score_fns[run.method](key, params)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                masks = pruning_masks.from_scores(scores, run.density, scope=scope)
-            for warning in caught:
-                _logger.warning("%s: %s", member_names([run])[0], warning.message)
+            counts = pruning_masks.keep_counts(scores, run.density, scope=scope)
+            masks = pruning_masks.from_counts(scores, counts)
         rescale = run.method == "random_scaled"
         params = (pruning_masks.rescale if rescale else pruning_masks.apply)(params, masks)
         return create_member(params, masks, optimizer, key)
 
     return _stack([start(run) for run in runs])
+
+
+def log_densities(runs: list[Run], members: Member) -> None:
+    """Logs what each method keeps of each layer, for one seed; warns of every empty layer."""
+    shown = set()
+    for index, (run, name) in enumerate(zip(runs, member_names(runs), strict=True)):
+        masks = jax.tree.map(lambda leaf, i=index: leaf[i], members.masks)
+        rows = pruning_masks.layer_densities(masks)
+        empty = [layer for layer, row in rows.items() if row.kept == 0]
+        if empty:
+            _logger.warning("%s: layers without any weight: %s", name, ", ".join(empty))
+        if (run.method, run.density) not in shown and run.method != "dense":
+            kept = ", ".join(f"{layer} {row.kept}/{row.total}" for layer, row in rows.items())
+            _logger.info("%s at density %r keeps %s", run.method, run.density, kept)
+        shown.add((run.method, run.density))
 
 
 def _score_fns(config: Any, module: Any, train: Split) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The report of the study: summary.json, report.md and the figures."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,18 @@ import numpy as np
 
 from experiments import figures
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
+from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 # Test accuracy in the authors' notebooks: layerwise, wrt="all", mean of two runs; and the
 # loss before and after transfer.
 _PUBLISHED = {
-    ("mnist", "lenet_300_100", 0.03): {
+    ("mnist", "lenet_300_100", "layer", 0.03): {
         "ntt": 0.9646, "random": 0.93465, "loss_before": 7.737, "loss_after": 0.684,
     },
-    ("mnist", "lenet5_caffe", 0.03): {"ntt": 0.98175, "random": 0.96725, "loss_after": 0.0285},
+    ("mnist", "lenet5_caffe", "layer", 0.03): {
+        "ntt": 0.98175, "random": 0.96725, "loss_after": 0.0285,
+    },
 }  # fmt: skip
 
 
@@ -40,18 +42,12 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     summary["published"] = [
         {"density": density, **_PUBLISHED[key]}
         for density in config.density
-        if (key := (config.data.name, config.model.name, density)) in _PUBLISHED
+        if (key := (config.data.name, config.model.name, config.scope, density)) in _PUBLISHED
     ]
-    _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _write_text(workdir / "report.md", _markdown(config, summary))
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "report.md", _markdown(config, summary))
     _draw(config, workdir / "figures", summary, transfer, supervised)
     return summary
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def _supervised_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]
             "test_accuracy_last": spread(test[-1, members]),
             "test_accuracy_best_validation": spread(test[best, everyone][members]),
             "best_validation_step": steps[best[members]].tolist(),
-            "train_accuracy_last": spread(train[-1, members]),
+            "train_accuracy_since_last_record": spread(train[-1, members]),
         }
         for (method, density), members in _groups(runs).items()
     ]
@@ -108,11 +104,13 @@ def _percent(value: dict[str, Any]) -> str:
 
 
 def _markdown(config: Any, summary: dict[str, Any]) -> str:
+    held_out = config.supervised.validation_fraction
     lines = [
         f"# Neural Tangent Transfer: {config.name}",
         "",
         f"Test accuracy in percent, mean ± standard deviation over seeds {list(config.seeds)}; "
-        "after the last step, and at the step of best validation accuracy.",
+        "after the last step, and at the step of best validation accuracy."
+        + ("" if held_out else " Nothing was held out for validation."),
         "",
         "| method | density | last | best validation |",
         "| --- | --- | --- | --- |",
@@ -120,7 +118,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
     for row in summary["supervised"]:
         last, best = row["test_accuracy_last"], row["test_accuracy_best_validation"]
         label = METHODS[row["method"]].label
-        lines.append(f"| {label} | {row['density']:g} | {_percent(last)} | {_percent(best)} |")
+        lines.append(f"| {label} | {row['density']!r} | {_percent(last)} | {_percent(best)} |")
     if "transfer" in summary:
         lines += [
             "",
@@ -134,7 +132,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
                 f"{row[f'{term}_before']['mean']:.4g} → {row[f'{term}_after']['mean']:.4g}"
                 for term in ("loss", "kernel", "output", "l2")
             ]
-            lines.append(f"| {row['density']:g} | {' | '.join(cells)} |")
+            lines.append(f"| {row['density']!r} | {' | '.join(cells)} |")
     for row in summary["published"]:
         parts = [
             f"{METHODS[name].label} {100 * row[name]:.2f} %"
@@ -162,23 +160,24 @@ def _draw(
         ]
         for method in config.methods.split(",")
     }
-    figures.accuracy_against_density(directory / "accuracy_against_density", curves)
+    dense = METHODS["dense"].label
+    figures.accuracy_against_density(directory / "accuracy_against_density", curves, dense)
     steps, accuracy = supervised.column("test/accuracy")
     groups = _groups(runs)
     for density in config.density:
         lines = {
             METHODS[method].label: accuracy[:, members]
             for (method, group_density), members in groups.items()
-            if group_density in (density, 1.0)
+            if group_density == density or method == "dense"
         }
         name = f"accuracy_over_training_d{density!r}"
-        figures.accuracy_over_training(directory / name, steps, lines, f"density {density:g}")
+        figures.accuracy_over_training(directory / name, steps, lines, f"density {density!r}")
     if transfer is not None:
         members = _groups(transfer_runs(config))
         terms = {}
         for term in ("loss", "kernel", "output", "l2"):
             steps, values = transfer.column(f"validation/{term}")
-            terms[term] = {f"density {d:g}": values[:, i] for (_, d), i in members.items()}
+            terms[term] = {f"density {d!r}": values[:, i] for (_, d), i in members.items()}
         figures.transfer_terms(directory / "transfer_terms", steps, terms)
     if config.probe:
         steps, outputs = supervised.column("outputs")

@@ -63,7 +63,10 @@ def refresh_masks(every: int, total_steps: int) -> Callable[[Member, Any], Membe
 
     Steps count from 1; none in the last `every` steps, so that the final mask is
     trained: a refresh happens where `step % every == 0` and `step < total_steps - every`.
+    With `every=0` the initial mask stays.
     """
+    if every == 0 or every >= total_steps:
+        return lambda member, step: member
 
     def refresh(member: Member) -> Member:
         scores = saliency.magnitude(member.params)

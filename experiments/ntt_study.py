@@ -1,8 +1,9 @@
 """The Neural Tangent Transfer study: prepare, transfer, train, report."""
 
+import json
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import numpy as np
 
 from experiments import ntt_report
 from experiments.cli import claim_workdir, user_errors
+from experiments.ntt_checks import check_config, check_sizes
 from experiments.ntt_members import (
-    METHODS,
     Run,
+    log_densities,
     member_names,
     supervised_members,
     supervised_runs,
@@ -33,7 +35,7 @@ from ntt_sparse.data import images
 from ntt_sparse.data.batches import steps_per_epoch, total_steps
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training import mesh as meshes
-from ntt_sparse.training.checkpoint import Checkpoints
+from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 from ntt_sparse.training.state import Member
@@ -50,7 +52,7 @@ class Setup(NamedTuple):
     input_shape: tuple[int, ...]
     transfer: images.ImageData
     supervised: images.ImageData
-    transfer_plan: Plan
+    transfer_plan: Plan | None
     supervised_plan: Plan
 
 
@@ -73,72 +75,15 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
     with user_errors():
         check_config(config)
         setup = prepare(config, data_dir)
-        workdir = claim_workdir(workdir, config.to_dict())
-    transferred = None
-    if "ntt" in config.methods.split(","):
-        transferred = transfer(config, setup, workdir)
-    supervise(config, setup, workdir, transferred)
-    summary = ntt_report.write(config, workdir)
-    print(f"\n{(workdir / 'report.md').read_text()}")
-    print(f"figures: {workdir / 'figures'}\nsummary: {workdir / 'summary.json'}")
+    with claim_workdir(workdir, config.to_dict()) as claimed:
+        transferred = None
+        if "ntt" in config.methods.split(","):
+            transferred = transfer(config, setup, claimed)
+        supervise(config, setup, claimed, transferred)
+        summary = ntt_report.write(config, claimed)
+    print(f"\n{(claimed / 'report.md').read_text()}")
+    print(f"figures: {claimed / 'figures'}\nsummary: {claimed / 'summary.json'}")
     return summary
-
-
-def check_config(config: Any) -> None:
-    """Checks values that types do not.
-
-    Raises:
-        ValueError: A value is unknown or out of range; the message names the field.
-    """
-    methods = config.methods.split(",")
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or len(set(methods)) < len(methods):
-        raise ValueError(
-            f"config.methods is {config.methods!r}: expected different names, joined by commas, "
-            f"from {','.join(METHODS)}"
-        )
-    if not config.density or not config.seeds:
-        raise ValueError("config.density and config.seeds need at least one value each")
-    for field in ("density", "seeds"):
-        if len(set(config[field])) < len(config[field]):
-            raise ValueError(f"config.{field} is {config[field]}: a value stands there twice")
-    for density in config.density:
-        pruning_masks.check_density(density, "config.density")
-    if any(not isinstance(seed, int) or seed < 0 for seed in config.seeds):
-        raise ValueError(f"config.seeds is {config.seeds}, expected integers of 0 or more")
-    choices = {
-        "scope": ("layer", "global"),
-        "transfer.initial_mask": ("magnitude", "logit_snip"),
-        "transfer.wrt": ("masked", "all"),
-        "supervised.optimizer": ("adam", "sgd"),
-        "supervised.loss": ("cross_entropy", "squared_error"),
-    }
-    for field, allowed in choices.items():
-        value = _get(config, field)
-        if value not in allowed:
-            raise ValueError(f"config.{field} is {value!r}, expected one of {', '.join(allowed)}")
-    for field in ("snip_batch_size", "transfer.refresh_every", "transfer.record_every"):
-        if _get(config, field) < 1:
-            raise ValueError(f"config.{field} is {_get(config, field)}, expected 1 or more")
-    for stage in ("transfer", "supervised"):
-        for field, least in (("epochs", 1), ("batch_size", 1), ("max_steps", 0)):
-            if config[stage][field] < least:
-                raise ValueError(
-                    f"config.{stage}.{field} is {config[stage][field]}, expected {least} or more"
-                )
-        if not config[stage].learning_rate > 0:
-            raise ValueError(f"config.{stage}.learning_rate must be positive")
-    for field in ("transfer.kernel_weight", "transfer.l2_weight", "supervised.weight_decay"):
-        if not 0 <= _get(config, field) < float("inf"):
-            raise ValueError(f"config.{field} is {_get(config, field)}, expected 0 or more")
-    if config.transfer.batch_size < 2 and "ntt" in methods:
-        raise ValueError("config.transfer.batch_size is 1: kernel pairs need at least two examples")
-
-
-def _get(config: Any, path: str) -> Any:
-    for field in path.split("."):
-        config = config[field]
-    return config
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:
@@ -157,10 +102,12 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     params = jax.eval_shape(lambda: models.init(module, jax.random.key(0), whole.input_shape))
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
     for density in config.density:
-        for scope in ("layer", "global"):
-            pruning_masks.keep_counts(scores, density, scope=scope)
+        pruning_masks.keep_counts(scores, density, scope="layer")
     data, plans = {}, {}
     for stage in ("transfer", "supervised"):
+        if stage == "transfer" and "ntt" not in config.methods.split(","):
+            data[stage], plans[stage] = whole, None
+            continue
         settings = config[stage]
         data[stage] = _hold_out(whole, settings.validation_fraction, config.data.split_seed)
         n = len(data[stage].train.y)
@@ -168,6 +115,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
         steps = settings.max_steps or total_steps(n, settings.batch_size, settings.epochs)
         every = settings.record_every or per_epoch
         plans[stage] = Plan(steps, per_epoch, every, config.checkpoint_seconds)
+    check_sizes(config, data["transfer"], data["supervised"])
     return Setup(
         apply_fn=models.apply_fn(module),
         module=module,
@@ -206,18 +154,20 @@ def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
     runs = transfer_runs(config)
     inputs = setup.transfer.train.x
     members = transfer_members(config, setup.module, setup.input_shape, inputs, runs)
+    log_densities(runs, members)
+    plan = cast(Plan, setup.transfer_plan)
     step_fn = make_step(
         transfer_terms(config, setup.apply_fn),
         make_optimizer(config.transfer),
-        after_update=refresh_masks(config.transfer.refresh_every, setup.transfer_plan.total_steps),
+        after_update=refresh_masks(config.transfer.refresh_every, plan.total_steps),
     )
     # Kernels are large: on a CPU, members one after another bound the memory and cost no time.
     mode = "loop" if jax.default_backend() == "cpu" else "vmap"
     held_out = setup.transfer.validation.x[: config.transfer.batch_size]
     evaluate = transfer_evaluation(config, setup.apply_fn)
     return _fit_stage(
-        config, workdir, "transfer", runs, members, step_fn, setup.transfer_plan,
-        inputs, evaluate, (held_out,), mode,
+        config, workdir, "transfer", runs, members, step_fn, plan, inputs, evaluate,
+        (held_out,), mode,
     )  # fmt: skip
 
 
@@ -228,7 +178,7 @@ def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | No
     members = supervised_members(
         config, setup.module, setup.input_shape, data.train, runs, transferred
     )
-    _log_densities(runs, members)
+    log_densities(runs, members)
     step_fn = make_step(supervised_terms(config, setup.apply_fn), make_optimizer(config.supervised))
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
     evaluate = supervised_evaluation(config, setup.apply_fn)
@@ -272,10 +222,9 @@ def _fit_stage(
         dict(mesh.shape), mode,
     )  # fmt: skip
     log = MetricsLog(workdir / f"{stage}.jsonl", stage)
-    with Checkpoints(workdir / "checkpoints" / stage) as checkpoints:
-        # Events after the checkpoint that an interrupted run left are written again.
-        resumed_at = max(checkpoints.steps(), default=-1)
-        board = TensorBoard(workdir / "tensorboard" / stage, names, purge_step=resumed_at + 1)
+    board = TensorBoard(workdir / "tensorboard" / stage, names)
+    identity = json.dumps(config.to_dict(), sort_keys=True) + str(names) + str(digest(train_data))
+    with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
         state = fit(
             program,
             members,
@@ -288,7 +237,7 @@ def _fit_stage(
             should_stop=lambda records: _out_of_patience(records, patience),
             tensorboard=board,
         )
-        board.close()
+    board.close()
     return state.members
 
 
@@ -298,16 +247,3 @@ def _out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
         return False
     accuracies = np.array([record["validation/accuracy"] for record in records], float)
     return bool(np.all(accuracies[-patience:].max(0) <= accuracies[:-patience].max(0)))
-
-
-def _log_densities(runs: list[Run], members: Member) -> None:
-    """Logs what each method keeps of each layer, for the first seed."""
-    shown = set()
-    for index, run_ in enumerate(runs):
-        if (run_.method, run_.density) in shown or run_.method == "dense":
-            continue
-        shown.add((run_.method, run_.density))
-        masks = jax.tree.map(lambda leaf, i=index: leaf[i], members.masks)
-        rows = pruning_masks.layer_densities(masks)
-        kept = ", ".join(f"{name} {row.kept}/{row.total}" for name, row in rows.items())
-        _logger.info("%s at density %g keeps %s", run_.method, run_.density, kept)

@@ -38,7 +38,7 @@ _BASE: dict[str, Any] = {
     ),
     "density": (0.03,),
     "seeds": (1, 2),
-    # Where ntt, random and magnitude masks compete: within a layer or globally.
+    # Where weights of ntt and magnitude masks compete: within a layer or globally.
     "scope": "layer",
     # Examples that score SNIP masks: the first of the training split.
     "snip_batch_size": 100,
@@ -59,11 +59,13 @@ _BASE: dict[str, Any] = {
         # gamma^2 and beta of the paper.
         "kernel_weight": 1e-3,
         "l2_weight": 1e-4,
+        # Steps between mask refreshes (0: the initial mask stays).
         "refresh_every": 100,
         # Initial mask: "magnitude", or "logit_snip" (the paper's choice for scope="global").
         "initial_mask": "magnitude",
         "wrt": "masked",
         "validation_fraction": 0.002,
+        # 0: once an epoch.
         "record_every": 100,
         # 0: epochs decide.
         "max_steps": 0,
@@ -144,6 +146,7 @@ _CONFIGS = {
     "fashion_mnist_lenet300": {"data.name": "fashion_mnist"},
     "fashion_mnist_lenet5_caffe": {**_CAFFE, "data.name": "fashion_mnist"},
     "cifar10_conv4": {**_CONV4, "data.name": "cifar10", "snip_batch_size": 128},
+    # The paper does not say for how many epochs it trained on SVHN; these are CIFAR-10's.
     "svhn_conv4": {**_CONV4, "data.name": "svhn_cropped"},
     "outputs_lenet300": _OUTPUTS,
     "outputs_lenet5_caffe": {**_OUTPUTS, **_OUTPUTS_CAFFE},

@@ -39,7 +39,8 @@ def class_indices(
 ) -> tuple[Int32[np.ndarray, "train"], Int32[np.ndarray, "test"], int]:
     """The labels of both splits as 0..K-1, and K.
 
-    Where K is not stored it is the largest training label plus one. Labels 1..K, as in
+    Where K is not stored it is the largest training label plus one, and at least half of
+    the classes must occur in training: a stray label would make many. Labels 1..K, as in
     the original SVHN files where 10 stands for the digit 0, are mapped with `% K`.
     """
     y_train = _check_labels(arrays.y_train, len(arrays.x_train), "train")
@@ -57,6 +58,13 @@ def class_indices(
         # Out-of-range test labels stay, to be reported below.
         y_train = y_train % num_classes
         y_test = np.where(y_test <= num_classes, y_test % num_classes, y_test)
+    if arrays.num_classes is None:
+        present = np.unique(y_train).size
+        if 2 * present < num_classes:
+            raise ValueError(
+                f"train labels go up to {largest}, but only {present} different ones occur: "
+                "correct them, or store the number of classes as num_classes"
+            )
     for split, y in (("train", y_train), ("test", y_test)):
         bad = np.flatnonzero((y < 0) | (y >= num_classes))
         if bad.size:

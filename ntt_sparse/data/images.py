@@ -201,6 +201,10 @@ def channel_statistics(
     mean = np.sum(sums, axis=0) / count
     squares = [((x[chunk] - mean) ** 2).sum((0, 1, 2)) for chunk in chunks]
     std = np.sqrt(np.sum(squares, axis=0) / count)
+    if not np.all(np.isfinite(std)):
+        raise ValueError(
+            "the spread of the training images overflows: pixels are too large to be standardised"
+        )
     # Rounding leaves a constant channel of 0.1 a tiny spread above zero.
     constant = np.flatnonzero(std <= 1e-12 * np.abs(mean))
     if constant.size:

@@ -12,6 +12,7 @@ Two layers of functions select masks from scores:
   one compiled program can have different densities.
 """
 
+import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -179,7 +180,7 @@ def layer_densities(masks: Masks) -> dict[str, LayerDensity]:
     report = {}
     for name, mask in named_leaves(masks).items():
         kept = int(jnp.sum(mask, dtype=jnp.int32))
-        report[name] = LayerDensity(kept, mask.size, kept / mask.size)
+        report[name] = LayerDensity(kept, mask.size, kept / max(mask.size, 1))
     return report
 
 
@@ -279,7 +280,7 @@ def keep_counts(scores: Scores, density: Density, *, scope: Scope = "global") ->
 def check_density(value: float, name: str = "density") -> None:
     """Raises ValueError unless `value` is a fraction in (0, 1]."""
     # The negated form also refuses NaN.
-    if not 0.0 < value <= 1.0:
+    if not isinstance(value, numbers.Real) or not 0.0 < value <= 1.0:
         raise ValueError(
             f"{name} is {value}, expected a fraction in (0, 1]: density is the part kept, "
             "1 keeps everything"

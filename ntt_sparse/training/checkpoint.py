@@ -20,31 +20,40 @@ class CheckpointError(RuntimeError):
 
 def digest(tree: Any) -> np.ndarray:
     """A 128-bit fingerprint of every bit of a pytree of arrays, as `(16,)` uint8."""
-    fingerprint = hashlib.blake2b(digest_size=16)
+    content = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.ascontiguousarray(leaf)
         header = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
-        fingerprint.update(header.encode())
-        fingerprint.update(array.reshape(-1).view(np.uint8).data)
+        content += [header.encode(), array.reshape(-1).view(np.uint8).data]
+    return _fingerprint(*content)
+
+
+def _fingerprint(*content: Any) -> np.ndarray:
+    """128 bits of some bytes, as `(16,)` uint8."""
+    fingerprint = hashlib.blake2b(digest_size=16)
+    for part in content:
+        fingerprint.update(part)
     return np.frombuffer(fingerprint.digest(), np.uint8)
 
 
 class Checkpoints:
     """The checkpoints of one stage of a run, in one directory.
 
-    Each holds the state, how many records the metrics file had when it was taken, and
-    a digest of the state. Saving is atomic (Orbax writes aside and renames); a
-    checkpoint that was cut short or changed on disk fails its digest and is set aside
-    when an older one can take its place.
+    Each holds the state, how many records the metrics file had when it was taken, a
+    digest of the state, and what run it belongs to. Saving is atomic (Orbax writes
+    aside and renames); a checkpoint that was cut short or changed on disk fails its
+    digest and is set aside when an older one can take its place.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    def __init__(self, directory: str | Path, *, identity: str = "", keep: int = 2):
         """Opens a directory, created when the first checkpoint is saved.
 
         Args:
             directory: Where the checkpoints of this stage are.
+            identity: Text that names the run: its settings and data. Checkpoints of
+                another identity are refused.
             keep: How many of the newest to keep, at least 1.
 
         Raises:
@@ -56,6 +65,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.directory = Path(directory).absolute()
+        self._identity = _fingerprint(identity.encode())
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             str(self.directory),
@@ -81,7 +91,11 @@ class Checkpoints:
         """Saves a state; returns when it is on disk. A step already saved is left as it is."""
         if step in self.steps():
             return
-        meta = {"records": np.asarray(records, np.int64), "digest": digest(state)}
+        meta = {
+            "records": np.asarray(records, np.int64),
+            "digest": digest(state),
+            "identity": self._identity,
+        }
         self._checkpointer.save(step, {"state": state, "meta": meta})
 
     def restore(self, like: _State) -> tuple[_State, int] | None:
@@ -95,26 +109,33 @@ class Checkpoints:
             `(state, records)`, or `None` when there is no checkpoint at all.
 
         Raises:
-            CheckpointError: There are checkpoints, but none is whole and of this run.
+            CheckpointError: There are checkpoints, but they are of another run, or none
+                is whole.
         """
         steps = self.steps()
         problems = {}
         for step in reversed(steps):
             try:
                 restored = self._load(step, like)
+            except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+                # Not damage: another run's, or no room for it.
+                raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damage.
-                problems[step] = " ".join(str(error).split())[:200]
+                _logger.debug("checkpoint of step %d", step, exc_info=True)
+                problems[step] = f"{type(error).__name__} on reading it"
                 continue
             for damaged in problems:
                 aside = self._set_aside(damaged)
                 _logger.warning(
-                    "checkpoint of step %d is damaged (%s): moved to %s, going on from step %d",
+                    "checkpoint of step %d is cut short or changed (%s): moved to %s, "
+                    "going on from step %d",
                     damaged, problems[damaged], aside, step,
                 )  # fmt: skip
             return restored
         if problems:
             raise CheckpointError(
-                f"no checkpoint in {self.directory} can be used: "
+                f"no checkpoint in {self.directory} can be used, they are cut short, changed or "
+                "of another network: "
                 + "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
                 + ". Delete or move that directory to start this stage again"
             )
@@ -124,12 +145,21 @@ class Checkpoints:
         def abstract(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
-        meta = {"records": np.zeros((), np.int64), "digest": np.zeros(16, np.uint8)}
+        meta = {
+            "records": np.zeros((), np.int64),
+            "digest": np.zeros(16, np.uint8),
+            "identity": np.zeros(16, np.uint8),
+        }
         tree = {"state": jax.tree.map(abstract, like), "meta": meta}
         loaded = self._checkpointer.load(step, tree)
         found = digest(loaded["state"])
         if not np.array_equal(found, loaded["meta"]["digest"]):
             raise ValueError("its content does not match its digest")
+        if not np.array_equal(loaded["meta"]["identity"], self._identity):
+            raise CheckpointError(
+                f"the checkpoints in {self.directory} belong to a run with other settings or data: "
+                "choose another directory, or delete this one"
+            )
         return loaded["state"], int(loaded["meta"]["records"])
 
     def _set_aside(self, step: int) -> Path:

@@ -141,6 +141,8 @@ def fit(
                         "the same command goes on from here"
                     )
         checkpoints.save(step, state, records=len(log.records))
+        if interrupted():
+            raise Interrupted(f"stage {log.stage!r} is done; the same command goes on from here")
     return state
 
 
@@ -173,6 +175,12 @@ def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> Tr
         log.truncate(records)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    steps = [record["step"] for record in log.records]
+    if steps != sorted(set(steps)) or (steps and steps[-1] > int(state.step)):
+        raise CheckpointError(
+            f"{log.path} does not belong to the checkpoint of step {int(state.step)}: its records "
+            "are of other steps; delete the stage's checkpoints to start it again"
+        )
     _logger.info("stage %s goes on from step %d", log.stage, int(state.step))
     return state
 
@@ -180,9 +188,9 @@ def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> Tr
 def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) -> float:
     """Raises with step, term and member if anything logged was not finite; the mean loss."""
     bad_step, sums, since = jax.device_get((state.bad_step, state.sums, state.since))
-    # By step; at one step a term before the sum of all terms, which it makes bad too.
+    # By step; at one step a term before what it makes bad too: the sum of all, and params.
     found = [
-        (steps[member], name == "loss", name, member)
+        (steps[member], name in ("loss", "params"), name, member)
         for name, steps in bad_step.items()
         for member in np.flatnonzero(steps >= 0).tolist()
     ]

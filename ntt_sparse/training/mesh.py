@@ -17,9 +17,7 @@ MemberMode: TypeAlias = Literal["vmap", "loop"]
 """How the members of one device ride: as a batched axis, or one after another."""
 
 
-def make_mesh(
-    member: int = 1, data: int = 1, *, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(member: int = 1, data: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `member * data` devices.
 
     Args:
@@ -47,9 +45,7 @@ def make_mesh(
     )
 
 
-def auto_mesh(
-    num_members: int, batch_size: int, *, devices: Sequence[Any] | None = None
-) -> Mesh:
+def auto_mesh(num_members: int, batch_size: int, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that spreads members first, then batches, without a remainder."""
     devices = jax.devices() if devices is None else list(devices)
     member = math.gcd(num_members, len(devices))

@@ -7,12 +7,13 @@ Values that are not finite are written as `null`, so that every line is strict J
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from ntt_sparse.training.files import write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -49,9 +50,7 @@ class MetricsLog:
                 "put the file back, or delete the stage's checkpoints to start it again"
             )
         self.records = self.records[:count]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(record) for record in self.records))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(_line(record) for record in self.records))
 
     def write(self, step: int, values: Mapping[str, Any]) -> Record:
         """Appends a record and flushes it.
@@ -116,38 +115,41 @@ def _read_lines(path: Path) -> Iterable[Record]:
 class TensorBoard:
     """TensorBoard event files, one run per member, without TensorFlow.
 
-    Without the package tensorboardX this writes nothing and says so once.
+    Files are opened with the first scalars; events from that step on which an
+    interrupted run left are hidden. Without the package tensorboardX nothing is
+    written, which is said once.
     """
 
-    def __init__(self, directory: str | Path, member_names: Sequence[str], *, purge_step: int = 0):
-        """Opens the event files.
+    def __init__(self, directory: str | Path, member_names: Sequence[str]):
+        """Prepares the sink; nothing is written yet.
 
         Args:
             directory: Each member writes into a directory of its name below it.
             member_names: Names of the members, used as directories.
-            purge_step: Events from this step on that an interrupted run left are hidden.
         """
-        self._writers: list[Any] = []
+        self._paths = [str(Path(directory) / name) for name in member_names]
+        self._writers: list[Any] | None = None
+
+    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the scalars of every member; arrays with more axes are left out."""
+        if self._writers is None:
+            self._writers = self._open(step)
+        for name, value in values.items():
+            array = np.asarray(value)
+            if array.ndim == 1 and self._writers:
+                for writer, scalar in zip(self._writers, array, strict=True):
+                    writer.add_scalar(f"{stage}/{name}", float(scalar), step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        for writer in self._writers or ():
+            writer.close()
+
+    def _open(self, step: int) -> list[Any]:
         try:
             # Imported here: an optional sink of an optional package.
             from tensorboardX import SummaryWriter
         except ImportError:
             _logger.info("tensorboardX is not installed: no TensorBoard files are written")
-            return
-        for name in member_names:
-            self._writers.append(
-                SummaryWriter(str(Path(directory) / name), purge_step=purge_step, flush_secs=30)
-            )
-
-    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the scalars of every member; arrays with more axes are left out."""
-        for name, value in values.items():
-            array = np.asarray(value)
-            if array.ndim == 1:
-                for writer, scalar in zip(self._writers, array, strict=False):
-                    writer.add_scalar(f"{stage}/{name}", float(scalar), step)
-
-    def close(self) -> None:
-        """Flushes and closes the files."""
-        for writer in self._writers:
-            writer.close()
+            return []
+        return [SummaryWriter(path, purge_step=step, flush_secs=30) for path in self._paths]

@@ -22,7 +22,7 @@ from ntt_sparse.training.mesh import (
     replicated,
     spread_examples,
 )
-from ntt_sparse.training.state import Member, TrainState
+from ntt_sparse.training.state import Member, TrainState, num_members
 
 # Independent streams folded from a member's key.
 _DATA_STREAM, _NOISE_STREAM = 0, 1
@@ -73,10 +73,16 @@ def make_step(
         what each term logs.
 
     Raises:
-        ValueError: There are no terms.
+        ValueError: There are no terms, or a name would hide another entry of the logs.
     """
     if not terms:
         raise ValueError("a loss needs at least one term, none were given")
+    for name in terms:
+        if name in ("loss", "params") or "/" in name:
+            raise ValueError(
+                f"a term cannot be named {name!r}: 'loss' is the sum of the terms, 'params' their "
+                "parameters, and 'term/name' what a term logs"
+            )
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step_fn(member, batch, step):
@@ -146,16 +152,21 @@ def make_program(
 
         def body(step, loop_carry):
             member, sums, bad_step = loop_carry
+            bad_step = dict(bad_step)
             member, logs = step_fn(member, gather(data, permutation, step), step)
             sums = jax.tree.map(jnp.add, sums, logs)
-            bad_step = jax.tree.map(
-                lambda bad, value: jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad),
-                bad_step,
-                logs,
-            )
+            for name, value in logs.items():
+                bad = bad_step[name]
+                bad_step[name] = jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad)
             return member, sums, bad_step
 
-        return jax.lax.fori_loop(start, stop, body, (member, sums, bad_step))
+        member, sums, bad_step = jax.lax.fori_loop(start, stop, body, (member, sums, bad_step))
+        # The last update of a chunk is in no loss yet.
+        leaves = jax.tree.leaves(member.params)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        bad = bad_step["params"]
+        bad_step["params"] = jnp.where((bad < 0) & ~finite, stop - 1, bad)
+        return member, sums, bad_step
 
     shardings = state_shardings(mesh)
     mapped_chunk = map_members(chunk_one, mesh, num_shared=3, mode=mode)
@@ -173,7 +184,8 @@ def make_program(
 
         shapes = jax.eval_shape(jax.vmap(logs_of), members)
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        bad_step = jax.tree.map(lambda leaf: jnp.full(leaf.shape, -1, jnp.int32), shapes)
+        never = jnp.full(num_members(members), -1, jnp.int32)
+        bad_step = dict.fromkeys([*shapes, "params"], never)
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, members, sums, zero, bad_step)
         # A copy: chunks donate the state, and the caller keeps the members.

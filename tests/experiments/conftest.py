@@ -9,6 +9,7 @@ class SmokeRun(NamedTuple):
     """A finished run and how to repeat it."""
 
     arguments: tuple
+    fields: dict
     workdir: object
     cache: object
 
@@ -19,14 +20,21 @@ def finished_smoke(tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("compiled")
     workdir = tmp_path_factory.mktemp("smoke") / "work"
+    # Checkpoints after every chunk, so that a kill finds one.
+    fields = {
+        "methods": "ntt,dense,random",
+        "density": (0.05,),
+        "checkpoint_seconds": 0.0,
+        "transfer.max_steps": 40,
+        "transfer.refresh_every": 3,
+        "transfer.record_every": 10,
+        "supervised.max_steps": 200,
+        "supervised.record_every": 50,
+    }
     arguments = (
         f"--config={CONFIG}:digits_lenet300,smoke",
-        "--config.methods=ntt,dense,random",
-        "--config.density=0.05",
-        # Long enough to be interrupted in.
-        "--config.supervised.max_steps=600",
-        "--config.supervised.record_every=50",
+        *(f"--config.{field}={value}" for field, value in fields.items()),
     )
     result = run(cache, *arguments, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-2000:]
-    return SmokeRun(arguments, workdir, cache)
+    return SmokeRun(arguments, fields, workdir, cache)

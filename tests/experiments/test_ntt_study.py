@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ntt_members, ntt_report, ntt_stages, ntt_study
+from experiments import ntt_checks, ntt_members, ntt_report, ntt_stages, ntt_study
 from experiments.configs import ntt as configs
 from ntt_sparse import models
 from ntt_sparse.data import images
@@ -19,7 +19,7 @@ from ntt_sparse.training.state import create_member
 @pytest.mark.parametrize("name", configs._CONFIGS)
 @pytest.mark.parametrize("option", ["", ",smoke", ",global,smoke"])
 def test_every_config_is_valid(name, option):
-    ntt_study.check_config(configs.get_config(name + option))
+    ntt_checks.check_config(configs.get_config(name + option))
 
 
 def test_published_settings():
@@ -41,7 +41,8 @@ def test_published_settings():
 
 
 @pytest.mark.parametrize(
-    ("total", "every", "last", "count"), [(18_720, 100, 18_600, 186), (200, 100, None, 0)]
+    ("total", "every", "last", "count"),
+    [(18_720, 100, 18_600, 186), (200, 100, None, 0), (100, 10**9, None, 0)],
 )
 def test_refresh_schedule(total, every, last, count):
     """Golden: 186 refreshes in the published MNIST run, none when two periods are all."""
@@ -63,7 +64,22 @@ def test_refresh_schedule(total, every, last, count):
     steps = [step for step in range(every, total + 1, every) if refreshed(step)]
     assert len(steps) == count
     assert (steps[-1] if steps else None) == last
-    assert not refreshed(every + 1)
+    assert not refreshed(min(every, total) + 1)
+
+
+def test_the_initial_mask_can_stay():
+    after_update = ntt_stages.refresh_masks(0, 10)
+    assert after_update("member", 4) == "member"
+
+
+def test_an_empty_layer_of_any_method_is_a_warning(study, caplog):
+    config, setup = study
+    runs = [ntt_members.Run("ntt", 0.0003, 1)]
+    students = ntt_members.transfer_members(
+        config, setup.module, setup.input_shape, setup.transfer.train.x, runs
+    )
+    ntt_members.log_densities(runs, students)
+    assert "ntt-d0.0003-s1: layers without any weight: Dense_2/kernel" in caplog.text
 
 
 @pytest.fixture(scope="module")

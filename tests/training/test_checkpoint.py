@@ -91,7 +91,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, caplog):
         restored, records = checkpoints.restore(make_state())
         assert records == 1
         assert bits(restored) == bits(make_state(1))
-        assert "step 2 is damaged" in caplog.text
+        assert "step 2 is cut short or changed" in caplog.text
         # Its place is free again, and what was there is not lost.
         checkpoints.save(2, make_state(2), records=2)
         assert checkpoints.restore(make_state())[1] == 2
@@ -115,6 +115,15 @@ def test_a_checkpoint_of_another_network_is_an_error(tmp_path):
         other.members.params["w"] = jnp.zeros((2, 5, 4))
         with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
             checkpoints.restore(other)
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_left(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c", identity="density 0.03") as checkpoints:
+        checkpoints.save(1, make_state(), records=1)
+    with checkpoint.Checkpoints(tmp_path / "c", identity="density 0.1") as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="other settings or data"):
+            checkpoints.restore(make_state())
+        assert checkpoints.steps() == [1]
 
 
 def test_digest_sees_every_bit():

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problems
 import pytest
 
@@ -84,6 +85,41 @@ def test_interruption_leaves_a_checkpoint_and_the_run_goes_on(tmp_path, program)
     assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+def test_interruption_in_the_last_chunk_is_heard(tmp_path, program):
+    def chunk(state, data, permutations, stop):
+        if int(stop) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return program.chunk(state, data, permutations, stop)
+
+    with pytest.raises(loop.Interrupted, match="is done"):
+        run(tmp_path, program._replace(chunk=chunk))
+    assert int(run(tmp_path, program._replace(chunk=None)).step) == 12
+
+
+def test_params_that_explode_in_the_last_update_end_the_run(tmp_path):
+    def term(inputs):
+        return inputs.context * jnp.sum(inputs.params["in"]), {}
+
+    optimizer = optax.sgd(1e38)
+    fn = step.make_step({"made": term}, optimizer)
+    members = problems.members()
+    members = members._replace(
+        opt_state=jax.vmap(optimizer.init)(members.params), context=jnp.array([0.0, 0.0, 0.0, 9.9])
+    )
+    with pytest.raises(loop.DivergenceError, match="'params' of member 'd' is not finite"):
+        run(tmp_path, problems.program(fn=fn), loop.Plan(1, 6, 5), members=members)
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_records_of_another_run_are_an_error(tmp_path, program):
+    run(tmp_path, program)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[1], *lines[2:]]))
+    with pytest.raises(CheckpointError, match="records are of other steps"):
+        run(tmp_path, program)
+
+
 def test_early_stop_ends_the_stage_for_good(tmp_path, program):
     def should_stop(records):
         return records[-1]["step"] >= 5
@@ -116,7 +152,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, program, caplog):
     largest.write_bytes(largest.read_bytes()[:100])
     again = run(tmp_path, program)
     assert_same(unbroken, again)
-    assert "checkpoint of step 12 is damaged" in caplog.text
+    assert "checkpoint of step 12 is cut short or changed" in caplog.text
     assert (tmp_path / "checkpoints-damaged" / "12").exists()
 
 

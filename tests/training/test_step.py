@@ -161,6 +161,12 @@ def test_first_bad_step_of_each_member_is_remembered():
     assert run_chunks(program, members, [6]).bad_step["made"].tolist() == [-1, 4, 2]
 
 
+@pytest.mark.parametrize("name", ["loss", "params", "a/b"])
+def test_a_term_cannot_hide_another_entry_of_the_logs(name):
+    with pytest.raises(ValueError, match="cannot be named"):
+        steps.make_step({name: lambda inputs: (0.0, {})}, problems.optimizer)
+
+
 def test_loss_without_terms_raises():
     with pytest.raises(ValueError, match="at least one term"):
         steps.make_step({}, problems.optimizer)

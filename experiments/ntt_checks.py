@@ -1,0 +1,110 @@
+"""Checks of the study's config that types do not make, before any work."""
+
+import math
+from typing import Any
+
+from experiments.ntt_members import METHODS
+from ntt_sparse.data.images import ImageData
+from ntt_sparse.pruning.masks import check_density
+
+_CHOICES = {
+    "scope": ("layer", "global"),
+    "model.padding": ("", "VALID", "SAME"),
+    "transfer.initial_mask": ("magnitude", "logit_snip"),
+    "transfer.wrt": ("masked", "all"),
+    "supervised.optimizer": ("adam", "sgd"),
+    "supervised.loss": ("cross_entropy", "squared_error"),
+}
+_LARGEST_INT = 2**31 - 1
+# Smallest and largest value of each number; the ends are allowed.
+_RANGES = {
+    "snip_batch_size": (1, _LARGEST_INT),
+    "probe": (0, _LARGEST_INT),
+    "checkpoint_seconds": (0, math.inf),
+    "data.per_class": (0, _LARGEST_INT),
+    "data.split_seed": (0, 2**32 - 1),
+    "transfer.epochs": (1, _LARGEST_INT),
+    "transfer.batch_size": (1, _LARGEST_INT),
+    "transfer.max_steps": (0, _LARGEST_INT),
+    "transfer.learning_rate": (0, 1e30),
+    "transfer.kernel_weight": (0, 1e30),
+    "transfer.l2_weight": (0, 1e30),
+    "transfer.refresh_every": (0, _LARGEST_INT),
+    "transfer.record_every": (0, _LARGEST_INT),
+    "supervised.epochs": (1, _LARGEST_INT),
+    "supervised.batch_size": (1, _LARGEST_INT),
+    "supervised.max_steps": (0, _LARGEST_INT),
+    "supervised.learning_rate": (0, 1e30),
+    "supervised.weight_decay": (0, 1e30),
+    "supervised.record_every": (0, _LARGEST_INT),
+    "supervised.patience": (0, _LARGEST_INT),
+}
+
+
+def check_config(config: Any) -> None:
+    """Checks values and how they go together.
+
+    Raises:
+        ValueError: A value is unknown or out of range; the message names the field.
+    """
+    methods = config.methods.split(",")
+    if set(methods) - set(METHODS) or len(set(methods)) < len(methods):
+        raise ValueError(
+            f"config.methods is {config.methods!r}: expected different names, joined by commas, "
+            f"from {','.join(METHODS)}"
+        )
+    for field in ("density", "seeds"):
+        if not config[field] or len(set(config[field])) < len(config[field]):
+            raise ValueError(f"config.{field} is {config[field]}, expected different values")
+    for density in config.density:
+        check_density(density, "config.density")
+    # JAX keeps 32 bits of a seed.
+    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in config.seeds):
+        raise ValueError(f"config.seeds is {config.seeds}, expected integers from 0 to 2**32 - 1")
+    for field, allowed in _CHOICES.items():
+        if _get(config, field) not in allowed:
+            raise ValueError(
+                f"config.{field} is {_get(config, field)!r}, expected one of "
+                f"{', '.join(map(repr, allowed))}"
+            )
+    for field, (least, most) in _RANGES.items():
+        # The negated form also refuses NaN.
+        if not least <= _get(config, field) <= most:
+            raise ValueError(
+                f"config.{field} is {_get(config, field)}, expected a number from {least} to {most}"
+            )
+    if config.transfer.batch_size < 2 and "ntt" in methods:
+        raise ValueError("config.transfer.batch_size is 1: kernel pairs need at least two examples")
+    if config.probe and "dense" not in methods:
+        raise ValueError(
+            "config.probe compares outputs with the dense teacher's: add dense to config.methods"
+        )
+    if bool(config.data.per_class) != bool(config.data.classes):
+        raise ValueError("config.data.classes and config.data.per_class must be set together")
+    if config.model.padding and config.model.name == "lenet_300_100":
+        raise ValueError("config.model.padding is set, but lenet_300_100 has no convolutions")
+
+
+def check_sizes(config: Any, transfer: ImageData, supervised: ImageData) -> None:
+    """Checks that the parts of the data are large enough for what they are used for.
+
+    Raises:
+        ValueError: They are not; the message names the field.
+    """
+    methods = config.methods.split(",")
+    if "ntt" in methods and len(transfer.validation.y) < 2:
+        raise ValueError(
+            "config.transfer.validation_fraction holds out a single image: kernel pairs need two"
+        )
+    snip = any("snip" in method for method in methods)
+    size = len(supervised.train.y)
+    if snip and config.snip_batch_size > size:
+        raise ValueError(
+            f"config.snip_batch_size is {config.snip_batch_size}, there are {size} training images"
+        )
+
+
+def _get(config: Any, path: str) -> Any:
+    for field in path.split("."):
+        config = config[field]
+    return config

@@ -1,0 +1,11 @@
+"""Small files that are either the old or the new one, whenever the process dies."""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the content of a file in one move."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
