@@ -10,6 +10,7 @@ References:
     (Jacobian contraction) and 3.2 (NTK-vector products).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -43,10 +44,11 @@ def jacobian_contraction(
     # The same array on both sides is differentiated once.
     jacobians2 = jacobians1 if x2 is x1 else jacobians(x2)
     spec = "iop,jop->ij" if trace else "iop,jqp->ijoq"
-    return sum(
+    kernels = [
         jnp.einsum(spec, _flat(select(j1, mask)), _flat(j2), precision="highest")
         for j1, j2, mask in zip(jacobians1, jacobians2, masks, strict=True)
-    )
+    ]
+    return functools.reduce(jnp.add, kernels)
 
 
 def vector_products(

@@ -16,6 +16,7 @@ References:
     for the structure without masks.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -141,7 +142,7 @@ def evaluate(
         kernels = [jnp.einsum("ijoo->ij", kernel) for kernel in kernels]
     if layout.rest:
         kernels.append(_rest(layout.rest, fn, leaves, masks, x1, x2, trace))
-    return sum(kernels)
+    return functools.reduce(jnp.add, kernels)
 
 
 def _rest(rest, fn, leaves, masks, x1, x2, trace):
@@ -172,7 +173,9 @@ def _factors(layout: Plan, leaves: Leaves, x: Shaped[Array, "n ..."]) -> Factors
         taps = {step: jnp.zeros(aval.shape, aval.dtype) for step, aval in results.items()}
         taps = varying_as(taps, (example, leaves))
         direct = {leaf: leaves[leaf] for leaf in layout.direct}
-        value, pull, inputs = jax.vjp(lambda *a: output(*a, example), taps, direct, has_aux=True)
+        value, pull, inputs = jax.vjp(
+            lambda t, d: output(t, d, example), taps, direct, has_aux=True
+        )
         basis = varying_as(jnp.eye(value.size, dtype=value.dtype), value)
         pulled, jacobians = jax.vmap(pull)(basis)
         deltas = {leaf: site.delta(pulled[site.step]) for leaf, site in sites.items()}

@@ -7,11 +7,13 @@ or be kept when the same batch comes back, and `ntt_loss_from_targets` is the
 student's part.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
@@ -183,7 +185,8 @@ def ntt_loss_from_targets(
     terms = NTTTerms(kernel_term, output_term, l2)
     # A network without any weight has l2 = 0: count one weight, not 0 / 0.
     inverse_density = total / jnp.maximum(kept, 1).astype(l2.dtype)
-    return kernel_weight * kernel_term + output_term + l2_weight * inverse_density * l2, terms
+    loss = kernel_weight * kernel_term + output_term + l2_weight * inverse_density * l2
+    return jnp.asarray(loss), terms
 
 
 def _pairs(x: Any, axis_name: str | None) -> tuple[Array, Array, Array, int]:
@@ -220,7 +223,7 @@ def _kept(masks: Masks) -> tuple[Any, int]:
 
 def _sum_of_squares(weights: Params, masks: Masks) -> Scalar:
     squares = jax.tree.map(lambda w, m: None if m is None else jnp.sum(w * w), weights, masks)
-    return sum(jax.tree.leaves(squares))
+    return functools.reduce(jnp.add, jax.tree.leaves(squares))
 
 
 def _check_same(params: Params, teacher_params: Params) -> None:
@@ -241,5 +244,5 @@ def _check_weight(name: str, value: ArrayLike) -> None:
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} has shape {jnp.shape(value)}, expected a scalar")
     # The negated form also refuses NaN.
-    if not isinstance(value, jax.core.Tracer) and not 0.0 <= float(value) < math.inf:
+    if not isinstance(value, Tracer) and not 0.0 <= float(cast(float, value)) < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number of at least 0")
