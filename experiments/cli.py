@@ -17,6 +17,8 @@ from ml_collections import config_flags
 
 from ntt_sparse.training.files import write_text
 
+_logger = logging.getLogger(__name__)
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one complete line."""
@@ -139,10 +141,12 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
         try:
             # Released by the system when the process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another process works in {workdir}: wait for it, or choose another --workdir"
             ) from error
+        except OSError as error:
+            _logger.warning("%s cannot be locked (%s): run one process there", workdir, error)
         with user_errors():
             _check_owner(workdir, json.loads(json.dumps(config)))
         yield workdir
@@ -152,6 +156,12 @@ def _check_owner(workdir: Path, config: dict[str, Any]) -> None:
     """Finds `config`, which went through JSON, in config.json, or writes it there."""
     path = workdir / "config.json"
     if not path.exists():
+        foreign = sorted(entry.name for entry in workdir.iterdir() if entry.name != ".lock")
+        if foreign:
+            raise ValueError(
+                f"work directory {workdir} holds {', '.join(foreign[:5])} but no config.json: "
+                "choose another --workdir or an empty folder"
+            )
         write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
     try:

@@ -43,7 +43,8 @@ def accuracy_against_density(
     """
     with _figure(path, figsize=(6.4, 4.2)) as axes:
         axis = axes[0, 0]
-        for index, (label, points) in enumerate(curves.items()):
+        for index, (label, unsorted_points) in enumerate(curves.items()):
+            points = sorted(unsorted_points, key=lambda point: point[0])
             densities = np.array([density for density, _ in points])
             mean = 100 * np.array([value["mean"] for _, value in points])
             std = 100 * np.array([value["std"] or 0.0 for _, value in points])

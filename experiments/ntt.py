@@ -9,8 +9,7 @@ command after an interruption goes on where it stopped.
     python -m experiments.ntt --config=experiments/configs/ntt.py:mnist_lenet300 \
         --config.density=0.03 --config.seeds=1,2,3,4,5 --workdir=runs/mnist
 
-Without flags it runs on the handwritten digits inside scikit-learn. The config's
-docstring lists the other settings by name.
+Without flags it runs on the handwritten digits inside scikit-learn.
 """
 
 import pathlib
@@ -21,6 +20,8 @@ from experiments import cli
 from experiments.configs import ntt as ntt_configs
 
 _CONFIG = cli.define_config(pathlib.Path(ntt_configs.__file__), ntt_configs.get_config)
+# So that --help lists it: it is defined in another module.
+flags.declare_key_flag("config")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results and checkpoints go; by default runs/ntt-NAME."
 )
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, doc=__doc__)
+    cli.run(main, doc=f"{__doc__}\n{ntt_configs.__doc__}")

@@ -75,9 +75,10 @@ def check_config(config: Any) -> None:
             )
     if config.transfer.batch_size < 2 and "ntt" in methods:
         raise ValueError("config.transfer.batch_size is 1: kernel pairs need at least two examples")
-    if config.probe and "dense" not in methods:
+    if config.probe and not {"dense", "ntt"} <= set(methods):
         raise ValueError(
-            "config.probe compares outputs with the dense teacher's: add dense to config.methods"
+            "config.probe compares the outputs of student and teacher: "
+            "config.methods must have ntt and dense"
         )
     if bool(config.data.per_class) != bool(config.data.classes):
         raise ValueError("config.data.classes and config.data.per_class must be set together")

@@ -77,7 +77,7 @@ def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
 
 
-def _counts(module: Any, input_shape: tuple[int, ...], runs: list[Run], scope: Any) -> Any:
+def keep_counts(module: Any, input_shape: tuple[int, ...], runs: list[Run], scope: Any) -> Any:
     """Exact counts of weights to keep, with a leading member axis."""
     params = jax.eval_shape(lambda: models.init(module, jax.random.key(0), input_shape))
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
@@ -104,7 +104,7 @@ def transfer_members(
         return create_member(params, masks, optimizer, key, {"teacher": params, "counts": counts})
 
     keys = _stack([jax.random.key(run.seed) for run in runs])
-    return jax.jit(jax.vmap(member))(keys, _counts(module, input_shape, runs, config.scope))
+    return jax.jit(jax.vmap(member))(keys, keep_counts(module, input_shape, runs, config.scope))
 
 
 def supervised_members(

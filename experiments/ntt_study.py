@@ -14,6 +14,7 @@ from experiments.cli import claim_workdir, user_errors
 from experiments.ntt_checks import check_config, check_sizes
 from experiments.ntt_members import (
     Run,
+    keep_counts,
     log_densities,
     member_names,
     supervised_members,
@@ -33,9 +34,9 @@ from ntt_sparse import models
 from ntt_sparse._types import ApplyFn
 from ntt_sparse.data import images
 from ntt_sparse.data.batches import steps_per_epoch, total_steps
-from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
+from ntt_sparse.training.export import save_network
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 from ntt_sparse.training.state import Member
@@ -79,10 +80,12 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         transferred = None
         if "ntt" in config.methods.split(","):
             transferred = transfer(config, setup, claimed)
-        supervise(config, setup, claimed, transferred)
+        trained = supervise(config, setup, claimed, transferred)
+        save_networks(claimed / "networks", supervised_runs(config), trained)
         summary = ntt_report.write(config, claimed)
     print(f"\n{(claimed / 'report.md').read_text()}")
-    print(f"figures: {claimed / 'figures'}\nsummary: {claimed / 'summary.json'}")
+    for name in ("networks", "figures", "summary.json"):
+        print(f"{name}: {claimed / name}")
     return summary
 
 
@@ -99,10 +102,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     options = {"padding": config.model.padding} if config.model.padding else {}
     module = models.create(config.model.name, num_outputs=whole.num_classes, **options)
     # Shapes alone: a model that the images do not fit is found out here.
-    params = jax.eval_shape(lambda: models.init(module, jax.random.key(0), whole.input_shape))
-    scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
-    for density in config.density:
-        pruning_masks.keep_counts(scores, density, scope="layer")
+    keep_counts(module, whole.input_shape, supervised_runs(config), "layer")
     data, plans = {}, {}
     for stage in ("transfer", "supervised"):
         if stage == "transfer" and "ntt" not in config.methods.split(","):
@@ -223,7 +223,11 @@ def _fit_stage(
     )  # fmt: skip
     log = MetricsLog(workdir / f"{stage}.jsonl", stage)
     board = TensorBoard(workdir / "tensorboard" / stage, names)
-    identity = json.dumps(config.to_dict(), sort_keys=True) + str(names) + str(digest(train_data))
+    identity = (
+        json.dumps(config.to_dict(), sort_keys=True)
+        + str(names)
+        + str(digest((train_data, evaluation_data)))
+    )
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
         state = fit(
             program,
@@ -239,6 +243,15 @@ def _fit_stage(
         )
     board.close()
     return state.members
+
+
+def save_networks(directory: Path, runs: list[Run], members: Member) -> None:
+    """Writes each trained network, as it was after the last step, under its name."""
+    directory.mkdir(exist_ok=True)
+    members = jax.device_get(members._replace(key=None))
+    for index, name in enumerate(member_names(runs)):
+        params, masks = jax.tree.map(lambda leaf, i=index: leaf[i], (members.params, members.masks))
+        save_network(directory / f"{name}.npz", params, masks)
 
 
 def _out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:

@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 # A chunk takes about this long: short enough for progress and Ctrl-C, long enough
 # that the host costs nothing.
 _CHUNK_SECONDS = 1.0
+_REMEDY = "lower the learning rate or the weight of that term, in a directory of its own"
 
 
 class DivergenceError(FloatingPointError):
@@ -108,7 +109,12 @@ def fit(
     """
 
     def record(state: TrainState) -> TrainState:
-        return _record(state, log, evaluate, tensorboard)
+        return _record(state, log, evaluate, tensorboard, member_names)
+
+    def save(state: TrainState) -> None:
+        if tensorboard is not None:
+            tensorboard.flush()
+        checkpoints.save(int(state.step), state, records=len(log.records))
 
     with _interruption() as interrupted:
         state = _restore(program.init(members, data), log, checkpoints)
@@ -133,14 +139,16 @@ def fit(
                     state = record(state)
                 stopping = interrupted() and step < plan.total_steps
                 if stopping or time.monotonic() - saved_at >= plan.checkpoint_seconds:
-                    checkpoints.save(step, state, records=len(log.records))
+                    save(state)
                     saved_at = time.monotonic()
                 if stopping:
                     raise Interrupted(
                         f"stopped at step {step} of {plan.total_steps} of stage {log.stage!r}; "
                         "the same command goes on from here"
                     )
-        checkpoints.save(step, state, records=len(log.records))
+        save(state)
+        if step < plan.total_steps:
+            _logger.info("stage %s stopped early, at step %d", log.stage, step)
         if interrupted():
             raise Interrupted(f"stage {log.stage!r} is done; the same command goes on from here")
     return state
@@ -151,12 +159,20 @@ def _record(
     log: MetricsLog,
     evaluate: Callable[[Member], Mapping[str, Array]] | None,
     tensorboard: TensorBoard | None,
+    member_names: Sequence[str],
 ) -> TrainState:
     """Writes what was measured since the last record; the state with its sums cleared."""
     values = {} if evaluate is None else dict(evaluate(state.members))
     if int(state.since):
         values |= {f"train/{name}": total / state.since for name, total in state.sums.items()}
     values = jax.device_get(values)
+    for name, value in values.items():
+        bad = np.flatnonzero(~np.isfinite(value).reshape(len(member_names), -1).all(1))
+        if bad.size:
+            raise DivergenceError(
+                f"stage {log.stage!r}: {name!r} of member {member_names[bad[0]]!r} is not finite "
+                f"at step {int(state.step)}: {_REMEDY}"
+            )
     log.write(int(state.step), values)
     if tensorboard is not None:
         tensorboard.write(log.stage, int(state.step), values)
@@ -198,7 +214,7 @@ def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) ->
         step, _, name, member = min(found)
         raise DivergenceError(
             f"stage {stage!r}: {name!r} of member {member_names[member]!r} is not finite at step "
-            f"{step}: lower the learning rate or the weight of that term"
+            f"{step}: {_REMEDY}"
         )
     return float(np.mean(sums["loss"]) / since)
 

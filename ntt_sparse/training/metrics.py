@@ -140,6 +140,11 @@ class TensorBoard:
                 for writer, scalar in zip(self._writers, array, strict=True):
                     writer.add_scalar(f"{stage}/{name}", float(scalar), step)
 
+    def flush(self) -> None:
+        """Makes sure that what was written survives the death of this process."""
+        for writer in self._writers or ():
+            writer.flush()
+
     def close(self) -> None:
         """Flushes and closes the files."""
         for writer in self._writers or ():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,7 +62,11 @@ def run(tmp_path, *arguments):
         (["--config.seeds=4294967297"], 1, "2**32 - 1"),
         (["--config.density=abc"], 1, "expected a fraction in (0, 1]"),
         (["--config.supervised.patience=-1"], 1, "config.supervised.patience is -1"),
-        (["--config.probe=3", "--config.methods=snip"], 1, "add dense to config.methods"),
+        (
+            ["--config.probe=3", "--config.methods=snip"],
+            1,
+            "config.methods must have ntt and dense",
+        ),
         (["--config.transfer.validation_fraction=0.0007"], 1, "kernel pairs need two"),
         (["--config.snip_batch_size=100000"], 1, "there are 1293 training images"),
         (["--config.model.name=lenet_300"], 1, "unknown model 'lenet_300'"),
@@ -88,8 +93,9 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, code, messag
 def test_help_explains_itself(tmp_path):
     result = run(tmp_path, "--help")
     assert "Neural Tangent Transfer" in result.stdout
-    for flag in ("--config", "--workdir", "--data_dir"):
-        assert flag in result.stdout
+    for flag in ("config", "workdir", "data_dir"):
+        assert re.search(rf"^  --{flag}: ", result.stdout, re.M), flag
+    assert "mnist_lenet5_caffe" in result.stdout
 
 
 def test_a_work_directory_belongs_to_one_config(tmp_path):
@@ -102,6 +108,14 @@ def test_a_work_directory_belongs_to_one_config(tmp_path):
         with claim_workdir(tmp_path / "w", other):
             pytest.fail("it was claimed")
     assert (tmp_path / "w" / "config.json").read_bytes() == before
+
+
+def test_a_directory_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "summary.json").write_text("precious")
+    with pytest.raises(UserError, match=r"holds summary\.json but no config.json"):
+        with claim_workdir(tmp_path, {}):
+            pytest.fail("it was claimed")
+    assert (tmp_path / "summary.json").read_text() == "precious"
 
 
 def test_a_work_directory_has_one_process(tmp_path):
@@ -153,7 +167,8 @@ def test_a_study_killed_in_either_stage_ends_bit_identical(tmp_path, finished_sm
 def test_a_checkpoint_of_another_config_is_refused(tmp_path, finished_smoke):
     workdir = tmp_path / "work"
     shutil.copytree(finished_smoke.workdir, workdir)
-    (workdir / "config.json").unlink()
+    settings = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(settings | {"density": [0.04]}))
     arguments = [argument.replace("0.05", "0.04") for argument in finished_smoke.arguments]
     result = run(finished_smoke.cache, *arguments, f"--workdir={workdir}")
     assert result.returncode == 1
@@ -178,6 +193,9 @@ def test_eight_devices_end_where_one_does(tmp_path, finished_smoke):
     _, one = MetricsLog(finished_smoke.workdir / "transfer.jsonl", "t").column("validation/loss")
     _, eight = MetricsLog(tmp_path / "w" / "transfer.jsonl", "t").column("validation/loss")
     np.testing.assert_allclose(eight, one, rtol=1e-4)
+    _, one = MetricsLog(finished_smoke.workdir / "supervised.jsonl", "s").column("test/loss")
+    _, eight = MetricsLog(tmp_path / "w" / "supervised.jsonl", "s").column("test/loss")
+    np.testing.assert_allclose(eight, one, rtol=1e-3)
 
 
 def test_a_finished_study_is_only_drawn_again(finished_smoke):
@@ -187,5 +205,5 @@ def test_a_finished_study_is_only_drawn_again(finished_smoke):
     result = run(finished_smoke.cache, *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (finished_smoke.workdir / "summary.json").read_bytes() == before
-    assert "summary: " in result.stdout and "figures: " in result.stdout
+    assert "summary.json: " in result.stdout and "figures: " in result.stdout
     assert json.loads(before)["supervised"][0]["test_accuracy_last"]["values"]
