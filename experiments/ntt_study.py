@@ -248,7 +248,6 @@ def _fit_stage(
 def save_networks(directory: Path, runs: list[Run], members: Member) -> None:
     """Writes each trained network, as it was after the last step, under its name."""
     directory.mkdir(exist_ok=True)
-    members = jax.device_get(members._replace(key=None))
     for index, name in enumerate(member_names(runs)):
         params, masks = jax.tree.map(lambda leaf, i=index: leaf[i], (members.params, members.masks))
         save_network(directory / f"{name}.npz", params, masks)
