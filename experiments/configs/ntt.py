@@ -150,7 +150,13 @@ _CONFIGS = {
     "svhn_conv4": {**_CONV4, "data.name": "svhn_cropped"},
     "outputs_lenet300": _OUTPUTS,
     "outputs_lenet5_caffe": {**_OUTPUTS, **_OUTPUTS_CAFFE},
-    "outputs_digits_lenet300": {**_OUTPUTS, **_OUTPUTS_DIGITS},
+    # Kernels of 64 pixels are about 20 times closer to begin with than those of 784.
+    "outputs_digits_lenet300": {
+        **_OUTPUTS,
+        **_OUTPUTS_DIGITS,
+        "density": (0.1,),
+        "transfer.kernel_weight": 2e-4,
+    },
     "outputs_digits_lenet5_caffe": {
         **_OUTPUTS,
         **_OUTPUTS_CAFFE,
