@@ -223,11 +223,8 @@ def _fit_stage(
     )  # fmt: skip
     log = MetricsLog(workdir / f"{stage}.jsonl", stage)
     board = TensorBoard(workdir / "tensorboard" / stage, names)
-    identity = (
-        json.dumps(config.to_dict(), sort_keys=True)
-        + str(names)
-        + str(digest((train_data, evaluation_data)))
-    )
+    data_digest = digest((train_data, evaluation_data)).tobytes().hex()
+    identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
         state = fit(
             program,

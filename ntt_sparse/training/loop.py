@@ -102,10 +102,11 @@ def fit(
         The final state, which is checkpointed.
 
     Raises:
-        DivergenceError: A term of the loss stopped being finite; the newest checkpoint
-            is from before that.
+        DivergenceError: A term of the loss, the parameters or a value that `evaluate`
+            returned stopped being finite; the newest checkpoint is from before that.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
-        CheckpointError: Checkpoints are there, but none can be used.
+        CheckpointError: Checkpoints are there, but none can be used, or the records
+            of `log` do not belong to them.
     """
 
     def record(state: TrainState) -> TrainState:
