@@ -4,11 +4,14 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 
 from ntt_sparse._types import Params, PRNGKey
 from ntt_sparse.models.lenet import LeNet
+from ntt_sparse.models.resnet import ResNet
 
 
 class _Entry(NamedTuple):
@@ -20,6 +23,7 @@ class _Entry(NamedTuple):
 
 
 _DTYPES = ("dtype", "param_dtype")
+_RESNET = ("norm", "shortcut", *_DTYPES)
 _CONV4 = {"stages": ((64, 64), (128, 128)), "kernel_size": 3, "hidden": (512,)}
 
 _MODELS = {
@@ -36,6 +40,9 @@ _MODELS = {
     ),
     "conv4": _Entry(LeNet, _CONV4, ("padding", *_DTYPES)),
     "conv4_dropout": _Entry(LeNet, {**_CONV4, "dropout": True}, ("padding", *_DTYPES)),
+    "resnet20": _Entry(ResNet, {"blocks_per_stage": 3}, _RESNET),
+    "resnet32": _Entry(ResNet, {"blocks_per_stage": 5}, _RESNET),
+    "resnet56": _Entry(ResNet, {"blocks_per_stage": 9}, _RESNET),
 }
 
 
@@ -48,13 +55,17 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     `lenet5`          LeNet-5: 6, 16, 120, 84, on a field of at least 32 x 32
     `conv4`           Conv-4: 64, 64, 128, 128, 512
     `conv4_dropout`   Conv-4 with dropout, drawn when called with `train=True`
+    `resnet20`        ResNet-20 for small images: 16, 32, 64
+    `resnet32`        ResNet-32
+    `resnet56`        ResNet-56
     ================  ==========================================================
 
     Args:
         name: One of the names above.
         num_outputs: Outputs of the last layer, 1 or more.
-        **kwargs: `padding` of the convolutions ("VALID" or "SAME"; not for
-            `lenet_300_100`), `dtype` of the computation, `param_dtype`. See `LeNet`.
+        **kwargs: `dtype` of the computation, `param_dtype`; of LeNets with convolutions,
+            `padding` ("VALID" or "SAME"); of ResNets, `norm` ("batch", "group" or "none")
+            and `shortcut` ("A" or "B"). See `LeNet` and `ResNet`.
 
     Returns:
         A Flax Linen module.
@@ -77,11 +88,17 @@ def apply_fn(module: nn.Module) -> Callable[..., Any]:
     """The module as a pure function `(params, x) -> outputs`.
 
     Keyword arguments of that function are passed on to `module.apply`, such as
-    `train=True, rngs={"dropout": key}`.
+    `train=True, rngs={"dropout": key}`. It raises a `ValueError` for a module that keeps
+    state besides its parameters (batch statistics).
     """
 
     def apply(params: Any, x: Any, /, **kwargs: Any) -> Any:
-        return module.apply({"params": params}, x, **kwargs)
+        try:
+            return module.apply({"params": params}, x, **kwargs)
+        except errors.ScopeCollectionNotFound as error:
+            if not jax.tree.leaves(params):
+                raise
+            raise ValueError(_stateful(module, "state")) from error
 
     return apply
 
@@ -105,11 +122,20 @@ def init(module: nn.Module, key: PRNGKey, input_shape: tuple[int, ...]) -> Param
     """
     variables = module.init(key, jnp.zeros((1, *input_shape)))
     if set(variables) != {"params"}:
-        raise ValueError(
-            f"{type(module).__name__} keeps {sorted(set(variables) - {'params'})} besides its "
-            "params: call module.init and carry the state through module.apply(mutable=...)"
-        )
+        raise ValueError(_stateful(module, str(sorted(set(variables) - {"params"}))))
     return variables["params"]
+
+
+def _stateful(module: nn.Module, state: str) -> str:
+    """The error line of a module that is no pure function of its params."""
+    cause, instead = "", ""
+    if isinstance(module, ResNet) and module.norm == "batch":
+        cause = " (norm='batch' carries statistics)"
+        instead = "use norm='group' or 'none', or "
+    return (
+        f"{type(module).__name__} keeps {state} besides its params{cause}: {instead}"
+        "call module.init and carry the state through module.apply(mutable=...)"
+    )
 
 
 def _unknown(name: str, known: Any) -> str:

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 from flax import linen as nn
 
 from ntt_sparse import models
@@ -70,3 +71,15 @@ def test_any_module_becomes_a_function():
     params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
     outputs = models.apply_fn(module)(params, jnp.array([[1.0, 1.0]]))
     np.testing.assert_array_equal(outputs, [[4.0, 6.0]])
+
+
+def test_functions_of_modules_with_state_are_refused():
+    module = nn.BatchNorm(use_running_average=True)
+    params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"^BatchNorm keeps state besides its params: call module"):
+        models.apply_fn(module)(params, jnp.ones((1, 2)))
+
+
+def test_missing_params_are_not_taken_for_state():
+    with pytest.raises(errors.ScopeCollectionNotFound, match='collection "params"'):
+        models.apply_fn(nn.Dense(2))({}, jnp.ones((1, 2)))
