@@ -10,8 +10,10 @@ from ntt_sparse.pruning.masks import check_density
 _CHOICES = {
     "scope": ("layer", "global"),
     "model.padding": ("", "VALID", "SAME"),
+    "model.norm": ("", "group", "none"),
     "transfer.initial_mask": ("magnitude", "logit_snip"),
     "transfer.wrt": ("masked", "all"),
+    "transfer.distance": ("full", "trace", "sketch"),
     "supervised.optimizer": ("adam", "sgd"),
     "supervised.loss": ("cross_entropy", "squared_error"),
 }
@@ -29,6 +31,7 @@ _RANGES = {
     "transfer.learning_rate": (0, 1e30),
     "transfer.kernel_weight": (0, 1e30),
     "transfer.l2_weight": (0, 1e30),
+    "transfer.probes": (1, _LARGEST_INT),
     "transfer.refresh_every": (0, _LARGEST_INT),
     "transfer.record_every": (0, _LARGEST_INT),
     "supervised.epochs": (1, _LARGEST_INT),
@@ -82,8 +85,14 @@ def check_config(config: Any) -> None:
         )
     if bool(config.data.per_class) != bool(config.data.classes):
         raise ValueError("config.data.classes and config.data.per_class must be set together")
-    if config.model.padding and config.model.name == "lenet_300_100":
+    name = config.model.name
+    if config.model.padding and name == "lenet_300_100":
         raise ValueError("config.model.padding is set, but lenet_300_100 has no convolutions")
+    if bool(config.model.norm) != name.startswith("resnet"):
+        raise ValueError(
+            f"config.model.norm is {config.model.norm!r} for {name}: "
+            "ResNets need 'group' or 'none', other models have no normalisation"
+        )
 
 
 def check_sizes(config: Any, transfer: ImageData, supervised: ImageData) -> None:

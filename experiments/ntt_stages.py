@@ -21,37 +21,46 @@ def make_optimizer(settings: Any) -> optax.GradientTransformation:
     return {"adam": optax.adam, "sgd": optax.sgd}[name](settings.learning_rate)
 
 
-def _loss(config: Any, apply_fn: ApplyFn, params: Any, masks: Any, context: Any, x: Any) -> Any:
+def _loss(
+    config: Any,
+    apply_fn: ApplyFn,
+    member: Any,
+    x: Any,
+    **distance: Any,
+) -> Any:
     settings = config.transfer
     return ntt_loss(
         apply_fn,
-        params,
-        masks,
-        context["teacher"],
+        member.params,
+        member.masks,
+        member.context["teacher"],
         x,
         kernel_weight=settings.kernel_weight,
         l2_weight=settings.l2_weight,
         wrt=settings.wrt,
+        **distance,
     )
 
 
 def transfer_terms(config: Any, apply_fn: ApplyFn) -> Mapping[str, Term]:
     """The NTT objective; logs its parts unweighted."""
+    settings = config.transfer
 
     def ntt(inputs: TermInputs):
-        loss, parts = _loss(
-            config, apply_fn, inputs.params, inputs.masks, inputs.context, inputs.batch
-        )
+        distance = {"distance": settings.distance}
+        if settings.distance == "sketch":
+            distance |= {"probes": settings.probes, "key": inputs.key}
+        loss, parts = _loss(config, apply_fn, inputs, inputs.batch, **distance)
         return loss, parts._asdict()
 
     return {"ntt": ntt}
 
 
 def transfer_evaluation(config: Any, apply_fn: ApplyFn) -> Callable[..., dict[str, Any]]:
-    """The objective and its parts on held-out inputs, for one member."""
+    """The exact objective and its parts on held-out inputs, for one member."""
 
     def evaluate(member: Member, x: Any) -> dict[str, Any]:
-        loss, parts = _loss(config, apply_fn, member.params, member.masks, member.context, x)
+        loss, parts = _loss(config, apply_fn, member, x)
         values = {"loss": loss, **parts._asdict()}
         return {f"validation/{name}": value for name, value in values.items()}
 

@@ -99,7 +99,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     )
     if config.data.classes:
         whole = _keep_classes(whole, tuple(config.data.classes), config.data.per_class)
-    options = {"padding": config.model.padding} if config.model.padding else {}
+    options = {name: config.model[name] for name in ("padding", "norm") if config.model[name]}
     module = models.create(config.model.name, num_outputs=whole.num_classes, **options)
     # Shapes alone: a model that the images do not fit is found out here.
     keep_counts(module, whole.input_shape, supervised_runs(config), "layer")

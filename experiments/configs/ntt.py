@@ -13,6 +13,7 @@ digits_lenet300                the default: 8x8 digits inside scikit-learn, no d
 mnist_lenet300                 published; also fashion_mnist_lenet300
 mnist_lenet5_caffe             published; also fashion_mnist_lenet5_caffe
 cifar10_conv4, svhn_conv4      published; dropout in the supervised stage only
+cifar10_resnet20               ours: a ResNet, with the estimated kernel distance
 outputs_lenet300               output evolution on 250 zeros and 250 ones (Sec. 4.1)
 outputs_lenet5_caffe           the same for a CNN (C.1, Fig. 1)
 outputs_digits_lenet300        the same on the embedded digits
@@ -51,7 +52,7 @@ _BASE: dict[str, Any] = {
         "per_class": 0,
         "split_seed": 9,
     },
-    "model": {"name": "lenet_300_100", "padding": ""},
+    "model": {"name": "lenet_300_100", "padding": "", "norm": ""},
     "transfer": {
         "epochs": 20,
         "batch_size": 64,
@@ -64,6 +65,10 @@ _BASE: dict[str, Any] = {
         # Initial mask: "magnitude", or "logit_snip" (the paper's choice for scope="global").
         "initial_mask": "magnitude",
         "wrt": "masked",
+        # "full" is the published loss; "trace" and "sketch" (with so many probes) are cheaper
+        # stand-ins for its kernel distance, see ntt_loss. Held-out losses are always full.
+        "distance": "full",
+        "probes": 1,
         "validation_fraction": 0.002,
         # 0: once an epoch.
         "record_every": 100,
@@ -94,6 +99,17 @@ _CONV4 = {
     "transfer.batch_size": 32,
     "transfer.l2_weight": 1e-8,
     "supervised.epochs": 600,
+}
+# Beyond the paper: its author found ResNets out of reach. Group normalisation keeps the
+# outputs for an image apart from the rest of the batch.
+_RESNET20 = {
+    "model.name": "resnet20",
+    "model.norm": "group",
+    "transfer.batch_size": 32,
+    "transfer.l2_weight": 1e-8,
+    "transfer.distance": "sketch",
+    "supervised.batch_size": 128,
+    "supervised.epochs": 160,
 }
 # 1,437 training images: a held-out part large enough for a batch, few records.
 _DIGITS = {
@@ -146,6 +162,7 @@ _CONFIGS = {
     "fashion_mnist_lenet300": {"data.name": "fashion_mnist"},
     "fashion_mnist_lenet5_caffe": {**_CAFFE, "data.name": "fashion_mnist"},
     "cifar10_conv4": {**_CONV4, "data.name": "cifar10", "snip_batch_size": 128},
+    "cifar10_resnet20": {**_RESNET20, "data.name": "cifar10", "snip_batch_size": 128},
     # The paper does not say for how many epochs it trained on SVHN; these are CIFAR-10's.
     "svhn_conv4": {**_CONV4, "data.name": "svhn_cropped"},
     "outputs_lenet300": _OUTPUTS,

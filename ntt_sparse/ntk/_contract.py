@@ -6,14 +6,18 @@ gradients need neither the gradients nor the Jacobian:
 
 $$\Theta_{ijou} = \sum_{pq} a^1_{ip} a^2_{jp} M_{pq} \delta^1_{ioq} \delta^2_{juq}$$
 
-Shapes: a `(n, p)`, delta `(n, k, q)`, mask `(p, q)`. Two of the products have a
+Shapes: a `(n, p)`, delta `(n, k, q)`, mask `(p, q)`. Some of the products have a
 derivative written by hand, because the automatic one is many times slower than
 the value; they therefore have no forward-mode derivative.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from ntt_sparse.ntk.jacobian import select
 
 
 def _einsum(spec: str, *operands: Array) -> Array:
@@ -23,16 +27,29 @@ def _einsum(spec: str, *operands: Array) -> Array:
 def dense(
     a1: Float[Array, "n1 p"],
     a2: Float[Array, "n2 p"],
-    delta1: Float[Array, "n1 k q"],
-    delta2: Float[Array, "n2 k q"],
+    delta1: Float[Array, "n1 r q"],
+    delta2: Float[Array, "n2 s q"],
     mask: Bool[Array, "p q"] | None,
-) -> Float[Array, "n1 n2 k k"]:
-    """The kernel of one dense layer by its kept weights, all of them if `mask` is `None`."""
+    bias: Bool[Array, " q"] | bool = False,
+    *,
+    trace: bool = False,
+) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
+    """The kernel of one dense layer by its kept weights, all of them if `mask` is `None`.
+
+    `bias` says which entries of a bias take part: a bias is a weight whose input is one.
+    """
+    if mask is None and isinstance(bias, bool):
+        inner = _einsum("ip,jp->ij", a1, a2) + bias
+        if trace:
+            return inner * _einsum("ioq,joq->ij", delta1, delta2)
+        return inner[..., None, None] * _einsum("ioq,juq->ijou", delta1, delta2)
     if mask is None:
-        return _einsum("ip,jp->ij", a1, a2)[..., None, None] * _einsum(
-            "ioq,juq->ijou", delta1, delta2
-        )
-    return weighted_products(masked_inner(a1, a2, mask), delta1, delta2)
+        inner = _einsum("ip,jp->ij", a1, a2)[..., None] + bias
+    else:
+        inner = masked_inner(a1, a2, mask) + bias
+    if trace:
+        return jnp.sum(inner * _einsum("ioq,joq->ijq", delta1, delta2), axis=-1)
+    return weighted_products(inner, delta1, delta2)
 
 
 @jax.custom_vjp
@@ -59,8 +76,8 @@ masked_inner.defvjp(_masked_inner_fwd, _masked_inner_bwd)
 
 @jax.custom_vjp
 def weighted_products(
-    inner: Float[Array, "n1 n2 q"], delta1: Float[Array, "n1 k q"], delta2: Float[Array, "n2 k q"]
-) -> Float[Array, "n1 n2 k k"]:
+    inner: Float[Array, "n1 n2 q"], delta1: Float[Array, "n1 r q"], delta2: Float[Array, "n2 s q"]
+) -> Float[Array, "n1 n2 r s"]:
     r"""$\Theta_{ijou} = \sum_q K_{ijq} \delta^1_{ioq} \delta^2_{juq}$, row by row of i.
 
     A row's intermediate `(n2, k, q)` stays in the processor's cache.
@@ -68,9 +85,13 @@ def weighted_products(
 
     def row(operands):
         inner, delta1 = operands
-        return _einsum("juq,oq->jou", inner[:, None] * delta2, delta1)
+        weighted = inner[:, None] * delta2
+        # Rows (j, u) as they lie in memory: the other order would copy them.
+        return _einsum("xq,oq->xo", weighted.reshape(-1, weighted.shape[-1]), delta1)
 
-    return jax.lax.map(row, (inner, delta1))
+    rows = jax.lax.map(row, (inner, delta1))
+    (n2, s), r = delta2.shape[:2], delta1.shape[1]
+    return rows.reshape(len(inner), n2, s, r).swapaxes(2, 3)
 
 
 def _weighted_products_fwd(inner, delta1, delta2):
@@ -84,7 +105,10 @@ def _weighted_products_bwd(residuals, d_kernel):
         inner, delta1, d_kernel = operands  # (n2, q), (k, q), (n2, k, k)
         pulled = _einsum("jou,oq->juq", d_kernel, delta1)
         weighted = inner[:, None] * delta2
-        d_inner = jnp.sum(pulled * delta2, axis=1)
+        # A sum over a short middle axis: as a chain it is a single pass, as a reduction slow.
+        d_inner = functools.reduce(
+            jnp.add, [pulled[:, u] * delta2[:, u] for u in range(delta2.shape[1])]
+        )
         d_delta1 = _einsum("jou,juq->oq", d_kernel, weighted)
         return d_delta2 + pulled * inner[:, None], (d_inner, d_delta1)
 
@@ -98,16 +122,93 @@ weighted_products.defvjp(_weighted_products_fwd, _weighted_products_bwd)
 
 
 def position_sum(
-    inputs: Float[Array, "t p"], delta: Float[Array, "k t q"]
-) -> Float[Array, "k p q"]:
-    r"""The gradients $\sum_t a_t \delta_{ot}^\top$ of one example."""
-    return _einsum("tp,otq->opq", inputs, delta)
+    inputs: Float[Array, "g t p"], delta: Float[Array, "k g t q"]
+) -> Float[Array, "k g q p"]:
+    r"""The gradients $\sum_t a_t \delta_{ot}^\top$ of one example, transposed.
+
+    In this order the large result is written once, as rows (o, q) of one matrix product.
+    """
+    return _einsum("gtp,kgtq->kgqp", inputs, delta)
 
 
 def jacobians(
-    jacobian1: Float[Array, "n1 k ..."], jacobian2: Float[Array, "n2 k ..."]
-) -> Float[Array, "n1 n2 k k"]:
-    """The kernel of explicit per-example Jacobians."""
-    (n1, k), n2 = jacobian1.shape[:2], len(jacobian2)
-    product = _einsum("ap,bp->ab", jacobian1.reshape(n1 * k, -1), jacobian2.reshape(n2 * k, -1))
-    return product.reshape(n1, k, n2, k).transpose(0, 2, 1, 3)
+    jacobian1: Float[Array, "n1 r ..."],
+    jacobian2: Float[Array, "n2 s ..."],
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    trace: bool = False,
+    capacity: int | None = None,
+) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
+    """The kernel of explicit per-example Jacobians, by the weights that `mask` keeps.
+
+    With a `capacity`, masks that keep at most so many weights cost as much as those
+    weights; others as much as all.
+    """
+    (n1, r), (n2, s) = jacobian1.shape[:2], jacobian2.shape[:2]
+    if trace:
+        kept = select(jacobian1, mask)
+        return _einsum("ip,jp->ij", kept.reshape(n1, -1), jacobian2.reshape(n2, -1))
+    rows1, rows2 = jacobian1.reshape(n1 * r, -1), jacobian2.reshape(n2 * s, -1)
+    if mask is None or capacity is None:
+        kept = rows1 if mask is None else select(rows1, mask.reshape(-1))
+        product = _einsum("ap,bp->ab", kept, rows2)
+    else:
+        product = kept_columns_product(capacity, rows1, rows2, mask.reshape(-1))
+    return product.reshape(n1, r, n2, s).transpose(0, 2, 1, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kept_columns_product(
+    capacity: int,
+    rows1: Float[Array, "a p"],
+    rows2: Float[Array, "b p"],
+    mask: Bool[Array, " p"],
+) -> Float[Array, "a b"]:
+    r"""$\sum_p M_p u_{ap} v_{bp}$, over the kept columns alone if they are `capacity` or fewer."""
+
+    def few(rows1, rows2, mask):
+        columns = _kept_columns(mask, capacity)
+        return _einsum("ap,bp->ab", _take(rows1, columns), _take(rows2, columns))
+
+    def many(rows1, rows2, mask):
+        return _einsum("ap,bp->ab", select(rows1, mask), rows2)
+
+    return jax.lax.cond(jnp.sum(mask) <= capacity, few, many, rows1, rows2, mask)
+
+
+def _kept_columns_product_fwd(capacity, rows1, rows2, mask):
+    return kept_columns_product(capacity, rows1, rows2, mask), (rows1, rows2, mask)
+
+
+def _kept_columns_product_bwd(capacity, residuals, d_product):
+    def few(rows1, rows2, mask, d_product):
+        columns = _kept_columns(mask, capacity)
+
+        def spread(rows, values):
+            zeros = jnp.zeros_like(rows)
+            return zeros.at[:, columns].set(values, mode="drop", unique_indices=True)
+
+        d_rows1 = _einsum("ab,bp->ap", d_product, _take(rows2, columns))
+        d_rows2 = _einsum("ab,ap->bp", d_product, _take(rows1, columns))
+        return spread(rows1, d_rows1), spread(rows2, d_rows2)
+
+    def many(rows1, rows2, mask, d_product):
+        d_rows1 = select(_einsum("ab,bp->ap", d_product, rows2), mask)
+        return d_rows1, _einsum("ab,ap->bp", d_product, select(rows1, mask))
+
+    mask = residuals[2]
+    return *jax.lax.cond(jnp.sum(mask) <= capacity, few, many, *residuals, d_product), None
+
+
+kept_columns_product.defvjp(_kept_columns_product_fwd, _kept_columns_product_bwd)
+
+
+def _kept_columns(mask: Bool[Array, " p"], capacity: int) -> Int[Array, " capacity"]:
+    """The kept columns in order, then columns that do not exist, each another."""
+    (columns,) = jnp.nonzero(mask, size=capacity, fill_value=0)
+    places = jnp.arange(capacity)
+    return jnp.where(places < jnp.sum(mask), columns, len(mask) + places)
+
+
+def _take(rows: Float[Array, "a p"], columns: Int[Array, " c"]) -> Float[Array, "a c"]:
+    return jnp.take(rows, columns, axis=1, mode="fill", fill_value=0)

@@ -92,7 +92,11 @@ def uses(program: Program, leaf: int) -> list[int | None]:
 
 
 def run(
-    program: Program, leaves: Sequence[Array], example: Array, taps: Mapping[int, Array]
+    program: Program,
+    leaves: Sequence[Array],
+    example: Array,
+    taps: Mapping[int, Array],
+    evaluate: Mapping[int, Callable[..., Array]] | None = None,
 ) -> tuple[Array, dict[int, tuple[Array, ...]]]:
     """Evaluates a program with a value added to the result of some of its steps.
 
@@ -101,26 +105,30 @@ def run(
         leaves: The weights.
         example: One example.
         taps: By step, what to add to its (only) result.
+        evaluate: By step, a function of the operands to take in place of the primitive.
 
     Returns:
-        The output, and the inputs of each tapped step.
+        The output, and the operands of each tapped step.
     """
     values = {**program.constants, **dict(enumerate([*leaves, example]))}
     recorded = {}
     for i, (equation, inputs, outputs) in enumerate(program.steps):
-        arguments = tuple(values[slot] for slot in inputs)
-        results = _bind(equation, arguments)
+        operands = tuple(values[slot] for slot in inputs)
+        if evaluate and i in evaluate:
+            results = [evaluate[i](operands)]
+        else:
+            results = bind(equation, operands)
         if i in taps:
-            recorded[i] = arguments
+            recorded[i] = operands
             results = [results[0] + taps[i]]
         values.update(zip(outputs, results, strict=True))
     return values[program.output], recorded
 
 
-def _bind(equation: Any, arguments: Sequence[Any]) -> Sequence[Any]:
+def bind(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """Applies the primitive of an equation."""
     bound = equation.primitive.get_bind_params(equation.params)
     # JAX before 0.12 returns functions to bind beside the parameters.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    results = equation.primitive.bind(*functions, *arguments, **params)
+    results = equation.primitive.bind(*functions, *operands, **params)
     return results if equation.primitive.multiple_results else [results]

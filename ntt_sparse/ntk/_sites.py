@@ -1,112 +1,191 @@
 r"""The places of a program where a weight acts as a matrix: dense layers and convolutions.
 
-At such a site the weight is a matrix W `(p, q)` and every example brings vectors
-$a_t$ at one or more positions t: $z_t = W^\top a_t$. With the sensitivities
-$\delta_{ot} = \partial f_o / \partial z_t$, the gradient of an output o is then
-$\sum_t a_t \delta_{ot}^\top$.
+At such a site the weight is a matrix W `(p, q)`, or g matrices side by side, and every
+example brings vectors $a_t$ at one or more positions t: $z_t = W^\top a_t$. With the
+sensitivities $\delta_{ot} = \partial f_o / \partial z_t$, the gradient of an output o
+is then $\sum_t a_t \delta_{ot}^\top$.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse.ntk._program import Program, uses
+from ntt_sparse.ntk import _convolution, _program
+from ntt_sparse.ntk._program import Program
+
+# Steps that hand on all entries of a weight, in another order or shape.
+# Convolutions of fewer channels are one product with patches, and so is their derivative.
+_SHALLOW = 32
+_REARRANGEMENTS = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p"}
 
 
 class Site(NamedTuple):
     """The only use of a weight, and how to see the arrays there as matrices."""
 
     step: int
+    groups: int
+    """The number g of matrices, each with vectors of its own."""
     positions: int
-    """The number t of vectors per example."""
-    inputs: Callable[[Sequence[Array]], Float[Array, "t p"]]
+    """The number t of vectors per example and matrix."""
+    inputs: Callable[[Sequence[Array]], Float[Array, "g t p"]]
     """From the operands of the step."""
-    delta: Callable[[Array], Float[Array, "k t q"]]
+    delta: Callable[[Array], Float[Array, "k g t q"]]
     """From sensitivities `(k, ...)` to the result of the step."""
-    matrix: Callable[[Array], Shaped[Array, "p q"]]
+    matrix: Callable[[Array], Shaped[Array, "g p q"]]
     """From an array of the shape of the weight."""
+    result: Callable[[Float[Array, "g t p"], Sequence[Array]], Array] | None = None
+    """The result of the step from `inputs` and its operands, where that is the faster way."""
 
 
 def find(program: Program, leaf: int) -> Site | None:
     """The site of a weight; `None` if it is used otherwise, or not exactly once."""
-    steps = uses(program, leaf)
-    if len(steps) != 1 or steps[0] is None:
-        return None
-    equation, slots, _ = program.steps[steps[0]]
-    rule = {"dot_general": _product, "conv_general_dilated": _convolution}
+    slot, rearrange = leaf, []
+    while True:
+        steps = _program.uses(program, slot)
+        if len(steps) != 1 or steps[0] is None:
+            return None
+        equation, slots, outputs = program.steps[steps[0]]
+        if not _rearranges(equation):
+            break
+        rearrange.append(equation)
+        (slot,) = outputs
+    rule = {"dot_general": _product_site, "conv_general_dilated": _convolution_site}
     find_rule = rule.get(equation.primitive.name)
-    return find_rule and find_rule(steps[0], equation, slots.index(leaf))
+    site = find_rule and find_rule(steps[0], equation, slots.index(slot))
+    if site is None or not rearrange:
+        return site
+
+    def matrix(weight):
+        for equation in rearrange:
+            (weight,) = _program.bind(equation, [weight])
+        return site.matrix(weight)
+
+    return site._replace(matrix=matrix)
 
 
-def _product(step: int, equation: Any, side: int) -> Site | None:
-    """A product of a matrix with vectors: no batch axes, one axis summed over."""
-    contracted, batched = equation.params["dimension_numbers"]
-    matrix, vectors = (equation.invars[i].aval for i in (side, 1 - side))
-    if matrix.ndim != 2 or batched[side] or len(contracted[side]) != 1:
+def bias_of(program: Program, leaf: int, sites: dict[int, Site]) -> int | None:
+    """The dense layer, by its leaf, to whose results a weight is added entry by entry.
+
+    The sensitivities to the weight are then those to the result, and its place in the
+    kernel is that of a further input that is always one.
+    """
+    slot = leaf
+    while True:
+        steps = _program.uses(program, slot)
+        if len(steps) != 1 or steps[0] is None:
+            return None
+        equation, slots, outputs = program.steps[steps[0]]
+        same_size = equation.outvars[0].aval.size == equation.invars[0].aval.size
+        if equation.primitive.name not in ("reshape", "broadcast_in_dim") or not same_size:
+            break
+        (slot,) = outputs
+    if equation.primitive.name not in ("add", "add_any") or slots[0] == slots[1]:
         return None
-    (axis,), (vector_axis,) = contracted[side], contracted[1 - side]
-    p, q = matrix.shape[axis], matrix.shape[1 - axis]
+    other = slots[1 - slots.index(slot)]
+    for number, site in sites.items():
+        produced = program.steps[site.step].outputs == (other,)
+        whole = program.result(site.step).shape == equation.invars[slots.index(slot)].aval.shape
+        if produced and whole and len(_program.uses(program, other)) == 1:
+            return number
+    return None
+
+
+def _rearranges(equation: Any) -> bool:
+    if equation.primitive.name in _REARRANGEMENTS:
+        return len(equation.invars) == 1
+    # Axes of length one, put where another operand has them.
+    return (
+        equation.primitive.name == "broadcast_in_dim"
+        and len(equation.invars) == 1
+        and equation.outvars[0].aval.size == equation.invars[0].aval.size
+    )
+
+
+def _product_site(step: int, equation: Any, side: int) -> Site:
+    """A product of a matrix, or of one for each index of batch axes, with vectors."""
+    contracted, batched = equation.params["dimension_numbers"]
+    weight, vectors = (equation.invars[i].aval for i in (side, 1 - side))
+    free, vector_free = (
+        [axis for axis in range(aval.ndim) if axis not in (*contracted[i], *batched[i])]
+        for i, aval in ((side, weight), (1 - side, vectors))
+    )
+    g = math.prod(weight.shape[axis] for axis in batched[side])
+    p = math.prod(weight.shape[axis] for axis in contracted[side])
+    q = math.prod(weight.shape[axis] for axis in free)
+    t = math.prod(vectors.shape[axis] for axis in vector_free)
 
     def inputs(operands):
-        return jnp.moveaxis(operands[1 - side], vector_axis, -1).reshape(-1, p)
+        order = (*batched[1 - side], *vector_free, *contracted[1 - side])
+        return operands[1 - side].transpose(order).reshape(g, t, p)
 
     def delta(sensitivities):
-        # The free axes of the left operand come first in the result.
-        last = sensitivities if side == 1 else jnp.moveaxis(sensitivities, 1, -1)
-        return last.reshape(len(last), -1, q)
+        # Batch axes come first in the result, then the free axes of the left operand.
+        last = sensitivities.reshape(len(sensitivities), g, *((t, q) if side == 1 else (q, t)))
+        return last if side == 1 else last.swapaxes(2, 3)
 
-    return Site(step, vectors.size // p, inputs, delta, lambda w: w if axis == 0 else w.T)
+    def matrix(weight):
+        order = (*batched[side], *contracted[side], *free)
+        return weight.transpose(order).reshape(g, p, q)
+
+    return Site(step, g, t, inputs, delta, matrix)
 
 
-def _convolution(step: int, equation: Any, side: int) -> Site | None:
-    """A convolution of one image without groups, as a product with the patches of it."""
+def _convolution_site(step: int, equation: Any, side: int) -> Site | None:
+    """A convolution of one image, as a product with the patches of it."""
     params = equation.params
-    if side != 1 or params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+    if side != 1 or params["batch_group_count"] != 1:
         return None
     lhs, rhs, out = params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
-    result = equation.outvars[0].aval.shape
-    if result[out[0]] != 1:
+    aval = equation.outvars[0].aval
+    if aval.shape[out[0]] != 1:
         return None
-    window, spatial = [kernel[i] for i in rhs[2:]], [result[i] for i in out[2:]]
+    g, q = params["feature_group_count"], kernel[rhs[0]] // params["feature_group_count"]
+    c = kernel[rhs[1]]
+    geometry = _convolution.Geometry(
+        image=tuple(equation.invars[0].aval.shape[i] for i in (*lhs[2:], lhs[1])),
+        window=tuple(kernel[i] for i in rhs[2:]),
+        positions=tuple(aval.shape[i] for i in out[2:]),
+        strides=tuple(params["window_strides"]),
+        padding=tuple(map(tuple, params["padding"])),
+        image_dilation=tuple(params["lhs_dilation"]),
+        window_dilation=tuple(params["rhs_dilation"]),
+    )
+    t, offsets = math.prod(geometry.positions), math.prod(geometry.window)
+    p = offsets * c
+
+    def image(operands):
+        return operands[0].transpose(lhs[0], *lhs[2:], lhs[1])[0]
 
     def inputs(operands):
-        patches = _patches(operands[0].transpose(lhs), window, spatial, params)
-        return patches.reshape(-1, math.prod(spatial)).T
+        patches = _convolution.patches(geometry, image(operands)).reshape(t, offsets, g, c)
+        return patches.transpose(2, 0, 1, 3).reshape(g, t, p)
 
     def delta(sensitivities):
         channels_last = (0, *(i + 1 for i in (out[0], *out[2:], out[1])))
-        k, q = len(sensitivities), result[out[1]]
-        return sensitivities.transpose(channels_last).reshape(k, -1, q)
+        k = len(sensitivities)
+        return jnp.moveaxis(sensitivities.transpose(channels_last).reshape(k, t, g, q), 2, 1)
 
     def matrix(weight):
-        return weight.transpose(*rhs[2:], rhs[1], rhs[0]).reshape(-1, kernel[rhs[0]])
+        order = (*rhs[2:], rhs[1], rhs[0])
+        return weight.transpose(order).reshape(p, g, q).transpose(1, 0, 2)
 
-    return Site(step, math.prod(spatial), inputs, delta, matrix)
+    def result(inputs, operands):
+        matrices = matrix(operands[1])
+        if g > 1:
+            values = jnp.matmul(inputs, matrices, precision="highest").swapaxes(0, 1)
+        elif c < _SHALLOW:
+            # Without a batch axis of length one, which keeps products from being merged.
+            values = jnp.matmul(inputs[0], matrices[0], precision="highest")
+        else:
+            values = _convolution.convolve(geometry, image(operands), matrices[0])
+        channels_last = values.reshape(1, *geometry.positions, g * q).astype(aval.dtype)
+        position = [0] * aval.ndim
+        for i, axis in enumerate((out[0], *out[2:], out[1])):
+            position[axis] = i
+        return channels_last.transpose(position)
 
-
-def _patches(
-    x: Float[Array, "1 c ..."], window: Sequence[int], spatial: Sequence[int], params: Any
-) -> Float[Array, "offsets c ..."]:
-    """The input values under each offset of the window: strided slices of the padded input."""
-    strides, dilation = params["window_strides"], params["rhs_dilation"]
-    spread = [
-        (low, high, step - 1)
-        for (low, high), step in zip(params["padding"], params["lhs_dilation"], strict=True)
-    ]
-    padded = jax.lax.pad(x[0], jnp.zeros((), x.dtype), [(0, 0, 0), *spread])
-
-    def under(offset):
-        starts = [o * d for o, d in zip(offset, dilation, strict=True)]
-        limits = [
-            start + (size - 1) * stride + 1
-            for start, size, stride in zip(starts, spatial, strides, strict=True)
-        ]
-        return jax.lax.slice(padded, (0, *starts), (len(padded), *limits), (1, *strides))
-
-    return jnp.stack([under(offset) for offset in itertools.product(*map(range, window))])
+    return Site(step, g, t, inputs, delta, matrix, result)

@@ -7,20 +7,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params
+from ntt_sparse.ntk import neural_tangents
 from ntt_sparse.ntk._varying import varying_as
 from ntt_sparse.ntk.jacobian import jacobian_contraction, select, vector_products
-from ntt_sparse.ntk.structured import automatic, structured
+from ntt_sparse.ntk.structured import (
+    MEMORY_LIMIT,
+    Kernel,
+    Projections,
+    automatic,
+    structured,
+    without_structure,
+)
 
 Wrt: TypeAlias = Literal["masked", "all"]
 Output: TypeAlias = Literal["full", "trace"]
-Method: TypeAlias = Literal["auto", "jacobian", "ntk_vector_products", "structured"]
+Method: TypeAlias = Literal[
+    "auto", "jacobian", "ntk_vector_products", "structured", "neural_tangents"
+]
 
-_METHODS = {
-    "auto": automatic,
+_BY_STRUCTURE = {"auto": automatic, "structured": structured}
+_WITHOUT = {
     "jacobian": jacobian_contraction,
     "ntk_vector_products": vector_products,
-    "structured": structured,
+    "neural_tangents": neural_tangents.contraction,
 }
+_METHODS = ("auto", "jacobian", "ntk_vector_products", "structured", "neural_tangents")
 
 
 def empirical_ntk(
@@ -33,7 +44,10 @@ def empirical_ntk(
     wrt: Wrt = "masked",
     output: Output = "full",
     method: Method = "auto",
-) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
+    projections: Projections | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    max_density: float = 1.0,
+) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
     r"""The inner products of parameter Jacobians between two batches.
 
     $$K_{ijoq} = \sum_p \frac{\partial f_o(x^1_i)}{\partial \theta_p}
@@ -75,45 +89,109 @@ def empirical_ntk(
             * `"structured"` reads the program of `apply_fn` and contracts layer inputs
               with output sensitivities, many times faster for dense and
               convolutional layers; other weights are treated one by one as above.
+            * `"neural_tangents"` leaves it to the package of that name, by Jacobians too,
+              to compare with (`ntt_sparse.ntk.neural_tangents`).
             * `"auto"` takes `"structured"` where it has a rule for every leaf and
               `"ntk_vector_products"` elsewhere.
 
+        projections: Arrays u `(n1, r, k)` and v `(n2, s, k)` that give, instead of the
+            full kernel, $\sum_{oq} u_{iao} K_{ijoq} v_{jbq}$. The structured method then
+            needs r and s backward passes for an example and not k.
+        memory_limit: About how many bytes the Jacobians of convolutions and the products
+            of pairs may take together, with gradients as without: larger problems are cut
+            into blocks of pairs, whose factors are computed again. For the structured method.
+        max_density: A density that no mask of a convolution is known to exceed, for the
+            structured method with `wrt="masked"`: its Jacobians then meet in their kept
+            columns alone. The kernel is exact in any case: a mask that keeps more than this
+            costs as much as without the promise.
+
     Returns:
-        The kernel, `(n1, n2, k, k)` or `(n1, n2)`, in the dtype of the outputs.
+        The kernel, `(n1, n2, k, k)`, `(n1, n2)` for the trace or `(n1, n2, r, s)` with
+        projections, in the dtype of the outputs.
 
     Raises:
         ValueError: Batches that are empty or of different example shapes, masks that
-            do not fit `params`, outputs that are not `(n, k)`, or an unknown option.
+            do not fit `params`, outputs that are not `(n, k)`, projections that do not
+            fit, or an unknown option.
+        ImportError: The method `"neural_tangents"` without that package.
 
     References:
         Jacot et al., "Neural Tangent Kernel", NeurIPS 2018. Liu and Zenke, "Finding
         trainable sparse networks through Neural Tangent Transfer", ICML 2020: the
         masked kernel is that of equation 3 of its appendix.
     """
+    result = kernel_and_outputs(
+        apply_fn,
+        params,
+        x1,
+        x2,
+        masks=masks,
+        wrt=wrt,
+        output=output,
+        method=method,
+        projections=projections,
+        memory_limit=memory_limit,
+        max_density=max_density,
+    )
+    return result.kernel
+
+
+def kernel_and_outputs(
+    apply_fn: ApplyFn,
+    params: Params,
+    x1: Shaped[Array, "n1 ..."],
+    x2: Shaped[Array, "n2 ..."] | None = None,
+    *,
+    masks: Masks | None = None,
+    wrt: str = "masked",
+    output: str = "full",
+    method: str = "auto",
+    projections: Projections | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    max_density: float = 1.0,
+) -> Kernel:
+    """The kernel of `empirical_ntk`, and the outputs for both batches that come with it."""
     for name, value, known in (
         ("wrt", wrt, ("masked", "all")),
         ("output", output, ("full", "trace")),
-        ("method", method, tuple(_METHODS)),
+        ("method", method, _METHODS),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
+    if not 0.0 < max_density <= 1.0:
+        raise ValueError(f"max_density is {max_density}, expected a fraction in (0, 1]")
+    if memory_limit < 1:
+        raise ValueError(f"memory_limit is {memory_limit}, expected a number of bytes")
     x2 = x1 if x2 is None else x2
     _check_batches(x1, x2)
     leaves, treedef = jax.tree.flatten(params)
     leaf_masks = _leaf_masks(params, masks)
-    _check_outputs(apply_fn, params, x1)
+    k = _check_outputs(apply_fn, params, x1)
+    if projections is not None:
+        _check_projections(projections, len(x1), len(x2), k, output)
 
     weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
-    operands = (weights, leaf_masks, x1, None if x2 is x1 else x2)
-    weights, leaf_masks, x1, x2 = varying_as(operands, operands)
+    operands = (weights, leaf_masks, x1, None if x2 is x1 else x2, projections)
+    weights, leaf_masks, x1, x2, projections = varying_as(operands, operands)
     x2 = x1 if x2 is None else x2
     counted = leaf_masks if wrt == "masked" else [None] * len(leaves)
 
     def fn(leaves, x):
         return apply_fn(jax.tree.unflatten(treedef, leaves), x)
 
+    arguments = (fn, weights, counted, x1, x2)
     with jax.default_matmul_precision("highest"):
-        return _METHODS[method](fn, weights, counted, x1, x2, trace=output == "trace")
+        if method in _BY_STRUCTURE:
+            return _BY_STRUCTURE[method](
+                *arguments,
+                trace=output == "trace",
+                projections=projections,
+                memory_limit=memory_limit,
+                max_density=max_density,
+            )
+        return without_structure(
+            _WITHOUT[method], *arguments, trace=output == "trace", projections=projections
+        )
 
 
 def _check_batches(x1: Any, x2: Any) -> None:
@@ -126,13 +204,24 @@ def _check_batches(x1: Any, x2: Any) -> None:
         )
 
 
-def _check_outputs(apply_fn: ApplyFn, params: Params, x: Any) -> None:
+def _check_outputs(apply_fn: ApplyFn, params: Params, x: Any) -> int:
+    """Returns k."""
     outputs = jax.eval_shape(apply_fn, params, x)
     shape = getattr(outputs, "shape", type(outputs).__name__)
     if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x):
         raise ValueError(
             f"apply_fn must map a batch of {len(x)} to an array ({len(x)}, k), got {shape}"
         )
+    return shape[1]
+
+
+def _check_projections(projections: Any, n1: int, n2: int, k: int, output: str) -> None:
+    if output == "trace":
+        raise ValueError('projections go with output="full", got output="trace"')
+    for name, n, array in zip(("first", "second"), (n1, n2), projections, strict=True):
+        shape = jnp.shape(array)
+        if len(shape) != 3 or shape[0] != n or shape[1] == 0 or shape[2] != k:
+            raise ValueError(f"the {name} projection has shape {shape}, expected ({n}, r, {k})")
 
 
 def _leaf_masks(params: Params, masks: Masks | None) -> list[Any]:

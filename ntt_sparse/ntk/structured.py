@@ -2,14 +2,14 @@
 
 The traced program of the network shows how each weight is used. A dense layer
 `a @ W` contributes through its input a and the sensitivities delta of the outputs
-to its result (`ntt_sparse.ntk._contract`); the Jacobian by W is never built. A
-convolution, or a dense layer applied to several positions, contributes through the
-Jacobian that its patches and sensitivities give in one matrix product. One batch of
-k backward passes serves all layers.
+to its result (`ntt_sparse.ntk._contract`); the Jacobian by W is never built, and the
+bias that follows is a further input. A convolution, or a dense layer applied to several
+positions, contributes through the Jacobian that its patches and sensitivities give in
+one matrix product. One batch of k backward passes serves all layers.
 
 Weights used in another way, or more than once, contribute through their Jacobian
-from the same backward passes. Where a Jacobian would be large, NTK-vector products
-take that weight's part instead: slower, never wrong.
+from the same backward passes. Where that of a single pair would be too large,
+NTK-vector products take that weight's part instead: slower, never wrong.
 
 References:
     Novak et al., "Fast Finite Width Neural Tangent Kernel", ICML 2022, Section 3.3,
@@ -17,8 +17,9 @@ References:
 """
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,20 @@ from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse.ntk import _contract, _program, _sites
 from ntt_sparse.ntk._varying import varying_as
-from ntt_sparse.ntk.jacobian import FlatFn, LeafMasks, Leaves, select, vector_products
+from ntt_sparse.ntk.jacobian import FlatFn, LeafMasks, Leaves, vector_products
 
-# The most numbers in an explicit Jacobian of one leaf over both batches: 256 MiB in float32.
-_JACOBIAN_LIMIT = 2**26
+MEMORY_LIMIT = 2**30
+"""Bytes that the Jacobians and pairs of one block may take, unless the caller says otherwise."""
+
+# Up to this density, products with the kept columns of Jacobians alone are worth the gathering.
+_SPARSE = 0.25
+
+# On CPU, examples go one by one if their sensitivities together exceed so many bytes: those
+# of one example then stay in the cache, which measured up to twice as fast as a batch.
+_CACHE = 2**23
+
+
+Projections: TypeAlias = tuple[Float[Array, "n1 r k"], Float[Array, "n2 s k"]]
 
 
 class Plan(NamedTuple):
@@ -40,10 +51,12 @@ class Plan(NamedTuple):
     """The outputs of one example, `(k,)`."""
     dense: dict[int, _sites.Site]
     """Matrices that meet one vector per example."""
+    biases: dict[int, int]
+    """By dense leaf, the leaf that is its bias."""
     shared: dict[int, _sites.Site]
-    """Matrices that meet several vectors per example, with a Jacobian that can be held."""
+    """Matrices that meet several vectors per example."""
     direct: list[int]
-    """Leaves used otherwise, with a Jacobian that can be held."""
+    """Leaves used otherwise."""
     rest: list[int]
     """Leaves left to NTK-vector products."""
 
@@ -51,30 +64,48 @@ class Plan(NamedTuple):
 class Factors(NamedTuple):
     """What a batch contributes, by leaf number."""
 
+    outputs: Float[Array, "n k"]
+    probes: Float[Array, "n r k"]
+    """The combinations of outputs that sensitivities and Jacobians are of."""
     inputs: dict[int, Float[Array, "n p"]]
-    deltas: dict[int, Float[Array, "n k q"]]
-    jacobians: dict[int, Float[Array, "n k ..."]]
+    deltas: dict[int, Float[Array, "n r q"]]
+    jacobians: dict[int, Float[Array, "n r ..."]]
+
+
+class Kernel(NamedTuple):
+    """A tangent kernel, with the outputs that come with it."""
+
+    kernel: Float[Array, "n1 n2 ..."]
+    outputs1: Float[Array, "n1 k"]
+    outputs2: Float[Array, "n2 k"]
 
 
 def plan(
-    fn: FlatFn, leaves: Leaves, x1: Shaped[Array, "n1 ..."], x2: Shaped[Array, "n2 ..."]
+    fn: FlatFn, leaves: Leaves, x: Shaped[Array, "n ..."], memory_limit: int = MEMORY_LIMIT
 ) -> Plan:
     """Reads the program of `fn` and finds a rule for each leaf."""
-    program = _program.read(lambda w, example: fn(w, example[None])[0], leaves, x1[0])
-    output = jax.eval_shape(lambda w: fn(w, x1[:1])[0], leaves)
-    result = Plan(program, output, {}, {}, [], [])
+    program = _program.read(lambda w, example: fn(w, example[None])[0], leaves, x[0])
+    output = jax.eval_shape(lambda w: fn(w, x[:1])[0], leaves)
+    result = Plan(program, output, {}, {}, {}, [], [])
+    others = []
     for number, leaf in enumerate(leaves):
         site = _sites.find(program, number)
-        if site is not None and site.positions == 1:
+        if site is not None and site.positions == site.groups == 1:
             result.dense[number] = site
         elif not _program.uses(program, number):
             continue
-        elif (len(x1) + len(x2)) * output.size * leaf.size > _JACOBIAN_LIMIT:
-            result.rest.append(number)
+        elif 2 * output.size * leaf.size * leaf.dtype.itemsize > memory_limit:
+            others.append((number, result.rest))
         elif site is not None:
             result.shared[number] = site
         else:
-            result.direct.append(number)
+            others.append((number, result.direct))
+    for number, group in others:
+        layer = _sites.bias_of(program, number, result.dense)
+        if layer is None or layer in result.biases:
+            group.append(number)
+        else:
+            result.biases[layer] = number
     return result
 
 
@@ -86,9 +117,14 @@ def structured(
     x2: Shaped[Array, "n2 ..."],
     *,
     trace: bool = False,
-) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
-    """The kernel by the rule of each leaf, see the module; the interface of `vector_products`."""
-    return evaluate(plan(fn, leaves, x1, x2), fn, leaves, masks, x1, x2, trace=trace)
+    projections: Projections | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    max_density: float = 1.0,
+) -> Kernel:
+    """The kernel by the rule of each leaf, see the module."""
+    layout = plan(fn, leaves, x1, memory_limit)
+    options = (trace, projections, memory_limit, max_density)
+    return evaluate(layout, fn, leaves, masks, x1, x2, *options)
 
 
 def automatic(
@@ -99,17 +135,38 @@ def automatic(
     x2: Shaped[Array, "n2 ..."],
     *,
     trace: bool = False,
-) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
+    projections: Projections | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    max_density: float = 1.0,
+) -> Kernel:
     """The structured kernel where every leaf has a rule, else that of `vector_products`.
 
     A leaf without a rule costs as much as the whole kernel by NTK-vector products.
     """
-    layout = plan(fn, leaves, x1, x2)
-    # The structured trace is taken of the full kernel.
-    too_large = trace and len(x1) * len(x2) * layout.output.size**2 > _JACOBIAN_LIMIT
-    if layout.rest or too_large:
-        return vector_products(fn, leaves, masks, x1, x2, trace=trace)
-    return evaluate(layout, fn, leaves, masks, x1, x2, trace=trace)
+    layout = plan(fn, leaves, x1, memory_limit)
+    if layout.rest:
+        arguments = (fn, leaves, masks, x1, x2)
+        return without_structure(vector_products, *arguments, trace=trace, projections=projections)
+    options = (trace, projections, memory_limit, max_density)
+    return evaluate(layout, fn, leaves, masks, x1, x2, *options)
+
+
+def without_structure(
+    method: Callable[..., Float[Array, "n1 n2 ..."]],
+    fn: FlatFn,
+    leaves: Leaves,
+    masks: LeafMasks,
+    x1: Shaped[Array, "n1 ..."],
+    x2: Shaped[Array, "n2 ..."],
+    *,
+    trace: bool,
+    projections: Projections | None,
+) -> Kernel:
+    """The result of a method that knows of no projections and returns no outputs."""
+    kernel = method(fn, leaves, masks, x1, x2, trace=trace)
+    if projections is not None:
+        kernel = jnp.einsum("ijoq,iro,jsq->ijrs", kernel, *projections, precision="highest")
+    return Kernel(kernel, fn(leaves, x1), fn(leaves, x2))
 
 
 def evaluate(
@@ -119,72 +176,193 @@ def evaluate(
     masks: LeafMasks,
     x1: Shaped[Array, "n1 ..."],
     x2: Shaped[Array, "n2 ..."],
-    *,
     trace: bool,
-) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
+    projections: Projections | None,
+    memory_limit: int,
+    max_density: float,
+) -> Kernel:
     """The sum of the kernels of all leaves under a plan for these arguments."""
-    one = _factors(layout, leaves, x1)
-    two = one if x2 is x1 else _factors(layout, leaves, x2)
-    # Masks as the matrices that the weights are at their sites.
-    sites = layout.dense | layout.shared
-    masks_at = [
-        sites[leaf].matrix(mask) if leaf in sites and mask is not None else mask
-        for leaf, mask in enumerate(masks)
-    ]
-    shape = (len(x1), len(x2), *layout.output.shape * 2)
+    factors = functools.partial(_factors, layout, leaves, memory_limit=memory_limit)
+    contract = functools.partial(
+        _contract_all, layout, _masks_at(layout, masks), trace=trace, max_density=max_density
+    )
+    u, v = (None, None) if projections is None else projections
+    probes = max([u.shape[1] for u in projections or ()], default=layout.output.size)
+    rows, columns = _block(layout, leaves, masks, len(x1), len(x2), probes, memory_limit)
+    if (rows, columns) == (len(x1), len(x2)):
+        one = factors(x1, u)
+        two = one if x2 is x1 and projections is None else factors(x2, v)
+        result = Kernel(contract(one, two), one.outputs, two.outputs)
+    else:
+
+        def row_block(x1, u):
+            one = factors(x1, u)
+
+            # The derivative makes the factors of a block again instead of keeping all.
+            @jax.checkpoint
+            def column_block(x2, v):
+                return contract(one, factors(x2, v)).swapaxes(0, 1)
+
+            return _map_blocks(column_block, columns, x2, v).swapaxes(0, 1), one.outputs
+
+        kernel, outputs = _map_blocks(jax.checkpoint(row_block), rows, x1, u)
+        result = Kernel(kernel, outputs, fn(leaves, x2))
+    if layout.rest:
+        arguments = (leaves, masks, x1, x2, trace, projections)
+        rest = _rest(layout.rest, fn, *arguments)
+        result = result._replace(kernel=result.kernel + rest)
+    return result
+
+
+def _contract_all(
+    layout: Plan, masks: list[Any], one: Factors, two: Factors, *, trace: bool, max_density: float
+) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
+    """The kernel of two batches from their factors, but for the leaves of `layout.rest`."""
+    sides = () if trace else (one.probes.shape[1], two.probes.shape[1])
+    shape = (len(one.outputs), len(two.outputs), *sides)
     kernels = [jnp.zeros(shape, layout.output.dtype)]
     for leaf in layout.dense:
         factors = (one.inputs[leaf], two.inputs[leaf], one.deltas[leaf], two.deltas[leaf])
-        kernels.append(_contract.dense(*factors, masks_at[leaf]))
+        bias: Any = layout.biases.get(leaf)
+        if bias is not None:
+            bias = True if masks[bias] is None else masks[bias].reshape(-1)
+        kernels.append(
+            _contract.dense(*factors, masks[leaf], False if bias is None else bias, trace=trace)
+        )
     for leaf, jacobian in one.jacobians.items():
-        kernels.append(_contract.jacobians(select(jacobian, masks_at[leaf]), two.jacobians[leaf]))
-    if trace:
-        kernels = [jnp.einsum("ijoo->ij", kernel) for kernel in kernels]
-    if layout.rest:
-        kernels.append(_rest(layout.rest, fn, leaves, masks, x1, x2, trace))
+        capacity = math.ceil(max_density * math.prod(jacobian.shape[2:]))
+        # Gathering columns costs about as much as a few products with them.
+        worthwhile = max_density <= _SPARSE
+        product = _contract.jacobians(
+            jacobian,
+            two.jacobians[leaf],
+            masks[leaf],
+            trace=trace,
+            capacity=capacity if worthwhile else None,
+        )
+        kernels.append(product)
     return functools.reduce(jnp.add, kernels)
 
 
-def _rest(rest, fn, leaves, masks, x1, x2, trace):
+def _masks_at(layout: Plan, masks: LeafMasks) -> list[Any]:
+    """The masks in the shapes that the leaves have in `Factors`."""
+    result = list(masks)
+    for leaf, site in (layout.dense | layout.shared).items():
+        mask = masks[leaf]
+        if mask is not None:
+            matrix = site.matrix(mask)
+            result[leaf] = matrix[0] if leaf in layout.dense else matrix.swapaxes(1, 2)
+    return result
+
+
+def _rest(rest, fn, leaves, masks, x1, x2, trace, projections):
     """The part of some leaves, by NTK-vector products."""
 
     def partial_fn(values, x):
         return fn(_replaced(leaves, dict(zip(rest, values, strict=True))), x)
 
     values, partial_masks = ([tree[leaf] for leaf in rest] for tree in (leaves, masks))
-    return vector_products(partial_fn, values, partial_masks, x1, x2, trace=trace)
+    arguments = (partial_fn, values, partial_masks, x1, x2)
+    result = without_structure(vector_products, *arguments, trace=trace, projections=projections)
+    return result.kernel
 
 
 def _replaced(leaves: Leaves, some: Mapping[int, Array]) -> Leaves:
     return [some.get(number, leaf) for number, leaf in enumerate(leaves)]
 
 
-def _factors(layout: Plan, leaves: Leaves, x: Shaped[Array, "n ..."]) -> Factors:
-    """Layer inputs, output sensitivities and Jacobians of all examples."""
+def _block(
+    layout: Plan, leaves: Leaves, masks: LeafMasks, n1: int, n2: int, k: int, memory_limit: int
+) -> tuple[int, int]:
+    """How many examples of each batch may meet at once, with k sensitivities each."""
+    itemsize = layout.output.dtype.itemsize
+    jacobian = k * sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
+    # Masked dense layers hold a product of inputs and an entry per unit for each pair.
+    matrices = [site.matrix(leaves[i]).shape[1:] for i, site in layout.dense.items()]
+    masked = [
+        shape for shape, i in zip(matrices, layout.dense, strict=True) if masks[i] is not None
+    ]
+    pair = k * k + max((p for p, _ in masked), default=0) + sum(q for _, q in masked)
+    while n1 * n2 > 1 and itemsize * ((n1 + n2) * jacobian + n1 * n2 * pair) > memory_limit:
+        n1, n2 = (-(-n1 // 2), n2) if n1 > n2 else (n1, -(-n2 // 2))
+    return n1, n2
+
+
+def _map_blocks(fn: Callable[..., Any], size: int, *batches: Shaped[Array, "n ..."] | None) -> Any:
+    """Applies a function of batches to one block of examples after the other."""
+    (n,) = {len(x) for x in jax.tree.leaves(batches)}
+    if n == size:
+        return fn(*batches)
+    end = n - n % size
+    whole = jax.tree.map(lambda x: x[:end].reshape(-1, size, *x.shape[1:]), batches)
+    blocks = jax.lax.map(lambda batches: fn(*batches), whole)
+    parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)]
+    if end < n:
+        parts.append(fn(*jax.tree.map(lambda x: x[end:], batches)))
+    return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+
+
+def _factors(
+    layout: Plan,
+    leaves: Leaves,
+    x: Shaped[Array, "n ..."],
+    probes: Float[Array, "n r k"] | None,
+    *,
+    memory_limit: int,
+) -> Factors:
+    """Layer inputs, and sensitivities and Jacobians of all outputs or of projections of them."""
     sites = layout.dense | layout.shared
+    on_cpu = jax.default_backend() == "cpu"
     # By step, as the two operands of one product may both be weights.
     results = {site.step: layout.program.result(site.step) for site in sites.values()}
 
     def output(taps, direct, example):
-        value, operands = _program.run(layout.program, _replaced(leaves, direct), example, taps)
-        return value, {leaf: site.inputs(operands[site.step]) for leaf, site in sites.items()}
+        recorded = {}
 
-    def factors(example):
+        def through(leaf, site, operands):
+            recorded[leaf] = site.inputs(operands)
+            return site.result(recorded[leaf], operands)
+
+        evaluate = {
+            site.step: functools.partial(through, leaf, site)
+            for leaf, site in sites.items()
+            if site.result is not None and on_cpu
+        }
+        value, operands = _program.run(
+            layout.program, _replaced(leaves, direct), example, taps, evaluate
+        )
+        inputs = {
+            leaf: recorded[leaf] if leaf in recorded else site.inputs(operands[site.step])
+            for leaf, site in sites.items()
+        }
+        return value, (value, inputs)
+
+    def factors(example, probes):
         taps = {step: jnp.zeros(aval.shape, aval.dtype) for step, aval in results.items()}
         taps = varying_as(taps, (example, leaves))
         direct = {leaf: leaves[leaf] for leaf in layout.direct}
-        value, pull, inputs = jax.vjp(
+        _, pull, (value, inputs) = jax.vjp(
             lambda t, d: output(t, d, example), taps, direct, has_aux=True
         )
-        basis = varying_as(jnp.eye(value.size, dtype=value.dtype), value)
-        pulled, jacobians = jax.vmap(pull)(basis)
+        if probes is None:
+            probes = varying_as(jnp.eye(value.size, dtype=value.dtype), value)
+        pulled, jacobians = jax.vmap(pull)(probes.astype(value.dtype))
         deltas = {leaf: site.delta(pulled[site.step]) for leaf, site in sites.items()}
         for leaf in layout.shared:
             jacobians[leaf] = _contract.position_sum(inputs[leaf], deltas[leaf])
         return Factors(
-            {leaf: inputs[leaf][0] for leaf in layout.dense},
-            {leaf: deltas[leaf][:, 0] for leaf in layout.dense},
+            value,
+            probes,
+            {leaf: inputs[leaf][0, 0] for leaf in layout.dense},
+            {leaf: deltas[leaf][:, 0, 0] for leaf in layout.dense},
             jacobians,
         )
 
-    return jax.vmap(factors)(x)
+    size = max((math.prod(r.shape) for r in results.values()), default=1)
+    passes = layout.output.size if probes is None else probes.shape[1]
+    example_bytes = passes * size * layout.output.dtype.itemsize
+    if on_cpu:
+        together = len(x) if len(x) * example_bytes <= _CACHE else 1
+    else:
+        together = min(len(x), max(1, memory_limit // (4 * example_bytes)))
+    return _map_blocks(jax.vmap(factors), together, x, probes)

@@ -9,7 +9,7 @@ student's part.
 
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,20 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse._types import ApplyFn, Masks, Params, Scalar
-from ntt_sparse.ntk import empirical_ntk
-from ntt_sparse.ntk.kernel import Method, Wrt
+from ntt_sparse._types import ApplyFn, Masks, Params, PRNGKey, Scalar
+from ntt_sparse.ntk.kernel import Method, Wrt, kernel_and_outputs
+from ntt_sparse.ntk.structured import Kernel, Projections
 from ntt_sparse.pruning import masks as pruning_masks
+
+Distance: TypeAlias = Literal["full", "trace", "sketch"]
 
 
 class NTTTerms(NamedTuple):
     """The parts of the loss, before their weights."""
 
     kernel: Scalar
-    """Mean of the squared kernel difference over all n1 n2 k k entries."""
+    """Mean of the squared kernel difference over all n1 n2 k k entries, or what
+    `distance` puts in its place."""
     output: Scalar
     """Mean of the squared output difference over all n k entries."""
     l2: Scalar
@@ -39,8 +42,9 @@ class TeacherTargets(NamedTuple):
 
     outputs: Float[Array, "n k"]
     """The teacher's outputs; under `axis_name`, of the local batch."""
-    kernel: Float[Array, "n1 n2 k k"]
-    """Its kernel between the halves of the batch; under `axis_name`, the local rows."""
+    kernel: Float[Array, "n1 n2 ..."]
+    """Its kernel between the halves of the batch, as `distance` needs it; under
+    `axis_name`, the local rows."""
 
 
 def ntt_loss(
@@ -53,8 +57,12 @@ def ntt_loss(
     kernel_weight: ArrayLike,
     l2_weight: ArrayLike = 0.0,
     wrt: Wrt = "masked",
+    distance: Distance = "full",
+    probes: int = 1,
+    key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
+    max_density: float = 1.0,
 ) -> tuple[Scalar, NTTTerms]:
     r"""The Neural Tangent Transfer objective on one batch.
 
@@ -91,8 +99,23 @@ def ntt_loss(
         l2_weight: $\beta$, at least 0; may be traced.
         wrt: Which weights the student's kernel is made of, see `empirical_ntk`.
             `"masked"` is the published definition, `"all"` that of the original code.
+        distance: What stands for the squared norm $\|\Delta_{ij}\|_F^2$ of the k x k kernel
+            difference of a pair. `"full"` is the published objective; the others are ours:
+
+            * `"trace"` compares traces, $(\mathrm{tr}\,\Delta_{ij})^2 / k$: a lower bound that is
+              attained when the difference is a multiple of the identity.
+            * `"sketch"` estimates it without bias as the mean of $(u^\top \Delta_{ij} v)^2$
+              over all pairs of `probes` random sign vectors u of example i and as many v of
+              example j. An example then costs `probes` backward passes and not k. For one
+              pair the variance is at most $8 \|\Delta_{ij}\|_F^4$ with one probe; the mean over
+              n1 n2 pairs, whose signs are shared along rows and columns, has far less.
+
+        probes: Sign vectors for each example, for `"sketch"`.
+        key: For `"sketch"`: draws the signs. Use another key in each step.
         axis_name: The mapped axis over which the batch is split.
         method: How kernels are computed, see `empirical_ntk`.
+        max_density: A density that no mask is known to exceed, see `empirical_ntk`: it makes
+            convolutions cheaper.
 
     Returns:
         The loss and its unweighted terms.
@@ -108,7 +131,15 @@ def ntt_loss(
         density follow the authors' code.
     """
     _check_same(params, teacher_params)
-    targets = teacher_targets(apply_fn, teacher_params, x, axis_name=axis_name, method=method)
+    _check_distance(distance, probes, key)
+    common = {
+        "distance": distance,
+        "probes": probes,
+        "key": key,
+        "axis_name": axis_name,
+        "method": method,
+    }
+    targets = teacher_targets(apply_fn, teacher_params, x, **common)
     return ntt_loss_from_targets(
         apply_fn,
         params,
@@ -118,8 +149,8 @@ def ntt_loss(
         kernel_weight=kernel_weight,
         l2_weight=l2_weight,
         wrt=wrt,
-        axis_name=axis_name,
-        method=method,
+        max_density=max_density,
+        **common,
     )
 
 
@@ -128,6 +159,9 @@ def teacher_targets(
     teacher_params: Params,
     x: Shaped[Array, "n ..."],
     *,
+    distance: Distance = "full",
+    probes: int = 1,
+    key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
 ) -> TeacherTargets:
@@ -139,10 +173,13 @@ def teacher_targets(
     Raises:
         ValueError: Fewer than two examples, or a fault that `empirical_ntk` raises.
     """
-    rows, columns, _, _ = _pairs(x, axis_name)
+    pairs = _pairs(x, axis_name)
     teacher_params = jax.lax.stop_gradient(teacher_params)
-    kernel = empirical_ntk(apply_fn, teacher_params, rows, columns, method=method)
-    return TeacherTargets(apply_fn(teacher_params, x), kernel)
+    options = _options(apply_fn, teacher_params, pairs, distance, probes, key)
+    result = kernel_and_outputs(
+        apply_fn, teacher_params, pairs.rows, pairs.columns, method=method, **options
+    )
+    return TeacherTargets(_outputs(apply_fn, teacher_params, x, result, axis_name), result.kernel)
 
 
 def ntt_loss_from_targets(
@@ -155,8 +192,12 @@ def ntt_loss_from_targets(
     kernel_weight: ArrayLike,
     l2_weight: ArrayLike = 0.0,
     wrt: Wrt = "masked",
+    distance: Distance = "full",
+    probes: int = 1,
+    key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
+    max_density: float = 1.0,
 ) -> tuple[Scalar, NTTTerms]:
     """The objective of `ntt_loss`, given what `teacher_targets` returned for the same `x`.
 
@@ -167,16 +208,33 @@ def ntt_loss_from_targets(
     _check_weight("l2_weight", l2_weight)
     pruning_masks.check(params, masks)
     kept, total = _kept(masks)
-    rows, columns, valid, count = _pairs(x, axis_name)
-    kernel = empirical_ntk(apply_fn, params, rows, columns, masks=masks, wrt=wrt, method=method)
+    pairs = _pairs(x, axis_name)
+    options = _options(apply_fn, params, pairs, distance, probes, key)
+    result = kernel_and_outputs(
+        apply_fn,
+        params,
+        pairs.rows,
+        pairs.columns,
+        masks=masks,
+        wrt=wrt,
+        method=method,
+        max_density=max_density,
+        **options,
+    )
+    kernel = result.kernel
     weights = pruning_masks.apply(params, masks)
-    outputs = apply_fn(weights, x)
+    outputs = _outputs(apply_fn, weights, x, result, axis_name)
     for name, ours, theirs in zip(targets._fields, (outputs, kernel), targets, strict=True):
         if ours.shape != theirs.shape:
             raise ValueError(f"targets.{name} has shape {theirs.shape}, the student {ours.shape}")
 
-    squares = jnp.square(kernel - targets.kernel) * valid[:, None, None, None]
-    kernel_term = jnp.sum(squares) / (count * len(columns) * kernel.shape[2] ** 2)
+    squares = jnp.square(kernel - targets.kernel).reshape(*kernel.shape[:2], -1)
+    k = outputs.shape[1]
+    # The squared norm of a pair's k x k difference, or an estimate or bound of it.
+    norms = jnp.sum(squares, axis=2) / k if distance == "trace" else jnp.sum(squares, axis=2)
+    if distance == "sketch":
+        norms = norms / probes**2
+    kernel_term = jnp.sum(norms * pairs.valid[:, None]) / (pairs.total * len(pairs.columns) * k**2)
     output_term = jnp.mean(jnp.square(outputs - targets.outputs))
     if axis_name is not None:
         kernel_term = jax.lax.psum(kernel_term, axis_name)
@@ -189,14 +247,22 @@ def ntt_loss_from_targets(
     return jnp.asarray(loss), terms
 
 
-def _pairs(x: Any, axis_name: str | None) -> tuple[Array, Array, Array, int]:
-    """The examples whose pairs this device computes.
+class _Pairs(NamedTuple):
+    """The examples whose pairs this device computes."""
 
-    Returns:
-        The rows, a contiguous part of the first half of the batch; the columns, the
-        whole second half; 1 for rows to count and 0 for padding; the number of rows
-        over all devices.
-    """
+    rows: Array
+    """A contiguous part of the first half of the batch."""
+    columns: Array
+    """The whole second half."""
+    positions: Array
+    """Of the rows in the batch."""
+    valid: Array
+    """1 for rows to count and 0 for padding."""
+    total: int
+    """The number of rows over all devices."""
+
+
+def _pairs(x: Any, axis_name: str | None) -> _Pairs:
     if jnp.ndim(x) == 0:
         raise ValueError("x is a scalar, expected a batch of inputs")
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
@@ -205,12 +271,46 @@ def _pairs(x: Any, axis_name: str | None) -> tuple[Array, Array, Array, int]:
         raise ValueError(f"a batch of {size} holds no pair for the kernel: give two or more inputs")
     count = size // 2
     if axis_name is None:
-        return x[:count], x[count:], jnp.ones(count, bool), count
+        return _Pairs(x[:count], x[count:], jnp.arange(count), jnp.ones(count, bool), count)
     x = jax.lax.all_gather(x, axis_name, tiled=True)
     share = -(-count // devices)
     positions = jax.lax.axis_index(axis_name) * share + jnp.arange(share)
+    valid = positions < count
     # Devices beyond the end repeat the last row, which then does not count.
-    return x[jnp.minimum(positions, count - 1)], x[count:], positions < count, count
+    positions = jnp.minimum(positions, count - 1)
+    return _Pairs(x[positions], x[count:], positions, valid, count)
+
+
+def _options(
+    apply_fn: ApplyFn,
+    params: Params,
+    pairs: _Pairs,
+    distance: Distance,
+    probes: int,
+    key: PRNGKey | None,
+) -> dict[str, Any]:
+    """The arguments of `empirical_ntk` for a distance."""
+    _check_distance(distance, probes, key)
+    if distance != "sketch":
+        return {"output": distance}
+    outputs = jax.eval_shape(apply_fn, params, pairs.columns)
+    shape, dtype = (probes, outputs.shape[-1]), outputs.dtype
+    row_key, column_key = jax.random.split(cast(PRNGKey, key))
+    u = jax.random.rademacher(row_key, (pairs.total, *shape), dtype)[pairs.positions]
+    projections: Projections = (
+        u,
+        jax.random.rademacher(column_key, (len(pairs.columns), *shape), dtype),
+    )
+    return {"projections": projections}
+
+
+def _outputs(
+    apply_fn: ApplyFn, params: Params, x: Array, result: Kernel, axis_name: str | None
+) -> Float[Array, "n k"]:
+    """The outputs for the local batch: those that the kernel was made with, where it has them."""
+    if axis_name is not None:
+        return apply_fn(params, x)
+    return jnp.concatenate([result.outputs1, result.outputs2])
 
 
 def _kept(masks: Masks) -> tuple[Any, int]:
@@ -238,6 +338,13 @@ def _check_same(params: Params, teacher_params: Params) -> None:
                 f"teacher's {pruning_masks.path_name(path)!r} has shape {jnp.shape(other)}, "
                 f"the student's {jnp.shape(leaf)}"
             )
+
+
+def _check_distance(distance: str, probes: int, key: PRNGKey | None) -> None:
+    if distance not in ("full", "trace", "sketch"):
+        raise ValueError(f"distance is {distance!r}, expected 'full', 'trace' or 'sketch'")
+    if distance == "sketch" and (key is None or probes < 1):
+        raise ValueError(f"distance='sketch' needs a key and probes of at least 1, got {probes}")
 
 
 def _check_weight(name: str, value: ArrayLike) -> None:

@@ -118,7 +118,7 @@ NETWORKS = [
     (chain, ["first", "second", "third"], [], []),
     (columns, ["first", "wide"], [], []),
     (summed_over_last_axis, ["first", "wide"], [], []),
-    (transposed, ["first"], [], ["wide"]),
+    (transposed, ["first", "wide"], [], []),
     (two_weights_in_one_product, ["first", "row", "column"], [], []),
     (grouped, ["first", "second", "third"], [], []),
     (used_twice, ["first", "third"], [], ["second"]),
@@ -128,7 +128,7 @@ NETWORKS = [
     (some_unused, ["first"], [], []),
     (inside_control_flow, ["second", "third"], [], ["first"]),
     (gram_of_weights, ["first"], [], ["second"]),
-    (batch_product, ["third"], [], ["first", "second"]),
+    (batch_product, ["third"], ["first", "second"], []),
     (scanned, ["second", "third"], [], ["first"]),
     (constant_output, [], [], []),
 ]
@@ -143,13 +143,14 @@ def as_flat(network, names):
     return lambda leaves, x: network(dict(zip(names, leaves, strict=True)), x)
 
 
-def assert_equals_jacobian_method(network, weights, x1, x2):
+def assert_equals_jacobian_method(network, weights, x1, x2, **options):
     """Value and gradient, half of the weights masked."""
     masks = masks_like(weights)
 
     def value_and_grad(method):
         def objective(w):
-            value = empirical_ntk(network, w, x1, x2, masks=masks, method=method)
+            arguments = {"masks": masks, "method": method, **options}
+            value = empirical_ntk(network, w, x1, x2, **arguments)
             return jnp.sum(jnp.sin(value)), value
 
         return jax.jit(jax.value_and_grad(objective, has_aux=True))(weights)
@@ -162,26 +163,163 @@ def assert_equals_jacobian_method(network, weights, x1, x2):
         np.testing.assert_allclose(grad[name], leaf, rtol=0, atol=bound, err_msg=name)
 
 
-@pytest.mark.parametrize("jacobians_fit", [True, False])
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize(
     ("network", "dense", "shared", "other"),
     NETWORKS,
     ids=[network.__name__ for network, *_ in NETWORKS],
 )
-def test_equals_the_jacobian_method(x64, monkeypatch, network, dense, shared, other, jacobians_fit):
-    """Weights without a rule go through their own Jacobian, or NTK-vector products."""
-    if not jacobians_fit:
-        monkeypatch.setattr(structured, "_JACOBIAN_LIMIT", 0)
+def test_equals_the_jacobian_method(x64, network, dense, shared, other, fits):
+    """Weights without a rule go through their own Jacobian, or NTK-vector products.
+
+    Where nothing fits, pairs are taken one at a time.
+    """
+    limit = structured.MEMORY_LIMIT if fits else 1
+    if not fits:
         shared, other = [], [name for name in LEAVES if name in shared + other]
     weights = matrices()
     rng = np.random.default_rng(2)
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
-    layout = structured.plan(as_flat(network, LEAVES), [*weights.values()], x1, x2)
-    groups = layout.dense, layout.shared, layout.direct if jacobians_fit else layout.rest
+    layout = structured.plan(as_flat(network, LEAVES), [*weights.values()], x1, limit)
+    groups = layout.dense, layout.shared, layout.direct if fits else layout.rest
     named = [[list(LEAVES)[leaf] for leaf in group] for group in groups]
     assert named == [dense, shared, other]
-    assert not (layout.rest if jacobians_fit else layout.direct)
-    assert_equals_jacobian_method(network, weights, x1, x2)
+    assert not (layout.rest if fits else layout.direct)
+    assert_equals_jacobian_method(network, weights, x1, x2, memory_limit=limit)
+
+
+def biased(w, x):
+    """Every way in which something is, or is not, the bias of a dense layer."""
+    hidden = jnp.tanh(x @ w["first"] + w["b1"])
+    hidden = jnp.tanh(w["b2"].reshape(4) + hidden @ w["second"])
+    product = hidden @ w["third"]
+    return (product + w["b3"]) * (product + w["b3"][::-1])
+
+
+def biased_twice(w, x):
+    """The second addition is to a sum; the last vector is added along the wrong axis."""
+    hidden = jnp.tanh((x @ w["first"] + w["b1"]) + w["b1"] * 2)
+    hidden = jnp.tanh(hidden @ w["second"] + w["b2"] + w["b2"])
+    return jnp.tanh(hidden @ w["third"] + w["b3"].sum())
+
+
+@pytest.mark.parametrize(("network", "found"), [(biased, ["b1", "b2"]), (biased_twice, [])])
+@pytest.mark.parametrize("wrt", ["masked", "all"])
+@pytest.mark.parametrize("output", ["full", "trace"])
+def test_biases(x64, network, found, wrt, output):
+    """Biases of dense layers are further inputs; the mask covers them as well."""
+    rng = np.random.default_rng(6)
+    shapes = {name: LEAVES[name] for name in ("first", "second", "third")}
+    shapes |= {"b1": (5,), "b2": (4, 1), "b3": (3,)}
+    if network is biased_twice:
+        shapes["b2"] = (4,)
+    weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
+    layout = structured.plan(as_flat(network, shapes), [*weights.values()], x1)
+    assert [list(shapes)[leaf] for leaf in layout.biases.values()] == found
+    assert_equals_jacobian_method(network, weights, x1, x2, wrt=wrt, output=output)
+
+
+def small_cnn(w, x):
+    """Rectangular, with strides, a depthwise convolution and more channels than `_SHALLOW`."""
+    options = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    x = jnp.tanh(jax.lax.conv_general_dilated(x, w["deep"], (1, 2), **options) + w["b"])
+    groups = x.shape[-1]
+    x = jax.lax.conv_general_dilated(x, w["wide"], (2, 1), feature_group_count=groups, **options)
+    x = jnp.tanh(jax.lax.conv_general_dilated(jnp.tanh(x), w["last"], (1, 1), **options))
+    return jnp.mean(x, axis=(1, 2))
+
+
+@pytest.mark.parametrize("output", ["full", "trace"])
+@pytest.mark.parametrize("limit", [structured.MEMORY_LIMIT, 60_000])
+def test_deep_convolutions_in_blocks(x64, output, limit):
+    rng = np.random.default_rng(8)
+    shapes = {"deep": (3, 3, 2, 36), "b": (36,), "wide": (2, 1, 1, 36), "last": (2, 2, 36, 2)}
+    weights = {name: jnp.asarray(rng.normal(size=s) / s[2]) for name, s in shapes.items() if s[1:]}
+    weights["b"] = jnp.asarray(rng.normal(size=36))
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (5, 3))
+    layout = structured.plan(as_flat(small_cnn, weights), [*weights.values()], x1, limit)
+    assert [list(weights)[leaf] for leaf in layout.shared] == ["deep", "wide", "last"]
+    block = structured._block(layout, [*weights.values()], [None] * 4, 5, 3, 2, limit)
+    assert (block == (5, 3)) == (limit == structured.MEMORY_LIMIT)
+    assert_equals_jacobian_method(small_cnn, weights, x1, x2, output=output, memory_limit=limit)
+
+
+@pytest.mark.parametrize("max_density", [0.01, 0.2, 1.0])
+@pytest.mark.parametrize("limit", [structured.MEMORY_LIMIT, 60_000])
+def test_a_promised_density_changes_nothing(x64, max_density, limit):
+    """Kept as promised (by 0.2), or not (by 0.01): value and gradient are those of the mask."""
+    rng = np.random.default_rng(10)
+    shapes = {"deep": (3, 3, 2, 36), "b": (36,), "wide": (2, 1, 1, 36), "last": (2, 2, 36, 2)}
+    weights = {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}
+    masks = {name: jnp.asarray(rng.random(s) < 0.15) for name, s in shapes.items()}
+    masks["wide"] = jnp.zeros(shapes["wide"], bool).at[0, 0, 0, ::8].set(True)
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (3, 2))
+
+    def value_and_grad(**options):
+        def objective(w):
+            value = empirical_ntk(small_cnn, w, x1, x2, masks=masks, **options)
+            return jnp.sum(jnp.sin(value)), value
+
+        return jax.jit(jax.value_and_grad(objective, has_aux=True))(weights)
+
+    (_, value), grad = value_and_grad(max_density=max_density, memory_limit=limit)
+    (_, expected), expected_grad = value_and_grad(method="jacobian")
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    for name, leaf in expected_grad.items():
+        np.testing.assert_allclose(grad[name], leaf, rtol=0, atol=1e-11 * np.abs(leaf).max())
+
+
+def test_the_memory_limit_bounds_memory():
+    """With its gradient; four times the pairs take the memory of the bound, not four times it."""
+    weights = {"conv": jnp.ones((3, 3, 3, 64)), "dense": jnp.ones((64, 5))}
+
+    def network(w, x):
+        options = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        x = jax.lax.conv_general_dilated(x, w["conv"], (1, 1), **options)
+        return jnp.tanh(x).mean((1, 2)) @ w["dense"]
+
+    def mebibytes(n, limit):
+        def objective(w, x):
+            return jnp.sum(empirical_ntk(network, w, x, x + 1, memory_limit=limit) ** 2)
+
+        program = jax.jit(jax.grad(objective)).lower(weights, jnp.ones((n, 8, 8, 3))).compile()
+        return program.memory_analysis().temp_size_in_bytes / 2**20
+
+    free, bound = mebibytes(256, 2**30), mebibytes(256, 2**21)
+    # The Jacobians of 512 examples take 17 MiB.
+    assert free > 17
+    assert bound < free / 2
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian"])
+@pytest.mark.parametrize("limit", [structured.MEMORY_LIMIT, 300])
+def test_projections(x64, method, limit):
+    """Against the full kernel, with other numbers of projections on the two sides."""
+    weights, masks = matrices(), masks_like(matrices())
+    rng = np.random.default_rng(9)
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
+    u, v = (jnp.asarray(rng.normal(size=shape)) for shape in ((4, 2, 3), (3, 1, 3)))
+
+    def kernel(w, projections=None, **options):
+        return empirical_ntk(positions, w, x1, x2, masks=masks, projections=projections, **options)
+
+    def projected(w):
+        return kernel(w, (u, v), method=method, memory_limit=limit)
+
+    def expected(w):
+        return jnp.einsum("ijoq,iro,jsq->ijrs", kernel(w, method="jacobian"), u, v)
+
+    assert projected(weights).shape == (4, 3, 2, 1)
+    np.testing.assert_allclose(projected(weights), expected(weights), rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        *(
+            jax.tree.leaves(jax.grad(lambda w, f=f: jnp.sum(f(w) ** 2))(weights))
+            for f in (projected, expected)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 CONVOLUTIONS = {
@@ -220,9 +358,9 @@ def test_convolutions(x64, name):
 
         return one(x[0])[None] if len(x) == 1 else jax.lax.map(one, x)
 
-    layout = structured.plan(as_flat(network, weights), [*weights.values()], x1, x2)
+    layout = structured.plan(as_flat(network, weights), [*weights.values()], x1)
     found = [name for name in ("dense", "shared", "direct", "rest") if getattr(layout, name)]
-    expected = {"one_position": "dense", "groups": "direct", "two_images": "direct"}
+    expected = {"one_position": "dense", "two_images": "direct"}
     assert found == [expected.get(name, "shared")]
     assert_equals_jacobian_method(network, weights, x1, x2)
 
@@ -326,9 +464,10 @@ def test_auto_takes_structure_where_all_leaves_have_a_rule(monkeypatch):
 
     assert kernel_of(used_twice) == ["evaluate"]
     assert kernel_of(chain, output="trace") == ["evaluate"]
-    monkeypatch.setattr(structured, "_JACOBIAN_LIMIT", 0)
-    assert kernel_of(chain) == ["evaluate"]
-    # A full kernel that does not fit, and a leaf without a rule.
-    assert kernel_of(chain, output="trace") == ["vector_products"]
-    assert kernel_of(used_twice) == ["vector_products"]
-    assert kernel_of(used_twice, method="structured") == ["evaluate", "vector_products"]
+    assert kernel_of(chain, memory_limit=1) == ["evaluate"]
+    # A leaf without a rule whose Jacobian does not fit.
+    assert kernel_of(used_twice, memory_limit=1) == ["vector_products"]
+    assert kernel_of(used_twice, method="structured", memory_limit=1) == [
+        "evaluate",
+        "vector_products",
+    ]

@@ -1,0 +1,153 @@
+"""The stand-ins for the kernel distance against the full kernels of both networks."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ntt_sparse.ntk import empirical_ntk
+from ntt_sparse.objectives.ntt import ntt_loss, ntt_loss_from_targets, teacher_targets
+
+WEIGHTS = {"kernel_weight": 0.7, "l2_weight": 0.0}
+
+
+def net(params, x):
+    return jnp.tanh(x @ params["in"]) @ params["out"]
+
+
+def problem(n, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def params():
+        return {
+            "in": jnp.asarray(rng.normal(size=(4, 6))),
+            "out": jnp.asarray(rng.normal(size=(6, 3))),
+        }
+
+    student, teacher = params(), params()
+    masks = jax.tree.map(lambda w: jnp.asarray(rng.random(w.shape) < 0.5), student)
+    return student, masks, teacher, jnp.asarray(rng.normal(size=(n, 4)))
+
+
+def kernel_difference(student, masks, teacher, x):
+    """By explicit Jacobians."""
+    halves = x[: len(x) // 2], x[len(x) // 2 :]
+    ours = empirical_ntk(net, student, *halves, masks=masks, method="jacobian")
+    return ours - empirical_ntk(net, teacher, *halves, method="jacobian")
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_trace(x64, n):
+    arguments = problem(n)
+    _, terms = ntt_loss(net, *arguments, **WEIGHTS, distance="trace")
+    difference = kernel_difference(*arguments)
+    traces = np.einsum("ijoo->ij", difference)
+    np.testing.assert_allclose(terms.kernel, np.mean(traces**2) / 3 / 9, rtol=1e-12)
+    # Never above the full distance.
+    assert terms.kernel < np.mean(difference**2)
+
+
+def test_trace_is_the_full_distance_of_multiples_of_the_identity(x64):
+    """A linear network's kernel is |x|^2 times the identity, wherever its mask is a row's."""
+    student, _, teacher, x = problem(4)
+    rows = jnp.asarray([True, False, True, True])
+    masks = {"w": jnp.broadcast_to(rows[:, None], (4, 3))}
+    arguments = {"w": student["in"][:, :3]}, masks, {"w": teacher["in"][:, :3]}, x
+    full, trace = (
+        ntt_loss(lambda p, x: x @ p["w"], *arguments, **WEIGHTS, distance=distance)[1].kernel
+        for distance in ("full", "trace")
+    )
+    assert full > 0.01
+    np.testing.assert_allclose(trace, full, rtol=1e-12)
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_sketch_is_unbiased(x64, probes):
+    """Value and gradient, within five standard errors of 4,000 draws."""
+    student, masks, teacher, x = problem(5)
+
+    def kernel_term(student, key=None, **options):
+        return ntt_loss(net, student, masks, teacher, x, **WEIGHTS, key=key, **options)[1].kernel
+
+    draw = jax.value_and_grad(
+        lambda student, key: kernel_term(student, key, distance="sketch", probes=probes)
+    )
+    keys = jax.random.split(jax.random.key(1), 4000)
+    draws = jax.jit(jax.vmap(draw, (None, 0)))(student, keys)
+    exact = jax.value_and_grad(kernel_term)(student)
+    for sample, expected in zip(jax.tree.leaves(draws), jax.tree.leaves(exact), strict=True):
+        error = np.std(sample, axis=0) / np.sqrt(len(sample))
+        assert np.all(np.abs(np.mean(sample, axis=0) - expected) <= 5 * error + 1e-12)
+    if probes == 1:
+        # And not by chance: a single draw is off.
+        assert np.std(draws[0]) > 0.1 * exact[0]
+
+
+@pytest.mark.parametrize("probes", [1, 4])
+def test_variance_for_one_pair_is_bounded(x64, probes):
+    arguments = problem(2)
+    norm = np.sum(kernel_difference(*arguments) ** 2) / 9
+    draws = jax.jit(
+        jax.vmap(
+            lambda key: (
+                ntt_loss(net, *arguments, **WEIGHTS, distance="sketch", probes=probes, key=key)[
+                    1
+                ].kernel
+            )
+        )
+    )(jax.random.split(jax.random.key(2), 4000))
+    # Pairs of probes that share a vector are correlated: 16 of them are worth at least 4.
+    assert 0.01 * norm**2 < np.var(draws) < 8 * norm**2 / probes
+
+
+def test_sketches_of_teacher_and_student_share_their_signs(x64):
+    student, masks, teacher, x = problem(6)
+    options = {"distance": "sketch", "probes": 2, "key": jax.random.key(3)}
+    whole, _ = ntt_loss(net, student, masks, teacher, x, **WEIGHTS, **options)
+    targets = teacher_targets(net, teacher, x, **options)
+    assert targets.kernel.shape == (3, 3, 2, 2)
+    parts, _ = ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS, **options)
+    np.testing.assert_allclose(parts, whole, rtol=1e-14)
+    everywhere = jax.tree.map(jnp.ones_like, masks)
+    _, terms = ntt_loss(net, teacher, everywhere, teacher, x, **WEIGHTS, **options)
+    assert terms.kernel < 1e-24
+
+
+@pytest.mark.parametrize("distance", ["trace", "sketch"])
+def test_devices_equal_one_device(x64, distance):
+    arguments = problem(12)
+    options = {"distance": distance, "probes": 2, "key": jax.random.key(4)}
+    expected = jax.value_and_grad(
+        lambda p: ntt_loss(net, p, *arguments[1:], **WEIGHTS, **options)[0]
+    )(arguments[0])
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(student, masks, teacher, x):
+        return jax.value_and_grad(
+            lambda p: ntt_loss(net, p, masks, teacher, x, **WEIGHTS, **options, axis_name="data")[0]
+        )(student)
+
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P())
+    result = jax.jit(spread)(*arguments)
+    for ours, theirs in zip(*map(jax.tree.leaves, (result, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distance": "sketch"}, "needs a key"),
+        ({"distance": "sketch", "key": jax.random.key(0), "probes": 0}, "probes of at least 1"),
+        ({"distance": "exact"}, "distance is 'exact', expected"),
+    ],
+)
+def test_errors(options, message):
+    arguments = jax.tree.map(lambda a: a.astype(jnp.float32), problem(4)[::2])
+    masks = jax.tree.map(lambda a: a > 0, arguments[0])
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(ntt_loss)(
+            net, arguments[0], masks, arguments[1], jnp.ones((4, 4)), **WEIGHTS, **options
+        )
