@@ -43,8 +43,10 @@ def layers(module: nn.Module, params: dict, shape: tuple[int, ...]) -> list[Laye
     return found
 
 
-def count(layers: list[Layer], n: int, k: int) -> dict[str, float]:
+def count(layers: list[Layer], n: int, k: int, density: float) -> dict[str, float]:
     """Operations for a batch of n, its halves against each other, k outputs.
+
+    The Jacobians of masked convolutions meet in their kept columns alone.
 
     Returns:
         `"teacher"` for its kernel, `"student"` for that of the masked network,
@@ -68,7 +70,8 @@ def count(layers: list[Layer], n: int, k: int) -> dict[str, float]:
         gram = 2.0 * pairs * k * k * q
         if convolution:
             add(k * weights, 1 if first else 2, "teacher", "student")
-            add(gram * p, 2, "teacher", "student")
+            add(gram * p, 2, "teacher")
+            add(gram * p * density, 2, "student")
         else:
             add(2.0 * pairs * p + gram, 2, "teacher")
             add(2.0 * pairs * p * q, 0 if first else 1, "student")

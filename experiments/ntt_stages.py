@@ -38,8 +38,16 @@ def _loss(
         kernel_weight=settings.kernel_weight,
         l2_weight=settings.l2_weight,
         wrt=settings.wrt,
+        max_density=_max_density(config),
         **distance,
     )
+
+
+def _max_density(config: Any) -> float:
+    """A bound of the density of every layer, where it is known and of use."""
+    # Members side by side cannot choose each for itself: both ways would be computed.
+    one_by_one = jax.default_backend() == "cpu"
+    return max(config.density) if config.scope == "layer" and one_by_one else 1.0
 
 
 def transfer_terms(config: Any, apply_fn: ApplyFn) -> Mapping[str, Term]:

@@ -36,8 +36,8 @@ class Site(NamedTuple):
     """From sensitivities `(k, ...)` to the result of the step."""
     matrix: Callable[[Array], Shaped[Array, "g p q"]]
     """From an array of the shape of the weight."""
-    result: Callable[[Float[Array, "g t p"], Sequence[Array]], Array] | None = None
-    """The result of the step from `inputs` and its operands, where that is the faster way."""
+    result: Callable[[Sequence[Array]], Array] | None = None
+    """The result of the step from its operands, where there is a faster way than the step."""
 
 
 def find(program: Program, leaf: int) -> Site | None:
@@ -173,13 +173,13 @@ def _convolution_site(step: int, equation: Any, side: int) -> Site | None:
         order = (*rhs[2:], rhs[1], rhs[0])
         return weight.transpose(order).reshape(p, g, q).transpose(1, 0, 2)
 
-    def result(inputs, operands):
+    def result(operands):
         matrices = matrix(operands[1])
         if g > 1:
-            values = jnp.matmul(inputs, matrices, precision="highest").swapaxes(0, 1)
+            values = jnp.matmul(inputs(operands), matrices, precision="highest").swapaxes(0, 1)
         elif c < _SHALLOW:
             # Without a batch axis of length one, which keeps products from being merged.
-            values = jnp.matmul(inputs[0], matrices[0], precision="highest")
+            values = jnp.matmul(inputs(operands)[0], matrices[0], precision="highest")
         else:
             values = _convolution.convolve(geometry, image(operands), matrices[0])
         channels_last = values.reshape(1, *geometry.positions, g * q).astype(aval.dtype)

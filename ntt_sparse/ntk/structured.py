@@ -316,45 +316,38 @@ def _factors(
     # By step, as the two operands of one product may both be weights.
     results = {site.step: layout.program.result(site.step) for site in sites.values()}
 
+    evaluate = {
+        site.step: site.result for site in sites.values() if on_cpu and site.result is not None
+    }
+
     def output(taps, direct, example):
-        recorded = {}
-
-        def through(leaf, site, operands):
-            recorded[leaf] = site.inputs(operands)
-            return site.result(recorded[leaf], operands)
-
-        evaluate = {
-            site.step: functools.partial(through, leaf, site)
-            for leaf, site in sites.items()
-            if site.result is not None and on_cpu
-        }
-        value, operands = _program.run(
-            layout.program, _replaced(leaves, direct), example, taps, evaluate
-        )
-        inputs = {
-            leaf: recorded[leaf] if leaf in recorded else site.inputs(operands[site.step])
-            for leaf, site in sites.items()
-        }
-        return value, (value, inputs)
+        weights = _replaced(leaves, direct)
+        value, operands = _program.run(layout.program, weights, example, taps, evaluate)
+        return value, (value, operands)
 
     def factors(example, probes):
         taps = {step: jnp.zeros(aval.shape, aval.dtype) for step, aval in results.items()}
         taps = varying_as(taps, (example, leaves))
         direct = {leaf: leaves[leaf] for leaf in layout.direct}
-        _, pull, (value, inputs) = jax.vjp(
+        _, pull, (value, operands) = jax.vjp(
             lambda t, d: output(t, d, example), taps, direct, has_aux=True
         )
         if probes is None:
             probes = varying_as(jnp.eye(value.size, dtype=value.dtype), value)
         pulled, jacobians = jax.vmap(pull)(probes.astype(value.dtype))
-        deltas = {leaf: site.delta(pulled[site.step]) for leaf, site in sites.items()}
-        for leaf in layout.shared:
-            jacobians[leaf] = _contract.position_sum(inputs[leaf], deltas[leaf])
+        for leaf, site in layout.shared.items():
+            # The derivative makes the patches again instead of keeping those of all examples.
+            @jax.checkpoint
+            def jacobian(operands, pulled, site=site):
+                return _contract.position_sum(site.inputs(operands), site.delta(pulled))
+
+            jacobians[leaf] = jacobian(operands[site.step], pulled[site.step])
+        dense = layout.dense.items()
         return Factors(
             value,
             probes,
-            {leaf: inputs[leaf][0, 0] for leaf in layout.dense},
-            {leaf: deltas[leaf][:, 0, 0] for leaf in layout.dense},
+            {leaf: site.inputs(operands[site.step])[0, 0] for leaf, site in dense},
+            {leaf: site.delta(pulled[site.step])[:, 0, 0] for leaf, site in dense},
             jacobians,
         )
 

@@ -11,9 +11,11 @@ from experiments import ntt_checks, ntt_members, ntt_report, ntt_stages, ntt_stu
 from experiments.configs import ntt as configs
 from ntt_sparse import models
 from ntt_sparse.data import images
+from ntt_sparse.objectives.ntt import ntt_loss
 from ntt_sparse.pruning import masks
 from ntt_sparse.training.metrics import MetricsLog
 from ntt_sparse.training.state import create_member
+from ntt_sparse.training.step import TermInputs
 
 
 @pytest.mark.parametrize("name", configs._CONFIGS)
@@ -38,6 +40,47 @@ def test_published_settings():
     assert (glob.scope, glob.transfer.initial_mask) == ("global", "logit_snip")
     assert (mnist.scope, mnist.transfer.initial_mask) == ("layer", "magnitude")
     assert conv4.snip_batch_size == 128 and mnist.snip_batch_size == 100
+
+
+@pytest.mark.parametrize(
+    ("distance", "drawn"), [("full", False), ("trace", False), ("sketch", True)]
+)
+def test_held_out_losses_are_those_of_the_full_kernel(distance, drawn):
+    """Whatever is trained with: a stand-in that is drawn is drawn anew in each step."""
+    config = configs.get_config()
+    config.transfer.distance = distance
+    weights = [jax.random.normal(jax.random.key(i), (6, 3)) for i in range(2)]
+    kept = {"w": weights[0] > 0}
+    x = jax.random.normal(jax.random.key(2), (8, 6))
+
+    def network(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    optimizer = ntt_stages.make_optimizer(config.transfer)
+    context = {"teacher": {"w": weights[1]}}
+    member = create_member({"w": weights[0]}, kept, optimizer, jax.random.key(0), context)
+    term = ntt_stages.transfer_terms(config, network)["ntt"]
+    values = [
+        term(TermInputs(member.params, kept, context, x, jax.random.key(i)))[1]["kernel"]
+        for i in range(2)
+    ]
+    assert (values[0] != values[1]) == drawn
+    held_out = ntt_stages.transfer_evaluation(config, network)(member, x)
+    expected = ntt_loss(
+        network, member.params, kept, context["teacher"], x,
+        kernel_weight=config.transfer.kernel_weight, l2_weight=config.transfer.l2_weight,
+    )  # fmt: skip
+    np.testing.assert_allclose(held_out["validation/kernel"], expected[1].kernel, rtol=1e-6)
+    np.testing.assert_allclose(held_out["validation/loss"], expected[0], rtol=1e-6)
+
+
+def test_resnets_need_a_normalisation_by_example():
+    config = configs.get_config("cifar10_resnet20")
+    assert config.transfer.distance == "sketch"
+    for name, norm in (("resnet20", ""), ("lenet_300_100", "group")):
+        config.model.name, config.model.norm = name, norm
+        with pytest.raises(ValueError, match="ResNets need 'group' or 'none'"):
+            ntt_checks.check_config(config)
 
 
 @pytest.mark.parametrize(
