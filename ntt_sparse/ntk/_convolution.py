@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ntt_sparse.ntk._varying import varying_as
+
 
 class Geometry(NamedTuple):
     """Where the windows of a convolution lie."""
@@ -84,10 +86,13 @@ def spread_back(
     geometry: Geometry, d_result: Float[Array, "t q"], matrix: Float[Array, "p q"]
 ) -> Float[Array, "..."]:
     """The derivative of `convolve` by its image, applied to `d_result`."""
-    image = jax.ShapeDtypeStruct(geometry.image, d_result.dtype)
+    image = jnp.zeros(geometry.image, d_result.dtype)
     parts: Sequence[Array] = jnp.split(matrix, math.prod(geometry.window))
     under = [_matmul(d_result, part.T).reshape(*geometry.positions, -1) for part in parts]
-    (d_image,) = jax.linear_transpose(functools.partial(views, geometry), image)(under)
+    # Only the shape of the image counts; and, in `shard_map`, over which axes it varies.
+    image = varying_as(image, (d_result, matrix))
+    _, pull = jax.vjp(functools.partial(views, geometry), image)
+    (d_image,) = pull(under)
     return d_image
 
 
