@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Shaped
 from ntt_sparse.ntk import _convolution, _program
 from ntt_sparse.ntk._program import Program
 
-# Steps that hand on all entries of a weight, in another order or shape.
 # Convolutions of fewer channels are one product with patches, and so is their derivative.
 _SHALLOW = 32
+
+# Steps that hand on all entries of a weight, in another order or shape.
 _REARRANGEMENTS = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p"}
 
 

@@ -1,6 +1,6 @@
 """The empirical neural tangent kernel (NTK) of dense and masked networks."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ _WITHOUT = {
     "ntk_vector_products": vector_products,
     "neural_tangents": neural_tangents.contraction,
 }
-_METHODS = ("auto", "jacobian", "ntk_vector_products", "structured", "neural_tangents")
 
 
 def empirical_ntk(
@@ -100,7 +99,7 @@ def empirical_ntk(
         memory_limit: About how many bytes the Jacobians of convolutions and the products
             of pairs may take together, with gradients as without: larger problems are cut
             into blocks of pairs, whose factors are computed again. For the structured method.
-        max_density: A density that no mask of a convolution is known to exceed, for the
+        max_density: A density that no mask of a convolution is known to exceed, in (0, 1], for the
             structured method with `wrt="masked"`: its Jacobians then meet in their kept
             columns alone. The kernel is exact in any case: a mask that keeps more than this
             costs as much as without the promise.
@@ -112,7 +111,7 @@ def empirical_ntk(
     Raises:
         ValueError: Batches that are empty or of different example shapes, masks that
             do not fit `params`, outputs that are not `(n, k)`, projections that do not
-            fit, or an unknown option.
+            fit, `memory_limit` or `max_density` out of range, or an unknown option.
         ImportError: The method `"neural_tangents"` without that package.
 
     References:
@@ -154,7 +153,7 @@ def kernel_and_outputs(
     for name, value, known in (
         ("wrt", wrt, ("masked", "all")),
         ("output", output, ("full", "trace")),
-        ("method", method, _METHODS),
+        ("method", method, get_args(Method)),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")

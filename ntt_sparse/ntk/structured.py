@@ -39,7 +39,6 @@ _SPARSE = 0.25
 # of one example then stay in the cache, which measured up to twice as fast as a batch.
 _CACHE = 2**23
 
-
 Projections: TypeAlias = tuple[Float[Array, "n1 r k"], Float[Array, "n2 s k"]]
 
 
@@ -187,7 +186,7 @@ def evaluate(
         _contract_all, layout, _masks_at(layout, masks), trace=trace, max_density=max_density
     )
     u, v = (None, None) if projections is None else projections
-    probes = max([u.shape[1] for u in projections or ()], default=layout.output.size)
+    probes = max([side.shape[1] for side in projections or ()], default=layout.output.size)
     rows, columns = _block(layout, leaves, masks, len(x1), len(x2), probes, memory_limit)
     if (rows, columns) == (len(x1), len(x2)):
         one = factors(x1, u)
@@ -278,9 +277,10 @@ def _block(
     itemsize = layout.output.dtype.itemsize
     jacobian = k * sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
     # Masked dense layers hold a product of inputs and an entry per unit for each pair.
-    matrices = [site.matrix(leaves[i]).shape[1:] for i, site in layout.dense.items()]
     masked = [
-        shape for shape, i in zip(matrices, layout.dense, strict=True) if masks[i] is not None
+        jax.eval_shape(site.matrix, leaves[leaf]).shape[1:]
+        for leaf, site in layout.dense.items()
+        if masks[leaf] is not None
     ]
     pair = k * k + max((p for p, _ in masked), default=0) + sum(q for _, q in masked)
     while n1 * n2 > 1 and itemsize * ((n1 + n2) * jacobian + n1 * n2 * pair) > memory_limit:

@@ -122,8 +122,8 @@ def ntt_loss(
 
     Raises:
         ValueError: `masks` or `teacher_params` do not fit `params`, fewer than two
-            examples, a weight that is negative or not finite, or a fault that
-            `empirical_ntk` raises.
+            examples, a weight that is negative or not finite, an unknown `distance`, a
+            sketch without `key` or probes, or a fault that `empirical_ntk` raises.
 
     References:
         Liu and Zenke, "Finding trainable sparse networks through Neural Tangent
