@@ -1,4 +1,4 @@
-r"""The places of a program where a weight acts as a matrix: dense layers and convolutions.
+r"""The places of a program where a weight acts as a matrix: dense layers, convolutions, lookups.
 
 At such a site the weight is a matrix W `(p, q)`, or g matrices side by side, and every
 example brings vectors $a_t$ at one or more positions t: $z_t = W^\top a_t$. With the
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -53,7 +54,11 @@ def find(program: Program, leaf: int) -> Site | None:
             break
         rearrange.append(equation)
         (slot,) = outputs
-    rule = {"dot_general": _product_site, "conv_general_dilated": _convolution_site}
+    rule = {
+        "dot_general": _product_site,
+        "conv_general_dilated": _convolution_site,
+        "gather": _lookup_site,
+    }
     find_rule = rule.get(equation.primitive.name)
     site = find_rule and find_rule(steps[0], equation, slots.index(slot))
     if site is None or not rearrange:
@@ -132,6 +137,36 @@ def _product_site(step: int, equation: Any, side: int) -> Site:
         return weight.transpose(order).reshape(g, p, q)
 
     return Site(step, g, t, inputs, delta, matrix)
+
+
+def _lookup_site(step: int, equation: Any, side: int) -> Site | None:
+    """An embedding: rows of a table, which are its product with one-hot vectors."""
+    table, indices = (operand.aval for operand in equation.invars)
+    rank = equation.outvars[0].aval.ndim
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(rank - table.ndim + 1, rank)),
+        collapsed_slice_dims=(0,),
+        start_index_map=(0,),
+    )
+    whole_rows = equation.params["slice_sizes"] == (1, *table.shape[1:])
+    if side != 0 or not whole_rows or equation.params["dimension_numbers"] != numbers:
+        return None
+    p, q, t = table.shape[0], math.prod(table.shape[1:]), math.prod(indices.shape[:-1])
+    clip = equation.params["mode"] == jax.lax.GatherScatterMode.CLIP
+
+    def inputs(operands):
+        # An index that is out of range reads no row, unless it is clipped.
+        rows = operands[1].reshape(1, t)
+        return jax.nn.one_hot(jnp.clip(rows, 0, p - 1) if clip else rows, p, dtype=table.dtype)
+
+    return Site(
+        step,
+        groups=1,
+        positions=t,
+        inputs=inputs,
+        delta=lambda sensitivities: sensitivities.reshape(len(sensitivities), 1, t, q),
+        matrix=lambda weight: weight.reshape(1, p, q),
+    )
 
 
 def _convolution_site(step: int, equation: Any, side: int) -> Site | None:
