@@ -32,9 +32,11 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, **kwargs: Any) -> Itera
 
 
 def accuracy_against_density(
-    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], reference: str
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]],
+    reference: str | None,
 ) -> None:
-    """Test accuracy of each method against density; the reference is a horizontal line.
+    """Test accuracy of each method against density; the reference, if any, is a line.
 
     Args:
         path: Where to, without a suffix.
@@ -60,6 +62,85 @@ def accuracy_against_density(
         axis.set_xlabel("density (fraction of weights kept)")
         axis.set_ylabel("test accuracy (%)")
         axis.legend(fontsize="small", frameon=False)
+
+
+def difference_against_density(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+) -> None:
+    """Paired differences of test accuracy against density, with confidence intervals.
+
+    Args:
+        path: Where to, without a suffix.
+        curves: `{label: [(density, {"mean": ..., "low": ..., "high": ...}), ...]}`.
+    """
+    with _figure(path, figsize=(7.2, 4.4)) as axes:
+        axis = axes[0, 0]
+        axis.axhline(0.0, color="black", linewidth=1)
+        for index, (label, unsorted_points) in enumerate(curves.items()):
+            points = sorted(unsorted_points, key=lambda point: point[0])
+            values = [value for _, value in points]
+            # Side by side, where intervals would cover each other.
+            shift = 1.0 + 0.04 * (index - (len(curves) - 1) / 2)
+            densities = shift * np.array([density for density, _ in points])
+            mean = 100 * np.array([value["mean"] for _, value in points])
+            low, high = (
+                100 * np.array([v["mean"] if v[end] is None else v[end] for v in values])
+                for end in ("low", "high")
+            )
+            axis.errorbar(
+                densities, mean, (mean - low, high - mean), label=label,
+                marker=_MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", capsize=2,
+                markersize=4, linewidth=1, alpha=0.5 + 0.5 * (index < 10),
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel("density (fraction of weights kept)")
+        axis.set_ylabel("test accuracy less that without (points)")
+        axis.legend(fontsize="x-small", frameon=False, ncols=2)
+
+
+def heat_maps(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
+    """Similarities between layers of several networks, on one colour scale.
+
+    Args:
+        path: Where to, without a suffix.
+        matrices: `{label: (L, L)}`.
+    """
+    columns = min(5, len(matrices))
+    rows = -(-len(matrices) // columns)
+    lowest = min(0.0, *(float(np.min(matrix)) for matrix in matrices.values()))
+    with _figure(path, rows, columns, figsize=(2.6 * columns + 0.6, 2.7 * rows)) as axes:
+        image = None
+        for axis in axes.flat:
+            axis.grid(False)
+            axis.set_visible(False)
+        for axis, (label, matrix) in zip(axes.flat, matrices.items(), strict=False):
+            axis.set_visible(True)
+            image = axis.imshow(matrix, vmin=lowest, vmax=1.0, origin="lower", cmap="magma")
+            axis.set_title(label, fontsize="small")
+            axis.set_xlabel("layer")
+        axes[0, 0].figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def histograms(path: Path, edges: np.ndarray, counts: Mapping[str, np.ndarray]) -> None:
+    """Surviving weights of several networks, side by side on the same axes.
+
+    Args:
+        path: Where to, without a suffix.
+        edges: `(bins + 1,)`.
+        counts: `{label: (bins,)}`.
+    """
+    columns = min(5, len(counts))
+    rows = -(-len(counts) // columns)
+    highest = max(int(np.max(values)) for values in counts.values())
+    with _figure(path, rows, columns, figsize=(2.6 * columns, 2.2 * rows)) as axes:
+        for axis in axes.flat:
+            axis.set_visible(False)
+        for axis, (label, values) in zip(axes.flat, counts.items(), strict=False):
+            axis.set_visible(True)
+            axis.stairs(values, edges, fill=True, color="C0")
+            axis.set_ylim(0, 1.05 * highest)
+            axis.set_title(label, fontsize="small")
+            axis.set_xlabel("weight")
 
 
 def accuracy_over_training(

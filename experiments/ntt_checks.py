@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
+from experiments.checks import LARGEST_INT, check_fields, check_members, check_names
 from experiments.ntt_members import METHODS
 from ntt_sparse.data.images import ImageData
-from ntt_sparse.pruning.masks import check_density
 
 _CHOICES = {
     "scope": ("layer", "global"),
@@ -17,30 +17,29 @@ _CHOICES = {
     "supervised.optimizer": ("adam", "sgd"),
     "supervised.loss": ("cross_entropy", "squared_error"),
 }
-_LARGEST_INT = 2**31 - 1
 # Smallest and largest value of each number; the ends are allowed.
 _RANGES = {
-    "snip_batch_size": (1, _LARGEST_INT),
-    "probe": (0, _LARGEST_INT),
+    "snip_batch_size": (1, LARGEST_INT),
+    "probe": (0, LARGEST_INT),
     "checkpoint_seconds": (0, math.inf),
-    "data.per_class": (0, _LARGEST_INT),
+    "data.per_class": (0, LARGEST_INT),
     "data.split_seed": (0, 2**32 - 1),
-    "transfer.epochs": (1, _LARGEST_INT),
-    "transfer.batch_size": (1, _LARGEST_INT),
-    "transfer.max_steps": (0, _LARGEST_INT),
+    "transfer.epochs": (1, LARGEST_INT),
+    "transfer.batch_size": (1, LARGEST_INT),
+    "transfer.max_steps": (0, LARGEST_INT),
     "transfer.learning_rate": (0, 1e30),
     "transfer.kernel_weight": (0, 1e30),
     "transfer.l2_weight": (0, 1e30),
-    "transfer.probes": (1, _LARGEST_INT),
-    "transfer.refresh_every": (0, _LARGEST_INT),
-    "transfer.record_every": (0, _LARGEST_INT),
-    "supervised.epochs": (1, _LARGEST_INT),
-    "supervised.batch_size": (1, _LARGEST_INT),
-    "supervised.max_steps": (0, _LARGEST_INT),
+    "transfer.probes": (1, LARGEST_INT),
+    "transfer.refresh_every": (0, LARGEST_INT),
+    "transfer.record_every": (0, LARGEST_INT),
+    "supervised.epochs": (1, LARGEST_INT),
+    "supervised.batch_size": (1, LARGEST_INT),
+    "supervised.max_steps": (0, LARGEST_INT),
     "supervised.learning_rate": (0, 1e30),
     "supervised.weight_decay": (0, 1e30),
-    "supervised.record_every": (0, _LARGEST_INT),
-    "supervised.patience": (0, _LARGEST_INT),
+    "supervised.record_every": (0, LARGEST_INT),
+    "supervised.patience": (0, LARGEST_INT),
 }
 
 
@@ -51,31 +50,9 @@ def check_config(config: Any) -> None:
         ValueError: A value is unknown or out of range; the message names the field.
     """
     methods = config.methods.split(",")
-    if set(methods) - set(METHODS) or len(set(methods)) < len(methods):
-        raise ValueError(
-            f"config.methods is {config.methods!r}: expected different names, joined by commas, "
-            f"from {','.join(METHODS)}"
-        )
-    for field in ("density", "seeds"):
-        if not config[field] or len(set(config[field])) < len(config[field]):
-            raise ValueError(f"config.{field} is {config[field]}, expected different values")
-    for density in config.density:
-        check_density(density, "config.density")
-    # JAX keeps 32 bits of a seed.
-    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in config.seeds):
-        raise ValueError(f"config.seeds is {config.seeds}, expected integers from 0 to 2**32 - 1")
-    for field, allowed in _CHOICES.items():
-        if _get(config, field) not in allowed:
-            raise ValueError(
-                f"config.{field} is {_get(config, field)!r}, expected one of "
-                f"{', '.join(map(repr, allowed))}"
-            )
-    for field, (least, most) in _RANGES.items():
-        # The negated form also refuses NaN.
-        if not least <= _get(config, field) <= most:
-            raise ValueError(
-                f"config.{field} is {_get(config, field)}, expected a number from {least} to {most}"
-            )
+    check_names(config, "methods", tuple(METHODS))
+    check_members(config)
+    check_fields(config, _CHOICES, _RANGES)
     if config.transfer.batch_size < 2 and "ntt" in methods:
         raise ValueError("config.transfer.batch_size is 1: kernel pairs need at least two examples")
     if config.probe and not {"dense", "ntt"} <= set(methods):
@@ -112,9 +89,3 @@ def check_sizes(config: Any, transfer: ImageData, supervised: ImageData) -> None
         raise ValueError(
             f"config.snip_batch_size is {config.snip_batch_size}, there are {size} training images"
         )
-
-
-def _get(config: Any, path: str) -> Any:
-    for field in path.split("."):
-        config = config[field]
-    return config

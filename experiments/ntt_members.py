@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.ntt_stages import make_optimizer
+from experiments.study import stack
 from ntt_sparse import models
 from ntt_sparse.data.images import Split
 from ntt_sparse.pruning import masks as pruning_masks
@@ -73,15 +74,11 @@ def supervised_runs(config: Any) -> list[Run]:
     ]
 
 
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
-
-
 def keep_counts(module: Any, input_shape: tuple[int, ...], runs: list[Run], scope: Any) -> Any:
     """Exact counts of weights to keep, with a leading member axis."""
     params = jax.eval_shape(lambda: models.init(module, jax.random.key(0), input_shape))
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
-    return _stack([pruning_masks.keep_counts(scores, run.density, scope=scope) for run in runs])
+    return stack([pruning_masks.keep_counts(scores, run.density, scope=scope) for run in runs])
 
 
 def transfer_members(
@@ -103,7 +100,7 @@ def transfer_members(
         masks = pruning_masks.from_counts(scores, counts)
         return create_member(params, masks, optimizer, key, {"teacher": params, "counts": counts})
 
-    keys = _stack([jax.random.key(run.seed) for run in runs])
+    keys = stack([jax.random.key(run.seed) for run in runs])
     return jax.jit(jax.vmap(member))(keys, keep_counts(module, input_shape, runs, config.scope))
 
 
@@ -140,7 +137,7 @@ def supervised_members(
         params = (pruning_masks.rescale if rescale else pruning_masks.apply)(params, masks)
         return create_member(params, masks, optimizer, key)
 
-    return _stack([start(run) for run in runs])
+    return stack([start(run) for run in runs])
 
 
 def log_densities(runs: list[Run], members: Member) -> None:

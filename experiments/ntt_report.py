@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
+from experiments.statistics import spread
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -48,13 +49,6 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     write_text(workdir / "report.md", _markdown(config, summary))
     _draw(config, workdir / "figures", summary, transfer, supervised)
     return summary
-
-
-def spread(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation over seeds (n - 1 in the divisor) and every value."""
-    values = np.asarray(values, float)
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "values": values.tolist()}
 
 
 def _groups(runs: list[Run]) -> dict[tuple[str, float], list[int]]:

@@ -1,19 +1,16 @@
 """The Neural Tangent Transfer study: prepare, transfer, train, report."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import ntt_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.ntt_checks import check_config, check_sizes
 from experiments.ntt_members import (
-    Run,
     keep_counts,
     log_densities,
     member_names,
@@ -30,17 +27,14 @@ from experiments.ntt_stages import (
     transfer_evaluation,
     transfer_terms,
 )
+from experiments.study import fit_stage, hold_out, make_plan, save_networks
 from ntt_sparse import models
 from ntt_sparse._types import ApplyFn
 from ntt_sparse.data import images
-from ntt_sparse.data.batches import steps_per_epoch, total_steps
 from ntt_sparse.training import mesh as meshes
-from ntt_sparse.training.checkpoint import Checkpoints, digest
-from ntt_sparse.training.export import save_network
-from ntt_sparse.training.loop import Plan, fit
-from ntt_sparse.training.metrics import MetricsLog, TensorBoard
+from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
-from ntt_sparse.training.step import make_program, make_step
+from ntt_sparse.training.step import make_step
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +75,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         if "ntt" in config.methods.split(","):
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
-        save_networks(claimed / "networks", supervised_runs(config), trained)
+        save_networks(claimed / "networks", member_names(supervised_runs(config)), trained)
         summary = ntt_report.write(config, claimed)
     print(f"\n{(claimed / 'report.md').read_text()}")
     for name in ("networks", "figures", "summary.json"):
@@ -108,13 +102,10 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
         if stage == "transfer" and "ntt" not in config.methods.split(","):
             data[stage], plans[stage] = whole, None
             continue
-        settings = config[stage]
-        data[stage] = _hold_out(whole, settings.validation_fraction, config.data.split_seed)
+        fraction = config[stage].validation_fraction
+        data[stage] = hold_out(whole, fraction, config.data.split_seed)
         n = len(data[stage].train.y)
-        per_epoch = steps_per_epoch(n, settings.batch_size)
-        steps = settings.max_steps or total_steps(n, settings.batch_size, settings.epochs)
-        every = settings.record_every or per_epoch
-        plans[stage] = Plan(steps, per_epoch, every, config.checkpoint_seconds)
+        plans[stage] = make_plan(config[stage], n, config.checkpoint_seconds)
     check_sizes(config, data["transfer"], data["supervised"])
     return Setup(
         apply_fn=models.apply_fn(module),
@@ -138,17 +129,6 @@ def _keep_classes(
     )
 
 
-def _hold_out(data: images.ImageData, fraction: float, seed: int) -> images.ImageData:
-    """Splits the training part; with a fraction of 0 the validation set is the training set."""
-    if fraction == 0:
-        return data._replace(validation=data.train)
-    train, validation = images.split_indices(len(data.train.y), fraction, seed)
-    return data._replace(
-        train=images.Split(data.train.x[train], data.train.y[train]),
-        validation=images.Split(data.train.x[validation], data.train.y[validation]),
-    )
-
-
 def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
     """The label-free stage: one student per density and seed. Returns its members."""
     runs = transfer_runs(config)
@@ -165,8 +145,8 @@ def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
     mode = "loop" if jax.default_backend() == "cpu" else "vmap"
     held_out = setup.transfer.validation.x[: config.transfer.batch_size]
     evaluate = transfer_evaluation(config, setup.apply_fn)
-    return _fit_stage(
-        config, workdir, "transfer", runs, members, step_fn, plan, inputs, evaluate,
+    return fit_stage(
+        config, workdir, "transfer", member_names(runs), members, step_fn, plan, inputs, evaluate,
         (held_out,), mode,
     )  # fmt: skip
 
@@ -187,72 +167,7 @@ def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | No
         tuple(data.test),
         data.train.x[: config.probe],
     )
-    return _fit_stage(
-        config, workdir, "supervised", runs, members, step_fn, setup.supervised_plan,
+    return fit_stage(
+        config, workdir, "supervised", member_names(runs), members, step_fn, setup.supervised_plan,
         tuple(data.train), evaluate, evaluation_data, mode, patience=config.supervised.patience,
     )  # fmt: skip
-
-
-def _fit_stage(
-    config: Any,
-    workdir: Path,
-    stage: str,
-    runs: list[Run],
-    members: Member,
-    step_fn: Any,
-    plan: Plan,
-    train_data: Any,
-    evaluate: Any,
-    evaluation_data: tuple[Any, ...],
-    mode: meshes.MemberMode,
-    *,
-    patience: int = 0,
-) -> Member:
-    """Runs one stage over whatever devices there are."""
-    batch_size = config[stage].batch_size
-    mesh = meshes.auto_mesh(len(runs), batch_size)
-    names = member_names(runs)
-    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode)
-    train_data, evaluation_data = jax.device_put(
-        jax.tree.map(jnp.asarray, (train_data, evaluation_data)), meshes.replicated(mesh)
-    )
-    mapped = jax.jit(meshes.map_members(evaluate, mesh, num_shared=len(evaluation_data), mode=mode))
-    _logger.info(
-        "%s: %d members, %d steps, mesh %s, %s", stage, len(runs), plan.total_steps,
-        dict(mesh.shape), mode,
-    )  # fmt: skip
-    log = MetricsLog(workdir / f"{stage}.jsonl", stage)
-    board = TensorBoard(workdir / "tensorboard" / stage, names)
-    data_digest = digest((train_data, evaluation_data)).tobytes().hex()
-    identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
-    with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
-        state = fit(
-            program,
-            members,
-            train_data,
-            plan,
-            log=log,
-            checkpoints=checkpoints,
-            member_names=names,
-            evaluate=lambda current: mapped(current, *evaluation_data),
-            should_stop=lambda records: _out_of_patience(records, patience),
-            tensorboard=board,
-        )
-    board.close()
-    return state.members
-
-
-def save_networks(directory: Path, runs: list[Run], members: Member) -> None:
-    """Writes each trained network, as it was after the last step, under its name."""
-    directory.mkdir(exist_ok=True)
-    for index, name in enumerate(member_names(runs)):
-        params, masks = jax.tree.map(lambda leaf, i=index: leaf[i], (members.params, members.masks))
-        save_network(directory / f"{name}.npz", params, masks)
-
-
-def _out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
-    """Whether no member's validation accuracy rose in the last `patience` records."""
-    if not patience or len(records) <= patience:
-        return False
-    accuracies = np.array([record["validation/accuracy"] for record in records], float)
-    return bool(np.all(accuracies[-patience:].max(0) <= accuracies[:-patience].max(0)))

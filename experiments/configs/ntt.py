@@ -25,10 +25,11 @@ notebooks): LeNet-300-100 on MNIST 96.46 % (random masks 93.47 %), LeNet-5-Caffe
 MNIST 98.18 % (random masks 96.73 %).
 """
 
-import difflib
 from typing import Any
 
 import ml_collections
+
+from experiments.configs.common import build
 
 _BASE: dict[str, Any] = {
     "name": "",
@@ -198,27 +199,4 @@ def get_config(name: str = "digits_lenet300") -> ml_collections.ConfigDict:
     Raises:
         ValueError: The name or an option is unknown.
     """
-    base, *options = name.split(",")
-    if base not in _CONFIGS:
-        close = difflib.get_close_matches(base, _CONFIGS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown config {base!r}{hint}: expected one of {', '.join(_CONFIGS)}")
-    unknown = [option for option in options if option not in ("global", "smoke")]
-    if unknown:
-        raise ValueError(
-            f"config {base!r} has no option {', '.join(unknown)}: there are global and smoke"
-        )
-    config = ml_collections.ConfigDict(_BASE)
-    settings = {**_CONFIGS[base], "name": name}
-    if "global" in options:
-        settings |= _GLOBAL
-    if "smoke" in options:
-        settings |= _SMOKE
-        settings["density"] = tuple(settings.get("density", _BASE["density"]))[:2]
-    for path, value in settings.items():
-        *parents, field = path.split(".")
-        node: Any = config
-        for parent in parents:
-            node = node[parent]
-        node[field] = value
-    return config
+    return build(name, _BASE, _CONFIGS, {"global": _GLOBAL, "smoke": _SMOKE})

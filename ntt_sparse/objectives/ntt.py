@@ -8,18 +8,17 @@ student's part.
 """
 
 import functools
-import math
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params, PRNGKey, Scalar
 from ntt_sparse.ntk.kernel import Method, Wrt, kernel_and_outputs
 from ntt_sparse.ntk.structured import Kernel, Projections
+from ntt_sparse.objectives._checks import check_weight
 from ntt_sparse.pruning import masks as pruning_masks
 
 Distance: TypeAlias = Literal["full", "trace", "sketch"]
@@ -204,8 +203,8 @@ def ntt_loss_from_targets(
     Raises:
         ValueError: As `ntt_loss`; also targets of another batch size or output size.
     """
-    _check_weight("kernel_weight", kernel_weight)
-    _check_weight("l2_weight", l2_weight)
+    check_weight("kernel_weight", kernel_weight)
+    check_weight("l2_weight", l2_weight)
     pruning_masks.check(params, masks)
     kept, total = _kept(masks)
     pairs = _pairs(x, axis_name)
@@ -345,11 +344,3 @@ def _check_distance(distance: str, probes: int, key: PRNGKey | None) -> None:
         raise ValueError(f"distance is {distance!r}, expected 'full', 'trace' or 'sketch'")
     if distance == "sketch" and (key is None or probes < 1):
         raise ValueError(f"distance='sketch' needs a key and probes of at least 1, got {probes}")
-
-
-def _check_weight(name: str, value: ArrayLike) -> None:
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} has shape {jnp.shape(value)}, expected a scalar")
-    # The negated form also refuses NaN.
-    if not isinstance(value, Tracer) and not 0.0 <= float(cast(float, value)) < math.inf:
-        raise ValueError(f"{name} is {value}, expected a finite number of at least 0")

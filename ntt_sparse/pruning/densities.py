@@ -5,13 +5,16 @@ which `masks.from_scores` takes as its density.
 """
 
 import math
+import sys
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from ntt_sparse._types import Masks
 from ntt_sparse.pruning.masks import (
     Prunable,
     check_density,
+    layer_densities,
     map_prunable,
     matrices,
     named_leaves,
@@ -75,6 +78,44 @@ def erk(params: PyTree, density: float, *, prunable: Prunable = matrices) -> dic
             del sparse[name]
             budget -= size[name]
     return dict.fromkeys(shapes, 1.0)
+
+
+def from_masks(masks: Masks) -> dict[str, float]:
+    """The densities of the layers of given masks.
+
+    A random mask with the layer densities of another one is
+    `masks.from_scores(saliency.random(key, params), from_masks(other))`. The counts are
+    then the same in every layer: `round(density * size)` is what the mask keeps there.
+
+    An empty layer gets the smallest positive normal float in place of the 0 that
+    `from_scores` refuses. It counts for nothing in sums, rounds to no weight, and
+    `from_scores` warns of the empty layer. Masks that are empty throughout are refused
+    there, as a network without a weight.
+
+    Args:
+        masks: Masks of one network, not traced; `None` leaves have no density.
+
+    Returns:
+        `{path: density}`, each in (0, 1].
+
+    Raises:
+        ValueError: No leaf of `masks` is an array, or a leaf is not boolean.
+
+    References:
+        Liu et al.: The unreasonable effectiveness of random pruning, ICLR 2022,
+        section 3.1 (the densities of SNIP and of GraSP).
+    """
+    leaves = named_leaves(masks)
+    if not leaves:
+        raise ValueError("masks hold no array: every leaf is None, so no density is defined")
+    for name, mask in leaves.items():
+        if mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask of {name!r} is {mask.dtype}, expected bool: masks select, scores do not; "
+                "make them with masks.from_scores"
+            )
+    rows = layer_densities(masks)
+    return {name: row.density if row.kept else sys.float_info.min for name, row in rows.items()}
 
 
 def _shapes(params: PyTree, prunable: Prunable) -> dict[str, tuple[int, ...]]:

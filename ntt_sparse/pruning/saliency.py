@@ -12,6 +12,7 @@ scores              scope         method
 `snip`              `"layer"`     Layerwise-SNIP
 `logit_snip`        `"global"`    Logit-SNIP
 `logit_snip`        `"layer"`     Layerwise-Logit-SNIP
+`grasp`             `"global"`    GraSP
 `magnitude`         either        magnitude pruning
 `random`            `"layer"`     random pruning
 ==================  ============  =====================
@@ -157,6 +158,60 @@ def logit_snip(
     return _sensitivity(squared_norm, params, prunable, jax.lax.psum, axis_name)
 
 
+def grasp(
+    loss_fn: Callable[[Any, Any], Any],
+    params: Params,
+    batch: Any,
+    *,
+    prunable: Prunable = matrices,
+    axis_name: str | None = None,
+) -> Scores:
+    """Gradient flow: how much of the squared norm of the gradient rests on each weight.
+
+    The score is `theta * (H g)`, with the gradient g and the Hessian H of the loss in
+    the prunable weights. To first order, removing one weight changes `||g||^2` by minus
+    twice its score: the weights go first whose removal raises the norm most. The paper
+    writes the score with the opposite sign and removes the largest. Scores are signed,
+    so a weight of exactly zero, with a score of zero, can rank above others.
+
+    Temperature belongs to the loss: the published one is the cross-entropy of
+    `logits / 200`. It changes the ranking; a factor on the loss does not.
+
+    Args:
+        loss_fn: `(params, batch) -> scalar`, the loss without any collective inside,
+            twice differentiable.
+        params: Parameters to score; leaves that are not prunable get no gradient
+            and may have any dtype.
+        batch: What `loss_fn` takes; with `axis_name`, this device's part of it.
+        prunable: Predicate `(path, leaf) -> bool`: which leaves get scores, and which
+            weights the norm of the gradient runs over.
+        axis_name: Name of the mapped axis that the batch is split over, in equal
+            parts. The loss of the global batch is the mean over that axis, and g and
+            H are both of that loss.
+
+    Returns:
+        Scores of the shapes and dtypes of the weights, of either sign.
+
+    Raises:
+        ValueError: No leaf is prunable.
+
+    References:
+        Wang, Zhang, Grosse: Picking winning tickets before training by preserving
+        gradient flow, ICLR 2020, equation 8 (with the opposite sign).
+    """
+    weights = map_prunable(lambda _, leaf: leaf, params, prunable)
+    gradient_fn = _gradient(lambda p: loss_fn(p, batch), params)
+    if axis_name is None:
+        _, products = jax.jvp(gradient_fn, (weights,), (gradient_fn(weights),))
+    else:
+        # Reduced before the product: the mean of the devices' own H g is another number.
+        local = _varying(weights, axis_name)
+        gradients = _varying(jax.lax.pmean(gradient_fn(local), axis_name), axis_name)
+        _, products = jax.jvp(gradient_fn, (local,), (gradients,))
+        products = jax.lax.pmean(products, axis_name)
+    return jax.tree.map(lambda weight, product: weight * product, weights, products)
+
+
 def _sensitivity(
     loss: Callable[[Any], Scalar],
     params: Params,
@@ -167,12 +222,17 @@ def _sensitivity(
     """`|theta * dL/dtheta|`, the gradient reduced over an axis."""
     weights = map_prunable(lambda _, leaf: leaf, params, prunable)
     local = weights if axis_name is None else _varying(weights, axis_name)
-    gradients = jax.grad(
-        lambda w: loss(jax.tree.map(lambda p, leaf: p if leaf is None else leaf, params, w))
-    )(local)
+    gradients = _gradient(loss, params)(local)
     if axis_name is not None:
         gradients = reduce(gradients, axis_name)
     return jax.tree.map(lambda weight, gradient: jnp.abs(weight * gradient), weights, gradients)
+
+
+def _gradient(loss: Callable[[Any], Scalar], params: Params) -> Callable[[Any], Any]:
+    """The gradient of a loss as a function of the prunable weights, `None` elsewhere."""
+    return jax.grad(
+        lambda w: loss(jax.tree.map(lambda p, leaf: p if leaf is None else leaf, params, w))
+    )
 
 
 def _varying(tree: Any, axis_name: str) -> Any:

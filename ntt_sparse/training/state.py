@@ -19,6 +19,8 @@ class Member(NamedTuple):
         key: Key of the member; data order and noise are folded from it, it never changes.
         context: Whatever else the loss terms read and training leaves alone: a teacher,
             coefficients, counts of weights to keep.
+        model_state: What the network itself carries from step to step besides parameters,
+            such as `{"batch_stats": ...}`; the forward pass of a step returns it anew.
     """
 
     params: Params
@@ -26,6 +28,7 @@ class Member(NamedTuple):
     opt_state: Any
     key: PRNGKey
     context: Any
+    model_state: Any = ()
 
 
 class TrainState(NamedTuple):
@@ -53,9 +56,10 @@ def create_member(
     optimizer: optax.GradientTransformation,
     key: PRNGKey,
     context: Any = (),
+    model_state: Any = (),
 ) -> Member:
     """A member at its start; `jax.vmap` it for a leading member axis."""
-    return Member(params, masks, optimizer.init(params), key, context)
+    return Member(params, masks, optimizer.init(params), key, context, model_state)
 
 
 def num_members(members: Member) -> int:

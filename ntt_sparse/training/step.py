@@ -1,7 +1,8 @@
 """One training step, made from named loss terms; chunks of steps as one compiled call.
 
 A loss is a sum of named terms. A term reads a `TermInputs` and returns its
-(weighted) contribution to the loss and a dictionary of scalars worth logging.
+(weighted) contribution to the loss and a dictionary of scalars worth logging. Terms that
+look at the same forward pass of the network share it.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from ntt_sparse.training.mesh import (
 from ntt_sparse.training.state import Member, TrainState, num_members
 
 # Independent streams folded from a member's key.
-_DATA_STREAM, _NOISE_STREAM = 0, 1
+_DATA_STREAM, _NOISE_STREAM, _AUGMENT_STREAM, _FORWARD_STREAM = 0, 1, 2, 3
 
 
 class TermInputs(NamedTuple):
@@ -37,6 +38,9 @@ class TermInputs(NamedTuple):
         context: The member's `context`.
         batch: The minibatch, a pytree of arrays with a leading example axis.
         key: A key for this term at this step.
+        step: The step, counted from 0, the same for all members.
+        model_state: The member's `model_state`, before this step.
+        outputs: What the shared forward pass of this step gave; `None` without one.
     """
 
     params: Params
@@ -44,10 +48,19 @@ class TermInputs(NamedTuple):
     context: Any
     batch: Any
     key: PRNGKey
+    step: Int[Array, ""] | int = 0
+    model_state: Any = ()
+    outputs: Any = None
 
 
 Term: TypeAlias = Callable[[TermInputs], tuple[Scalar, Mapping[str, Scalar]]]
 """A named part of the loss: `(contribution, {name: scalar to log})`."""
+
+Forward: TypeAlias = Callable[[TermInputs], tuple[Any, Any]]
+"""The forward pass that terms share: `(outputs, model_state after it)`."""
+
+Augment: TypeAlias = Callable[[PRNGKey, Any], Any]
+"""`(key, batch) -> batch` of the same shapes, drawn anew in each step."""
 
 StepFn: TypeAlias = Callable[[Member, Any, Int[Array, ""]], tuple[Member, dict[str, Scalar]]]
 """`(member, batch, step) -> (member, logs)`, pure."""
@@ -57,6 +70,8 @@ def make_step(
     terms: Mapping[str, Term],
     optimizer: optax.GradientTransformation,
     *,
+    forward: Forward | None = None,
+    augment: Augment | None = None,
     after_update: Callable[[Member, Int[Array, ""]], Member] | None = None,
 ) -> StepFn:
     """Builds the pure step of one member.
@@ -65,6 +80,10 @@ def make_step(
         terms: The loss, as named terms; their contributions are summed.
         optimizer: Any Optax transformation. It gets the masks as the extra argument
             `masks`, which `ntt_sparse.pruning.transform.keep_masked` reads.
+        forward: Computed once in each step, before the terms, which find its outputs in
+            their inputs; it is differentiated along with them. The model state that it
+            returns is the member's from then on. Without it that state stays.
+        augment: Changes each batch before anything else sees it.
         after_update: Called as `after_update(member, step)` after the parameters have
             moved, with `step` counted from 1: mask schedules live here.
 
@@ -86,25 +105,34 @@ def make_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step_fn(member, batch, step):
-        key = jax.random.fold_in(jax.random.fold_in(member.key, _NOISE_STREAM), step)
+        def stream(number):
+            return jax.random.fold_in(jax.random.fold_in(member.key, number), step)
+
+        key = stream(_NOISE_STREAM)
+        if augment is not None:
+            batch = augment(stream(_AUGMENT_STREAM), batch)
 
         def loss_fn(params):
+            inputs = TermInputs(
+                params, member.masks, member.context, batch, key, step, member.model_state
+            )
+            model_state = member.model_state
+            if forward is not None:
+                outputs, model_state = forward(inputs._replace(key=stream(_FORWARD_STREAM)))
+                inputs = inputs._replace(outputs=outputs)
             logs = {}
             for index, (name, term) in enumerate(terms.items()):
-                inputs = TermInputs(
-                    params, member.masks, member.context, batch, jax.random.fold_in(key, index)
-                )
-                logs[name], details = term(inputs)
+                logs[name], details = term(inputs._replace(key=jax.random.fold_in(key, index)))
                 logs |= {f"{name}/{detail}": value for detail, value in details.items()}
             loss = sum(logs[name] for name in terms)
-            return loss, {"loss": loss, **logs}
+            return loss, ({"loss": loss, **logs}, model_state)
 
-        grads, logs = jax.grad(loss_fn, has_aux=True)(member.params)
+        grads, (logs, model_state) = jax.grad(loss_fn, has_aux=True)(member.params)
         updates, opt_state = optimizer.update(
             grads, member.opt_state, member.params, masks=member.masks
         )
         params = optax.apply_updates(member.params, updates)
-        member = member._replace(params=params, opt_state=opt_state)
+        member = member._replace(params=params, opt_state=opt_state, model_state=model_state)
         if after_update is not None:
             member = after_update(member, step + 1)
         return member, logs
@@ -162,7 +190,8 @@ def make_program(
 
         member, sums, bad_step = jax.lax.fori_loop(start, stop, body, (member, sums, bad_step))
         # The last update of a chunk is in no loss yet.
-        leaves = jax.tree.leaves(member.params)
+        leaves = jax.tree.leaves((member.params, member.model_state))
+        leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
         bad = bad_step["params"]
         bad_step["params"] = jnp.where((bad < 0) & ~finite, stop - 1, bad)

@@ -1,7 +1,7 @@
 """Loss terms of supervised training, and their evaluation over whole sets."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params, Scalar
 from ntt_sparse.pruning import masks as pruning_masks
-from ntt_sparse.training.step import Term, TermInputs
+from ntt_sparse.training.step import Forward, Term, TermInputs
 
 Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
 
@@ -37,6 +37,52 @@ def example_losses(
     raise ValueError(f"{loss=} is unknown: expected 'cross_entropy' or 'squared_error'")
 
 
+class NetworkOutputs(NamedTuple):
+    """What the forward pass that terms share gives."""
+
+    outputs: Float[Array, "n k"]
+    features: dict[str, Float[Array, "n ..."]]
+    """Features of inner layers, by name."""
+
+
+def masked_forward(apply: Callable[..., Any]) -> Forward:
+    """One training pass of the masked network over batches `(x, y)`, for all terms.
+
+    Args:
+        apply: Called as `apply({"params": params, **model_state}, x, train=True,
+            mutable=collections, rngs={"dropout": key})`, where collections are those of the
+            model state; it returns outputs, features and the collections after the pass, as
+            `ntt_sparse.similarity.features.capture` makes it. Batch statistics are those of
+            the whole batch, also where its examples are spread over devices.
+
+    Returns:
+        A forward pass for `make_step`, whose outputs are `NetworkOutputs`.
+    """
+
+    def forward(inputs: TermInputs):
+        state = dict(inputs.model_state)
+        effective = pruning_masks.apply(inputs.params, inputs.masks)
+        outputs, features, state = apply(
+            {"params": effective, **state},
+            inputs.batch[0],
+            train=True,
+            mutable=list(state),
+            rngs={"dropout": inputs.key},
+        )
+        return NetworkOutputs(outputs, features), dict(state)
+
+    return forward
+
+
+def task(*, loss: Loss = "cross_entropy") -> Term:
+    """The mean loss of the outputs of a shared forward pass; logs the accuracy."""
+
+    def term(inputs: TermInputs):
+        return _task(inputs.outputs.outputs, inputs.batch[1], loss)
+
+    return term
+
+
 def supervised(apply_fn: Callable[..., Any], *, loss: Loss = "cross_entropy") -> Term:
     """The mean loss of the masked network over batches `(x, y)`; logs the accuracy.
 
@@ -47,11 +93,14 @@ def supervised(apply_fn: Callable[..., Any], *, loss: Loss = "cross_entropy") ->
     def term(inputs: TermInputs):
         x, y = inputs.batch
         effective = pruning_masks.apply(inputs.params, inputs.masks)
-        outputs = apply_fn(effective, x, train=True, rngs={"dropout": inputs.key})
-        accuracy = jnp.mean(jnp.argmax(outputs, axis=1) == y, dtype=outputs.dtype)
-        return jnp.mean(example_losses(outputs, y, loss)), {"accuracy": accuracy}
+        return _task(apply_fn(effective, x, train=True, rngs={"dropout": inputs.key}), y, loss)
 
     return term
+
+
+def _task(outputs: Float[Array, "n k"], y: Int[ArrayLike, " n"], loss: Loss) -> Any:
+    accuracy = jnp.mean(jnp.argmax(outputs, axis=1) == y, dtype=outputs.dtype)
+    return jnp.mean(example_losses(outputs, y, loss)), {"accuracy": accuracy}
 
 
 def weight_decay(coefficient: float) -> Term:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import ntt_checks, ntt_members, ntt_report, ntt_stages, ntt_study
+from experiments import study as stages
 from experiments.configs import ntt as configs
 from ntt_sparse import models
 from ntt_sparse.data import images
@@ -210,10 +211,10 @@ def test_early_stop_waits_for_every_member():
         return [{"validation/accuracy": list(a)} for a in accuracies]
 
     rising, stuck = (0.1, 0.5), (0.1, 0.4)
-    assert not ntt_study._out_of_patience(records(stuck, stuck, stuck), 0)
-    assert not ntt_study._out_of_patience(records(stuck, stuck), 2)
-    assert ntt_study._out_of_patience(records(rising, stuck, stuck), 2)
-    assert not ntt_study._out_of_patience(records(stuck, stuck, rising), 2)
+    assert not stages.out_of_patience(records(stuck, stuck, stuck), 0)
+    assert not stages.out_of_patience(records(stuck, stuck), 2)
+    assert stages.out_of_patience(records(rising, stuck, stuck), 2)
+    assert not stages.out_of_patience(records(stuck, stuck, rising), 2)
 
 
 def test_two_classes_of_the_output_study():

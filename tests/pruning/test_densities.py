@@ -117,3 +117,75 @@ def test_from_scores_takes_the_densities(distribution):
     assert {n: row.kept for n, row in report.items()} == {
         n: round(wanted[n] * params[n].size) for n in ("a", "b")
     }
+
+
+# Densities of given masks
+
+
+def kept(selected):
+    return {name: row.kept for name, row in masks.layer_densities(selected).items()}
+
+
+@st.composite
+def layers(draw):
+    """Sizes and kept counts of a few layers, some empty, not all."""
+    # A few sizes only: every other one compiles a program.
+    sizes = draw(st.lists(st.sampled_from([1, 3, 49, 10_007]), min_size=1, max_size=5))
+    counts = [draw(st.integers(0, size)) for size in sizes]
+    hypothesis.assume(any(counts))
+    return sizes, counts
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(layers())
+@pytest.mark.filterwarnings("ignore:layers left without any weight")
+def test_from_masks_gives_the_counts_back(drawn):
+    sizes, counts = drawn
+    given = {
+        str(i): np.random.default_rng(i).permutation(np.arange(size) < count).reshape(1, size)
+        for i, (size, count) in enumerate(zip(sizes, counts, strict=True))
+    }
+    wanted = densities.from_masks({**given, "bias": None})
+    assert all(0.0 < value <= 1.0 for value in wanted.values())
+    assert [round(wanted[str(i)] * size) for i, size in enumerate(sizes)] == counts
+    assert sum(wanted[str(i)] * size for i, size in enumerate(sizes)) == pytest.approx(sum(counts))
+    # Scores rise with the index, so that other places are kept than in the masks given.
+    scores = {name: jnp.arange(mask.size, dtype=float)[None] for name, mask in given.items()}
+    assert list(kept(masks.from_scores(scores, wanted)).values()) == counts
+
+
+def test_random_masks_with_the_densities_of_snip():
+    params = {"a": jnp.ones((20, 10)), "bias": jnp.ones(10), "b": jnp.ones((10, 30))}
+    weights = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), params)
+    snip_masks = masks.from_scores(
+        saliency.snip(lambda p, x: jnp.sum((x @ p["a"] @ p["b"]) ** 2), weights, jnp.ones((4, 20))),
+        0.1,
+    )
+    drawn = saliency.random(jax.random.key(1), params)
+    random_masks = masks.from_scores(drawn, densities.from_masks(snip_masks))
+    assert kept(random_masks) == kept(snip_masks)
+    assert kept(snip_masks)["a"] / 200 != pytest.approx(kept(snip_masks)["b"] / 300)
+    assert np.any(random_masks["a"] != snip_masks["a"])
+
+
+def test_an_empty_layer_stays_empty_with_a_warning():
+    given = {"a": jnp.zeros((2, 3), bool), "b": jnp.array([[True, False, True, True]])}
+    wanted = densities.from_masks(given)
+    assert wanted["b"] == 0.75
+    assert 0.0 < wanted["a"] < 1e-300
+    scores = {"a": jnp.ones((2, 3)), "b": jnp.ones((1, 4))}
+    with pytest.warns(UserWarning, match="layers left without any weight: a"):
+        assert kept(masks.from_scores(scores, wanted)) == {"a": 0, "b": 3}
+
+
+def test_masks_that_are_empty_throughout_are_refused_by_from_scores():
+    wanted = densities.from_masks({"a": jnp.zeros((2, 3), bool)})
+    with pytest.raises(ValueError, match="keeps none of 6 weights"):
+        masks.from_scores({"a": jnp.ones((2, 3))}, wanted)
+
+
+def test_from_masks_refuses_what_is_no_mask():
+    with pytest.raises(ValueError, match="masks hold no array"):
+        densities.from_masks({"a": None})
+    with pytest.raises(ValueError, match="mask of 'a' is float32, expected bool"):
+        densities.from_masks({"a": jnp.ones((2, 3))})

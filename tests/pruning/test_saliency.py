@@ -153,6 +153,121 @@ def test_logit_snip_is_snip_of_the_squared_norm():
     assert_close(saliency.logit_snip(network, params, x), expected, rtol=1e-6)
 
 
+# GraSP
+
+
+def half(x):
+    return jnp.sum(x**2) / 2
+
+
+@pytest.mark.usefixtures("x64")
+def test_grasp_of_a_quadratic():
+    # L = theta^T A theta / 2 has g = A theta and H g = A^2 theta.
+    root = np.random.default_rng(0).normal(size=(6, 6))
+    matrix, theta = root + root.T, np.random.default_rng(1).normal(size=(3, 2))
+
+    def quadratic(params, matrix):
+        flat = params["w"].reshape(-1)
+        return flat @ matrix @ flat / 2
+
+    scores = saliency.grasp(quadratic, {"w": jnp.asarray(theta)}, jnp.asarray(matrix))
+    expected = theta * (matrix @ matrix @ theta.reshape(-1)).reshape(3, 2)
+    np.testing.assert_allclose(scores["w"], expected, rtol=1e-12, atol=1e-13)
+    assert np.any(expected < -0.1) and np.any(expected > 0.1)
+
+
+def test_grasp_keeps_the_weights_the_gradient_rests_on():
+    # With A = diag(3, 1) and theta = (1, 2), ||g||^2 = 9 + 4: without the first weight 4 are
+    # left, without the second 9. The second is the larger weight.
+    params, curvature = {"w": jnp.array([[1.0, 2.0]])}, jnp.array([[3.0, 1.0]])
+    scores = saliency.grasp(lambda p, a: jnp.sum(a * p["w"] ** 2) / 2, params, curvature)
+    np.testing.assert_array_equal(scores["w"], [[9.0, 4.0]])
+    np.testing.assert_array_equal(masks.from_scores(scores, 0.5)["w"], [[True, False]])
+
+
+@pytest.mark.usefixtures("x64")
+def test_grasp_is_the_change_of_the_gradient_norm():
+    params, batch = init(jax.random.key(0)), data()
+    # Its biases are not pruned, so the norm of the gradient leaves them out.
+    kernels = {name: layer["kernel"] for name, layer in params.items()}
+
+    @jax.jit
+    def half_squared_norm(kernels):
+        def of(kernels):
+            filled = {n: {**params[n], "kernel": kernel} for n, kernel in kernels.items()}
+            return loss(filled, batch)
+
+        return sum(half(leaf) for leaf in jax.tree.leaves(jax.grad(of)(kernels)))
+
+    scores, step = saliency.grasp(loss, params, batch), 1e-5
+    for name, kernel in kernels.items():
+        differences = []
+        for place in np.eye(kernel.size).reshape(-1, *kernel.shape):
+            # Shrinking a weight by a factor removes it little by little.
+            up, down = (
+                half_squared_norm({**kernels, name: kernel * (1 + bump * place)})
+                for bump in (step, -step)
+            )
+            differences.append((up - down) / (2 * step))
+        expected = np.array(differences).reshape(kernel.shape)
+        np.testing.assert_allclose(scores[name]["kernel"], expected, rtol=0, atol=1e-8)
+        assert np.abs(expected).max() > 0.1
+        assert scores[name]["bias"] is None
+
+
+@pytest.mark.usefixtures("x64")
+def test_grasp_ranking_depends_on_the_temperature_not_on_a_factor():
+    params, (x, y) = init(jax.random.key(0)), data()
+
+    def entropy(params, temperature):
+        logits = network(params, x) / temperature
+        return -jnp.mean(jnp.sum(jax.nn.softmax(y) * jax.nn.log_softmax(logits), axis=1))
+
+    def kept(loss_fn, temperature):
+        scores = saliency.grasp(loss_fn, params, temperature)
+        return jax.tree.leaves(masks.from_scores(scores, 0.5))
+
+    reference = kept(entropy, 1.0)
+    scaled = kept(lambda p, temperature: 1000 * entropy(p, temperature), 1.0)
+    for a, b in zip(reference, scaled, strict=True):
+        np.testing.assert_array_equal(a, b)
+    tempered = kept(entropy, 200.0)
+    assert any(np.any(a != b) for a, b in zip(reference, tempered, strict=True))
+
+
+def test_grasp_leaves_other_leaves_alone():
+    # A leaf of integers cannot be differentiated, and does not have to be. Over the weights at
+    # 2 and 0 the loss is their sum of squares times the batch, with H = diag(2 batch).
+    def loss_fn(params, batch):
+        return jnp.sum(params["w"][params["index"]] ** 2 * batch)
+
+    params = {"w": jnp.array([[1.0], [2.0], [-3.0]]), "index": jnp.array([2, 0])}
+    scores = saliency.grasp(loss_fn, params, jnp.array([[10.0], [100.0]]))
+    assert scores["index"] is None
+    np.testing.assert_array_equal(scores["w"], [[40_000.0], [0.0], [9 * 400.0]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grasp_keeps_the_dtype_and_runs_under_jit(dtype):
+    params, batch = jax.tree.map(lambda leaf: leaf.astype(dtype), (init(jax.random.key(0)), data()))
+    scores = saliency.grasp(loss, params, batch)
+    jitted = jax.jit(lambda p, b: saliency.grasp(loss, p, b))(params, batch)
+    assert jax.tree.structure(jitted) == jax.tree.structure(scores)
+    for name in params:
+        assert scores[name]["kernel"].dtype == jitted[name]["kernel"].dtype == dtype
+
+
+def test_grasp_asks_the_predicate():
+    params, batch = init(jax.random.key(0)), data()
+    scores = saliency.grasp(loss, params, batch, prunable=lambda path, leaf: "bias" in path)
+    assert jax.tree.map(jnp.shape, scores) == {
+        "hidden": {"kernel": None, "bias": (4,)},
+        "out": {"kernel": None, "bias": (2,)},
+    }
+    with pytest.raises(ValueError, match="no leaf is prunable among"):
+        saliency.grasp(loss, params, batch, prunable=lambda path, leaf: False)
+
+
 # The global batch on eight devices
 
 
@@ -163,13 +278,15 @@ def device_mesh(**axes):
 def scores_of(kind, params, batch, axis_name=None):
     if kind == "snip":
         return saliency.snip(loss, params, batch, axis_name=axis_name)
+    if kind == "grasp":
+        return saliency.grasp(loss, params, batch, axis_name=axis_name)
     return saliency.logit_snip(network, params, batch[0], axis_name=axis_name)
 
 
-both = pytest.mark.parametrize("kind", ["snip", "logit_snip"])
+each = pytest.mark.parametrize("kind", ["snip", "logit_snip", "grasp"])
 
 
-@both
+@each
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_scores_the_global_batch(kind, check_vma):
@@ -184,7 +301,7 @@ def test_shard_map_scores_the_global_batch(kind, check_vma):
     assert_close(jax.jit(spread)(params, batch), scores_of(kind, params, batch), rtol=1e-11)
 
 
-@both
+@each
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
 def test_pmap_and_vmap_score_the_global_batch(kind, transform):
@@ -200,7 +317,7 @@ def test_pmap_and_vmap_score_the_global_batch(kind, transform):
         assert_close(jax.tree.map(lambda leaf, d=device: leaf[d], spread), expected, rtol=1e-11)
 
 
-@both
+@each
 @pytest.mark.usefixtures("x64")
 def test_members_and_data_on_one_mesh(kind):
     members, batch = jax.vmap(init)(jax.random.split(jax.random.key(0), 2)), data()

@@ -1,0 +1,72 @@
+"""Checks of a study's config that types do not make, before any work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ntt_sparse.pruning.masks import check_density
+
+LARGEST_INT = 2**31 - 1
+
+
+def check_members(config: Any) -> None:
+    """Checks `density` and `seeds`, which span the members of every study.
+
+    Raises:
+        ValueError: They are empty, repeated or out of range.
+    """
+    for field in ("density", "seeds"):
+        if not config[field] or len(set(config[field])) < len(config[field]):
+            raise ValueError(f"config.{field} is {config[field]}, expected different values")
+    for density in config.density:
+        check_density(density, "config.density")
+    # JAX keeps 32 bits of a seed.
+    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in config.seeds):
+        raise ValueError(f"config.seeds is {config.seeds}, expected integers from 0 to 2**32 - 1")
+
+
+def check_fields(
+    config: Any,
+    choices: Mapping[str, Sequence[Any]],
+    ranges: Mapping[str, tuple[float, float]],
+) -> None:
+    """Checks fields by their paths, such as `"model.norm"`.
+
+    Args:
+        config: The settings.
+        choices: The allowed values of fields.
+        ranges: Smallest and largest value of numbers; the ends are allowed.
+
+    Raises:
+        ValueError: A value is unknown or out of range; the message names the field.
+    """
+    for field, allowed in choices.items():
+        value = _get(config, field)
+        if value not in allowed:
+            raise ValueError(
+                f"config.{field} is {value!r}, expected one of {', '.join(map(repr, allowed))}"
+            )
+    for field, (least, most) in ranges.items():
+        value = _get(config, field)
+        # The negated form also refuses NaN.
+        if not least <= value <= most:
+            raise ValueError(f"config.{field} is {value}, expected a number from {least} to {most}")
+
+
+def check_names(config: Any, field: str, known: Sequence[str]) -> None:
+    """Checks a field of different names, joined by commas.
+
+    Raises:
+        ValueError: A name is unknown or repeated.
+    """
+    names = config[field].split(",")
+    if set(names) - set(known) or len(set(names)) < len(names):
+        raise ValueError(
+            f"config.{field} is {config[field]!r}: expected different names, joined by commas, "
+            f"from {','.join(known)}"
+        )
+
+
+def _get(config: Any, path: str) -> Any:
+    for field in path.split("."):
+        config = config[field]
+    return config

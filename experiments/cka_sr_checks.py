@@ -1,0 +1,106 @@
+"""Checks of the CKA-SR study's config that types do not make, before any work."""
+
+import math
+from typing import Any
+
+import jax
+
+from experiments.checks import LARGEST_INT, check_fields, check_members, check_names
+from experiments.cka_sr_stages import (
+    REGULARISERS,
+    all_patterns,
+    block_patterns,
+    stage_patterns,
+)
+from ntt_sparse.data.images import ImageData
+from ntt_sparse.similarity.features import capture, select
+
+_CHOICES = {
+    "layer_densities": ("erk", "uniform", "snip", "grasp"),
+    "model.padding": ("", "VALID", "SAME"),
+    "model.norm": ("", "batch", "group", "none"),
+    "model.shortcut": ("", "A", "B"),
+    "supervised.optimizer": ("adam", "sgd"),
+}
+_RANGES = {
+    "score_batch_size": (1, LARGEST_INT),
+    "samples": (0, LARGEST_INT),
+    "every": (1, LARGEST_INT),
+    "probe": (4, LARGEST_INT),
+    "checkpoint_seconds": (0, math.inf),
+    "data.split_seed": (0, 2**32 - 1),
+    "supervised.epochs": (1, LARGEST_INT),
+    "supervised.batch_size": (2, LARGEST_INT),
+    "supervised.max_steps": (0, LARGEST_INT),
+    "supervised.learning_rate": (0, 1e30),
+    "supervised.weight_decay": (0, 1e30),
+    "supervised.record_every": (0, LARGEST_INT),
+}
+
+
+def check_config(config: Any) -> None:
+    """Checks values and how they go together.
+
+    Raises:
+        ValueError: A value is unknown or out of range; the message names the field.
+    """
+    check_names(config, "regularisers", tuple(REGULARISERS))
+    check_members(config)
+    check_fields(config, _CHOICES, _RANGES)
+    coefficients = config.coefficients
+    if not coefficients or len(set(coefficients)) < len(coefficients):
+        raise ValueError(f"config.coefficients is {coefficients}, expected different values")
+    for coefficient in coefficients:
+        # The negated form also refuses NaN.
+        if not 0 < coefficient < math.inf:
+            raise ValueError(
+                f"config.coefficients holds {coefficient}, expected finite numbers above 0: the "
+                "network without a regulariser is always there"
+            )
+    for fraction in config.supervised.milestones:
+        if not 0 < fraction < 1:
+            raise ValueError(
+                f"config.supervised.milestones holds {fraction}, expected fractions of the run "
+                "between 0 and 1"
+            )
+    chosen = [REGULARISERS[name] for name in config.regularisers.split(",")]
+    needed = 4 if any(regulariser.debiased for regulariser in chosen) else 2
+    compared = config.samples or config.supervised.batch_size
+    if not needed <= compared <= config.supervised.batch_size:
+        raise ValueError(
+            f"config.samples is {config.samples}, expected 0 (all of a batch) or {needed} to "
+            f"config.supervised.batch_size, which is {config.supervised.batch_size}"
+        )
+    if not config.stages:
+        raise ValueError("config.stages is empty, expected patterns of layers, stage by stage")
+
+
+def check_sizes(config: Any, module: Any, data: ImageData) -> None:
+    """Checks that data and model are large enough for what is compared, by shapes alone.
+
+    Raises:
+        ValueError: They are not; the message names the field.
+    """
+    sizes = {"probe": len(data.validation.y)}
+    if config.layer_densities in ("snip", "grasp"):
+        sizes["score_batch_size"] = len(data.train.y)
+    for field, size in sizes.items():
+        if config[field] > size:
+            raise ValueError(f"config.{field} is {config[field]}, there are {size} images")
+
+    def features(key):
+        x = jax.numpy.zeros((2, *data.input_shape))
+        variables = module.init(key, x)
+        return capture(module, all_patterns(config))(variables, x)[1]
+
+    found = jax.eval_shape(features, jax.random.key(0))
+    over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
+    for pattern, maps in zip(config.stages, select(found, stage_patterns(config)), strict=True):
+        if over_stages and len(maps) < 2:
+            raise ValueError(
+                f"config.stages holds {pattern!r}, which is {len(maps)} feature map: a stage needs "
+                "two or more to compare"
+            )
+    (blocks,) = select(found, [block_patterns(config)])
+    if len(blocks) < 2:
+        raise ValueError(f"config.stages match {len(blocks)} layer, expected two or more")

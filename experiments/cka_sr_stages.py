@@ -1,0 +1,142 @@
+"""What the CKA-SR study minimises and measures."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from ntt_sparse.objectives.cka_sr import aug_cka_sr, cka_sr, every_nth_batch
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.pruning.sparsity import epsilon_sparsity
+from ntt_sparse.pruning.transform import keep_masked
+from ntt_sparse.similarity.cka import cka_matrix
+from ntt_sparse.similarity.features import capture, select
+from ntt_sparse.training import terms
+from ntt_sparse.training.state import Member
+from ntt_sparse.training.step import Term, TermInputs
+
+EPSILONS = (1e-3, 1e-2)
+BASELINE = "none"
+
+
+class Regulariser(NamedTuple):
+    """A regulariser: its name in figures, and which similarity of which layers it is."""
+
+    label: str
+    over_stages: bool
+    debiased: bool = False
+    similarity: str = "cka"
+
+
+REGULARISERS = {
+    "cka_sr": Regulariser("CKA-SR", True),
+    "cka_sr_debiased": Regulariser("CKA-SR, debiased", True, debiased=True),
+    "aug_cka_sr": Regulariser("AugCKA-SR", False),
+    "aug_cka_sr_debiased": Regulariser("AugCKA-SR, debiased", False, debiased=True),
+    "cca_sr": Regulariser("CCA", True, similarity="cca"),
+    "aug_cca_sr": Regulariser("AugCCA", False, similarity="cca"),
+}
+
+
+def stage_patterns(config: Any) -> list[list[str]]:
+    """The patterns of each stage."""
+    return [stage.split(",") for stage in config.stages]
+
+
+def all_patterns(config: Any) -> list[str]:
+    """The patterns of all stages, each once."""
+    return list(dict.fromkeys(pattern for stage in stage_patterns(config) for pattern in stage))
+
+
+def block_patterns(config: Any) -> list[str]:
+    """Without inputs of stages, which are outputs of the layer before."""
+    return [pattern for pattern in all_patterns(config) if not pattern.endswith(":input")]
+
+
+def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransformation:
+    """Adam, or SGD with Nesterov momentum and a schedule; pruned weights stay zero."""
+    settings = config.supervised
+    rate = optax.piecewise_constant_schedule(
+        settings.learning_rate,
+        {round(fraction * total_steps): 0.1 for fraction in settings.milestones},
+    )
+    if settings.optimizer == "adam":
+        inner = optax.adam(rate)
+    else:
+        inner = optax.sgd(rate, momentum=0.9, nesterov=True)
+    # Coupled with the step and on all parameters, as in the training it comes from.
+    return keep_masked(optax.chain(optax.add_decayed_weights(settings.weight_decay), inner))
+
+
+def training_terms(config: Any) -> Mapping[str, Term]:
+    """The task loss, and all regularisers, each by the member's own coefficient."""
+    chosen = {name: REGULARISERS[name] for name in config.regularisers.split(",")}
+    samples = config.samples or None
+
+    def value(regulariser, features):
+        options = {
+            "samples": samples,
+            "debiased": regulariser.debiased,
+            "similarity": regulariser.similarity,
+        }
+        if regulariser.over_stages:
+            return cka_sr(select(features, stage_patterns(config)), **options)
+        (blocks,) = select(features, [block_patterns(config)])
+        return aug_cka_sr(blocks, **options)
+
+    def similarity(inputs: TermInputs):
+        def total(features):
+            values = {name: value(regulariser, features) for name, regulariser in chosen.items()}
+            return jnp.sum(jnp.stack([inputs.context[name] * v for name, v in values.items()]))
+
+        features = inputs.outputs.features
+        return every_nth_batch(total, features, jnp.asarray(inputs.step), config.every), {}
+
+    return {"task": terms.task(), "similarity": similarity}
+
+
+def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:
+    """Accuracy on held-out and test data, similarity and epsilon-sparsity, for one member.
+
+    Test numbers are measured for the report; nothing is chosen by them.
+    """
+    similarities = layer_similarities(config, module)
+
+    def evaluate(member: Member, validation: Any, test: Any, probe: Any) -> dict[str, Any]:
+        result = {}
+        for name, data in (("validation", validation), ("test", test)):
+            values = terms.evaluate_supervised(
+                lambda params, x: module.apply({"params": params, **member.model_state}, x),
+                member.params,
+                member.masks,
+                data,
+            )
+            result |= {f"{name}/{key}": value for key, value in values.items()}
+        for name, matrix in similarities(member, probe).items():
+            layers = len(matrix)
+            off_diagonal = jnp.sum(matrix) - jnp.trace(matrix)
+            result[f"similarity/{name}"] = off_diagonal / (layers * (layers - 1))
+        for epsilon in EPSILONS:
+            value = epsilon_sparsity(member.params, epsilon, masks=member.masks)
+            result[f"epsilon_sparsity/{epsilon!r}"] = value
+        return result
+
+    return evaluate
+
+
+def layer_similarities(config: Any, module: Any) -> Callable[[Member, Any], dict[str, Any]]:
+    """CKA between all layers of one member on a probe, biased and debiased."""
+    patterns = block_patterns(config)
+    apply = capture(module, patterns)
+
+    def measure(member: Member, probe: Any) -> dict[str, Any]:
+        effective = pruning_masks.apply(member.params, member.masks)
+        _, features = apply({"params": effective, **member.model_state}, probe)
+        (maps,) = select(features, [patterns])
+        return {
+            "cka": cka_matrix(maps),
+            "cka_debiased": cka_matrix(maps, debiased=True),
+        }
+
+    return measure

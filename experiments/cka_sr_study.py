@@ -1,0 +1,142 @@
+"""The CKA-SR study: prepare, train all networks as one program, measure, report."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import cka_sr_report
+from experiments.cka_sr_checks import check_config, check_sizes
+from experiments.cka_sr_members import member_names, runs_of, start_members
+from experiments.cka_sr_stages import (
+    all_patterns,
+    evaluation,
+    layer_similarities,
+    make_optimizer,
+    training_terms,
+)
+from experiments.cli import claim_workdir, user_errors
+from experiments.study import fit_stage, hold_out, make_plan, save_networks
+from ntt_sparse import models
+from ntt_sparse.data import images
+from ntt_sparse.data.augment import pad_crop_flip
+from ntt_sparse.pruning.masks import named_leaves
+from ntt_sparse.similarity.features import capture
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.state import Member
+from ntt_sparse.training.step import make_step
+from ntt_sparse.training.terms import masked_forward
+
+_BINS = 201
+
+
+class Setup(NamedTuple):
+    """Everything that is known before training starts."""
+
+    module: Any
+    data: images.ImageData
+    plan: Plan
+
+
+def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dict[str, Any]:
+    """Runs the study, or goes on with it.
+
+    Args:
+        config: From `experiments.configs.cka_sr.get_config`.
+        workdir: Where everything is written; an earlier run of the same config there is
+            continued, and a finished one only draws its report again.
+        data_dir: Where prepared TensorFlow Datasets are; by default as TFDS decides.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        UserError: The config, the data or the work directory does not permit the study;
+            nothing was changed.
+    """
+    with user_errors():
+        check_config(config)
+        setup = prepare(config, data_dir)
+    with claim_workdir(workdir, config.to_dict()) as claimed:
+        members = train(config, setup, claimed)
+        save_networks(claimed / "networks", member_names(runs_of(config)), members)
+        save_measurements(claimed / "measurements.npz", config, setup, members)
+        summary = cka_sr_report.write(config, claimed)
+    print(f"\n{(claimed / 'report.md').read_text()}")
+    for name in ("networks", "figures", "summary.json"):
+        print(f"{name}: {claimed / name}")
+    return summary
+
+
+def prepare(config: Any, data_dir: str | None) -> Setup:
+    """Loads data and model and plans the training, before anything is trained or written."""
+    whole = images.load(
+        config.data.name, data_dir=data_dir, validation_fraction=0.0, seed=config.data.split_seed
+    )
+    data = hold_out(whole, config.supervised.validation_fraction, config.data.split_seed)
+    fields = ("padding", "norm", "shortcut")
+    options = {name: config.model[name] for name in fields if config.model[name]}
+    module = models.create(config.model.name, num_outputs=data.num_classes, **options)
+    plan = make_plan(config.supervised, len(data.train.y), config.checkpoint_seconds)
+    check_sizes(config, module, data)
+    return Setup(module, data, plan)
+
+
+def train(config: Any, setup: Setup, workdir: Path) -> Member:
+    """Trains every network in one program. Returns its members."""
+    runs, data = runs_of(config), setup.data
+    optimizer = make_optimizer(config, total_steps=setup.plan.total_steps)
+    members = start_members(config, setup.module, data.input_shape, data.train, optimizer, runs)
+    step_fn = make_step(
+        training_terms(config),
+        optimizer,
+        forward=masked_forward(capture(setup.module, all_patterns(config))),
+        augment=_augment if config.data.augment else None,
+    )
+    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    evaluation_data = (tuple(data.validation), tuple(data.test), probe_of(config, setup))
+    return fit_stage(
+        config, workdir, "supervised", member_names(runs), members, step_fn, setup.plan,
+        tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,
+    )  # fmt: skip
+
+
+def probe_of(config: Any, setup: Setup) -> Any:
+    """The held-out images on which similarity is measured."""
+    return jnp.asarray(setup.data.validation.x[: config.probe])
+
+
+def _augment(key: Any, batch: Any) -> Any:
+    x, y = batch
+    return pad_crop_flip(key, x), y
+
+
+def save_measurements(path: Path, config: Any, setup: Setup, members: Member) -> None:
+    """Writes heat maps and histograms of all members after the last step.
+
+    `cka` and `cka_debiased` are `(M, L, L)`; `counts` `(M, bins)` are the surviving weights
+    of each member between the `edges`, the same for all members.
+    """
+    measure = jax.jit(
+        functools.partial(
+            jax.lax.map,
+            lambda member: layer_similarities(config, setup.module)(
+                member, probe_of(config, setup)
+            ),
+        )
+    )
+    arrays = {name: np.asarray(value) for name, value in measure(members).items()}
+    masks = named_leaves(members.masks)
+    params = {name: np.asarray(named_leaves(members.params)[name]) for name in masks}
+    largest = max(float(np.max(np.abs(leaf))) for leaf in params.values())
+    edges = np.linspace(-largest, largest, _BINS + 1)
+    counts = np.zeros((len(runs_of(config)), _BINS), int)
+    for name, mask in masks.items():
+        for index, kept in enumerate(np.asarray(mask)):
+            counts[index] += np.histogram(params[name][index][kept], edges)[0]
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, edges=edges, counts=counts, **arrays)

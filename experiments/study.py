@@ -1,0 +1,130 @@
+"""What studies share: held-out data, one stage over all devices, networks as files."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntt_sparse.data import images
+from ntt_sparse.data.batches import steps_per_epoch, total_steps
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training.checkpoint import Checkpoints, digest
+from ntt_sparse.training.export import save_network
+from ntt_sparse.training.loop import Plan, fit
+from ntt_sparse.training.metrics import MetricsLog, TensorBoard
+from ntt_sparse.training.state import Member
+from ntt_sparse.training.step import StepFn, make_program
+
+_logger = logging.getLogger(__name__)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def hold_out(data: images.ImageData, fraction: float, seed: int) -> images.ImageData:
+    """Splits the training part; with a fraction of 0 the validation set is the training set."""
+    if fraction == 0:
+        return data._replace(validation=data.train)
+    train, validation = images.split_indices(len(data.train.y), fraction, seed)
+    return data._replace(
+        train=images.Split(data.train.x[train], data.train.y[train]),
+        validation=images.Split(data.train.x[validation], data.train.y[validation]),
+    )
+
+
+def make_plan(settings: Any, n: int, checkpoint_seconds: float) -> Plan:
+    """The plan of a stage from its settings, for n training examples."""
+    per_epoch = steps_per_epoch(n, settings.batch_size)
+    steps = settings.max_steps or total_steps(n, settings.batch_size, settings.epochs)
+    return Plan(steps, per_epoch, settings.record_every or per_epoch, checkpoint_seconds)
+
+
+def fit_stage(
+    config: Any,
+    workdir: Path,
+    stage: str,
+    names: Sequence[str],
+    members: Member,
+    step_fn: StepFn,
+    plan: Plan,
+    train_data: Any,
+    evaluate: Callable[..., Any],
+    evaluation_data: tuple[Any, ...],
+    mode: meshes.MemberMode,
+    *,
+    patience: int = 0,
+) -> Member:
+    """Runs one stage over whatever devices there are, or goes on with it.
+
+    Args:
+        config: The study's settings; `config[stage].batch_size` is read.
+        workdir: Where records and checkpoints go.
+        stage: Name of the stage.
+        names: One for each member.
+        members: At the start, with a leading member axis.
+        step_fn: From `make_step`.
+        plan: When to record and to end.
+        train_data: Pytree of arrays `(n, ...)`.
+        evaluate: `(member, *evaluation_data) -> {name: value}` of one member.
+        evaluation_data: What it looks at besides.
+        mode: How the members of one device ride.
+        patience: Records without a better validation accuracy of any member after which the
+            stage ends; 0 for never.
+
+    Returns:
+        The members at the end.
+    """
+    batch_size = config[stage].batch_size
+    mesh = meshes.auto_mesh(len(names), batch_size)
+    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode)
+    train_data, evaluation_data = jax.device_put(
+        jax.tree.map(jnp.asarray, (train_data, evaluation_data)), meshes.replicated(mesh)
+    )
+    mapped = jax.jit(meshes.map_members(evaluate, mesh, num_shared=len(evaluation_data), mode=mode))
+    _logger.info(
+        "%s: %d members, %d steps, mesh %s, %s", stage, len(names), plan.total_steps,
+        dict(mesh.shape), mode,
+    )  # fmt: skip
+    log = MetricsLog(workdir / f"{stage}.jsonl", stage)
+    board = TensorBoard(workdir / "tensorboard" / stage, names)
+    data_digest = digest((train_data, evaluation_data)).tobytes().hex()
+    identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
+    with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
+        state = fit(
+            program,
+            members,
+            train_data,
+            plan,
+            log=log,
+            checkpoints=checkpoints,
+            member_names=names,
+            evaluate=lambda current: mapped(current, *evaluation_data),
+            should_stop=lambda records: out_of_patience(records, patience),
+            tensorboard=board,
+        )
+    board.close()
+    return state.members
+
+
+def out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
+    """Whether no member's validation accuracy rose in the last `patience` records."""
+    if not patience or len(records) <= patience:
+        return False
+    accuracies = np.array([record["validation/accuracy"] for record in records], float)
+    return bool(np.all(accuracies[-patience:].max(0) <= accuracies[:-patience].max(0)))
+
+
+def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:
+    """Writes each trained network, as it was after the last step, under its name."""
+    directory.mkdir(exist_ok=True)
+    trees = (members.params, members.masks, members.model_state)
+    for index, name in enumerate(names):
+        params, masks, state = jax.tree.map(lambda leaf, i=index: leaf[i], trees)
+        save_network(directory / f"{name}.npz", params, masks, state)

@@ -1,0 +1,1 @@
+"""How alike representations are: CKA, CCA, and the features they compare."""

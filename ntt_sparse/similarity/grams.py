@@ -1,0 +1,151 @@
+r"""Gram matrices of features, centred and scaled to unit length.
+
+Centred kernel alignment is the cosine of two centred Gram matrices. Everything in this
+room, and the sums over pairs that are minimised, is therefore made of one thing: for each
+layer the vector $v = \tilde K / \|\tilde K\|_F$, or zero where features are constant.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Inexact
+
+from ntt_sparse._types import Scalar
+
+# Features whose spread is below so many roundings of their size are constant.
+ROUNDINGS = 16
+
+
+def flat(x: Inexact[Array, "n ..."]) -> Float[Array, "n p"]:
+    """Features with one row per example, in float32 at least.
+
+    Raises:
+        ValueError: There is no axis of examples, there are none, or no features.
+    """
+    if x.ndim < 1 or x.size == 0:
+        raise ValueError(f"features are {x.shape}, expected (n, ...) with one or more examples")
+    return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A matrix product in full precision, on every platform."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def centre(k: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """`H k H`, without a product: row and column means are taken off."""
+    k = k - jnp.mean(k, axis=0)
+    return k - jnp.mean(k, axis=1, keepdims=True)
+
+
+@jax.custom_jvp
+def centred_gram(x: Float[Array, "n p"]) -> Float[Array, "n n"]:
+    """`H x x^T H`, the inner products of examples about their mean.
+
+    Features are centred before the product: centring the product instead cancels digits
+    where the mean is large. The derivative has a rule because the automatic one takes two
+    products of the size of the features, and this one takes one.
+    """
+    x = x - jnp.mean(x, axis=0)
+    return matmul(x, x.T)
+
+
+@centred_gram.defjvp
+def _centred_gram_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    # Means are taken off the small product: its transpose then leaves the features alone.
+    half = centre(matmul(dx, x.T))
+    return centred_gram(x), half + half.T
+
+
+@jax.custom_jvp
+def gram(x: Float[Array, "n p"]) -> Float[Array, "n n"]:
+    """`x x^T`, with the same derivative rule."""
+    return matmul(x, x.T)
+
+
+@gram.defjvp
+def _gram_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    half = matmul(dx, x.T)
+    return gram(x), half + half.T
+
+
+def is_constant(x: Float[Array, "n p"], centred: Float[Array, "n n"]) -> Bool[Array, ""]:
+    """Whether all examples have the same features, up to rounding."""
+    spread = jnp.trace(centred)
+    size = spread + len(x) * jnp.sum(jnp.mean(x, axis=0) ** 2)
+    return spread <= (ROUNDINGS * jnp.finfo(x.dtype).eps) ** 2 * size
+
+
+def u_centre(centred: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    r"""The U-centred matrix of a centred one: its inner products give unbiased HSIC.
+
+    $\langle\tilde K, \tilde L\rangle = n (n - 3)\, \mathrm{HSIC}_1$ (Song et al. 2012,
+    "Feature selection via dependence maximization", Eq. 5; Székely and Rizzo 2014,
+    "Partial distance correlation with methods for dissimilarities", Eq. 2.6).
+    """
+    n = len(centred)
+    diagonal = jnp.diagonal(centred)
+    # Off the diagonal, the rows of a centred matrix sum to minus the diagonal.
+    rows = diagonal / (n - 2)
+    total = jnp.sum(diagonal) / ((n - 1) * (n - 2))
+    return jnp.where(jnp.eye(n, dtype=bool), 0.0, centred + rows + rows[:, None] - total)
+
+
+def unit(k: Float[Array, "n n"], zero: Bool[Array, ""]) -> Float[Array, "n n"]:
+    """`k` divided by its norm; zeros, with a zero gradient, where told or where it vanishes.
+
+    It is divided by its largest entry first, so that its square neither over- nor underflows.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(k)))
+    zero = zero | (largest == 0)
+    scaled = k / jnp.where(zero, 1.0, largest)
+    norm = jnp.sum(jnp.where(zero, 1.0, scaled) ** 2)
+    return jnp.where(zero, 0.0, scaled * jax.lax.rsqrt(norm))
+
+
+def unit_gram(x: Float[Array, "n p"], *, debiased: bool = False) -> Float[Array, "n n"]:
+    """The unit vector of a layer: its centred (or U-centred) Gram matrix over its norm."""
+    centred = centred_gram(x)
+    zero = is_constant(x, centred)
+    if not debiased:
+        return unit(centred, zero)
+    result = u_centre(centred)
+    # Orthogonal examples of one length leave nothing but rounding.
+    rounding = ROUNDINGS * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(centred))
+    return unit(result, zero | (jnp.max(jnp.abs(result)) <= rounding))
+
+
+def check_debiased(n: int) -> None:
+    """Checks that there are enough examples for the debiased estimate.
+
+    Raises:
+        ValueError: There are fewer than four.
+    """
+    if n < 4:
+        raise ValueError(
+            f"the debiased estimate needs four examples or more, there are {n}: use debiased=False"
+        )
+
+
+def gather_examples(x: Array, axis_name: str | None, samples: int | None = None) -> Array:
+    """The first examples of the batch that is split over an axis; all by default.
+
+    Raises:
+        ValueError: There are fewer than `samples`.
+    """
+    if axis_name is not None:
+        # The first of all are among the first of each device.
+        x = jax.lax.all_gather(x[:samples], axis_name, tiled=True)
+    if samples is not None and samples > len(x):
+        raise ValueError(f"{samples=} of each batch are asked for, the batch has {len(x)}")
+    return x[:samples]
+
+
+def averaged(value: Scalar | Float[Array, "..."], axis_name: str | None) -> Array:
+    """The mean over an axis of what is the same on all its devices.
+
+    It tells `shard_map` that the value is the same, and makes gradients come out as those of
+    a mean over devices.
+    """
+    return value if axis_name is None else jax.lax.pmean(value, axis_name)
