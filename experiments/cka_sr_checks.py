@@ -1,11 +1,13 @@
 """Checks of the CKA-SR study's config that types do not make, before any work."""
 
 import math
+import numbers
 from typing import Any
 
 import jax
 
 from experiments.checks import LARGEST_INT, check_fields, check_members, check_names
+from experiments.cka_sr_members import layer_counts, runs_of
 from experiments.cka_sr_stages import (
     REGULARISERS,
     all_patterns,
@@ -52,13 +54,13 @@ def check_config(config: Any) -> None:
         raise ValueError(f"config.coefficients is {coefficients}, expected different values")
     for coefficient in coefficients:
         # The negated form also refuses NaN.
-        if not 0 < coefficient < math.inf:
+        if not isinstance(coefficient, numbers.Real) or not 0 < coefficient < math.inf:
             raise ValueError(
                 f"config.coefficients holds {coefficient}, expected finite numbers above 0: the "
                 "network without a regulariser is always there"
             )
     for fraction in config.supervised.milestones:
-        if not 0 < fraction < 1:
+        if not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
             raise ValueError(
                 f"config.supervised.milestones holds {fraction}, expected fractions of the run "
                 "between 0 and 1"
@@ -73,6 +75,8 @@ def check_config(config: Any) -> None:
         )
     if not config.stages:
         raise ValueError("config.stages is empty, expected patterns of layers, stage by stage")
+    if not all(isinstance(stage, str) for stage in config.stages):
+        raise ValueError(f"config.stages is {config.stages}, expected patterns of layers")
 
 
 def check_sizes(config: Any, module: Any, data: ImageData) -> None:
@@ -88,19 +92,29 @@ def check_sizes(config: Any, module: Any, data: ImageData) -> None:
         if config[field] > size:
             raise ValueError(f"config.{field} is {config[field]}, there are {size} images")
 
-    def features(key):
+    # Those of `pad_crop_flip`, which reflects four pixels.
+    if config.data.augment and min(data.input_shape[:2]) < 5:
+        height, width, _ = data.input_shape
+        raise ValueError(
+            f"config.data.augment is True, images are {height} x {width}: it needs 5 x 5 or more"
+        )
+
+    def shapes(key):
         x = jax.numpy.zeros((2, *data.input_shape))
         variables = module.init(key, x)
-        return capture(module, all_patterns(config))(variables, x)[1]
+        _, features = capture(module, all_patterns(config))(variables, x)
+        (blocks,) = select(features, [block_patterns(config)])
+        return variables["params"], select(features, stage_patterns(config)), blocks
 
-    found = jax.eval_shape(features, jax.random.key(0))
+    params, stages, blocks = jax.eval_shape(shapes, jax.random.key(0))
+    # A density that keeps no weight is an error here.
+    layer_counts(config, params, runs_of(config))
     over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
-    for pattern, maps in zip(config.stages, select(found, stage_patterns(config)), strict=True):
+    for pattern, maps in zip(config.stages, stages, strict=True):
         if over_stages and len(maps) < 2:
             raise ValueError(
                 f"config.stages holds {pattern!r}, which is {len(maps)} feature map: a stage needs "
                 "two or more to compare"
             )
-    (blocks,) = select(found, [block_patterns(config)])
     if len(blocks) < 2:
         raise ValueError(f"config.stages match {len(blocks)} layer, expected two or more")

@@ -41,7 +41,8 @@ ROOMS = {
     "data": {"data"},
     "models": {"_types", "models"},
     "pruning": {"_types", "pruning"},
-    "objectives": {"_types", "ntk", "objectives", "pruning.masks"},
+    "similarity": {"_types", "similarity"},
+    "objectives": {"_types", "ntk", "objectives", "pruning.masks", "similarity"},
     "training": {"_types", "data.batches", "pruning.masks", "training"},
 }
 

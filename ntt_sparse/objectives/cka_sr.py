@@ -24,16 +24,17 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Float, Int
 
 from ntt_sparse._types import Scalar
 from ntt_sparse.similarity import cca, grams
+from ntt_sparse.similarity.grams import Features
 
 Similarity: TypeAlias = Literal["cka", "cca"]
 
 
 def cka_sr(
-    stages: Sequence[Sequence[Inexact[Array, "n ..."]]],
+    stages: Sequence[Sequence[Features]],
     *,
     samples: int | None = None,
     debiased: bool = False,
@@ -73,7 +74,7 @@ def cka_sr(
 
 
 def aug_cka_sr(
-    features: Sequence[Inexact[Array, "n ..."]],
+    features: Sequence[Features],
     *,
     samples: int | None = None,
     debiased: bool = False,
@@ -149,7 +150,7 @@ def _options(
 
 
 def _pair_sum(
-    maps: Sequence[Inexact[Array, "n ..."]],
+    maps: Sequence[Features],
     name: str,
     *,
     samples: int | None,

@@ -18,9 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ntt_sparse._types import Scalar
-
-Features: TypeAlias = Float[Array, "_ ..."]
-"""Features of some examples, `(n, ...)`."""
+from ntt_sparse.similarity.grams import Features, flat, matmul
 
 Share: TypeAlias = Literal["values", "variance"]
 """What a share is of: the sum of singular values, or the sum of their squares."""
@@ -177,7 +175,7 @@ def ridge_cca(x: Features, y: Features, *, ridge: float = 0.1) -> Scalar:
         _check_ridge(ridge)
         a, b = _whitened_factor(_standard(x), ridge), _whitened_factor(_standard(y), ridge)
         # <A^T A, B^T B> = |A B^T|^2, without n x n matrices.
-        cross, xx, yy = (jnp.sum(_matmul(c, d.T) ** 2) for c, d in ((a, b), (a, a), (b, b)))
+        cross, xx, yy = (jnp.sum(matmul(c, d.T) ** 2) for c, d in ((a, b), (a, a), (b, b)))
     else:
         a, b = whitened_kernel(x, ridge=ridge), whitened_kernel(y, ridge=ridge)
         cross, xx, yy = jnp.sum(a * b), jnp.sum(a * a), jnp.sum(b * b)
@@ -211,18 +209,18 @@ def whitened_kernel(x: Float[Array, "n ..."], *, ridge: float = 0.1) -> Float[Ar
     References:
         Fukumizu et al., "Kernel measures of conditional dependence", NeurIPS 2007.
     """
-    x = _flat(x, "x")
+    x = flat(x, "x")
     _check_ridge(ridge)
     features = _standard(x)
     n, p = x.shape
     if p < n:
         factor = _whitened_factor(features, ridge)
-        return _matmul(factor.T, factor)
+        return matmul(factor.T, factor)
     # As I - ridge (K + ridge I)^-1, less the constant vector: more exact than solving for K.
     centring = jnp.eye(n, dtype=x.dtype) - 1 / n
-    root, penalty = _ridged_root(_matmul(features, features.T), p, ridge)
+    root, penalty = _ridged_root(matmul(features, features.T), p, ridge)
     inverse = jax.scipy.linalg.solve_triangular(root, centring, lower=True)
-    kernel = centring - penalty * _matmul(inverse.T, inverse)
+    kernel = centring - penalty * matmul(inverse.T, inverse)
     return jnp.where(jnp.any(features != 0), kernel, 0)
 
 
@@ -255,7 +253,7 @@ def ridge_cca_distance(x: Features, y: Features, *, ridge: float = 0.1) -> Scala
 
 def _whitened_factor(features: Float[Array, "n p"], ridge: float) -> Float[Array, "p n"]:
     """A with `A^T A` the whitened kernel of standard features."""
-    root, _ = _ridged_root(_matmul(features.T, features), features.shape[0], ridge)
+    root, _ = _ridged_root(matmul(features.T, features), features.shape[0], ridge)
     return jax.scipy.linalg.solve_triangular(root, features.T, lower=True)
 
 
@@ -306,7 +304,7 @@ def _leading(a: _Directions, threshold: float, of: Share) -> _Directions:
 
 
 def _cosines(a: _Directions, b: _Directions) -> Float[Array, "k1 k2"]:
-    return _matmul(jnp.where(a.kept, a.vectors, 0).T, jnp.where(b.kept, b.vectors, 0))
+    return matmul(jnp.where(a.kept, a.vectors, 0).T, jnp.where(b.kept, b.vectors, 0))
 
 
 def _count(a: _Directions, b: _Directions) -> Array:
@@ -332,8 +330,8 @@ def _projection_weighted(a: _Directions, b: _Directions) -> Scalar:
     )
     dropped = jnp.sum(~a.kept)
     left, values = jnp.roll(left, -dropped, axis=1), jnp.roll(values, -dropped)
-    variates = _matmul(a.vectors, left)
-    weights = jnp.sum(jnp.abs(_matmul(variates.T, a.features)), axis=1)
+    variates = matmul(a.vectors, left)
+    weights = jnp.sum(jnp.abs(matmul(variates.T, a.features)), axis=1)
     weights = jnp.where(jnp.arange(values.size) < _count(a, b), weights, 0)
     total = jnp.sum(weights)
     weighted = jnp.sum(weights * jnp.clip(values, 0, 1))
@@ -354,20 +352,8 @@ def _centred(x: Float[Array, "n p"]) -> tuple[Float[Array, "n p"], Scalar]:
     return centred - jnp.mean(centred, axis=0), resolution
 
 
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")
-
-
-def _flat(x: Array, name: str) -> Float[Array, "n p"]:
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(
-            f"{name} is of shape {x.shape}, expected (n, ...): at least one example with features"
-        )
-    return x.reshape(x.shape[0], -1).astype(jnp.result_type(jnp.float32, x))
-
-
 def _pair(x: Array, y: Array) -> tuple[Float[Array, "n p1"], Float[Array, "n p2"]]:
-    x, y = _flat(x, "x"), _flat(y, "y")
+    x, y = flat(x, "x"), flat(y, "y")
     if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"x holds {x.shape[0]} examples and y holds {y.shape[0]}, expected the same number: "

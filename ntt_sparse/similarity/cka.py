@@ -28,10 +28,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Inexact
+from jaxtyping import Array, Float, Float64
 
 from ntt_sparse._types import Scalar
 from ntt_sparse.similarity import grams
+from ntt_sparse.similarity.grams import Features
 
 
 class HSICSums(NamedTuple):
@@ -43,8 +44,8 @@ class HSICSums(NamedTuple):
 
 
 def linear_cka(
-    x: Inexact[Array, "n ..."],
-    y: Inexact[Array, "n ..."],
+    x: Features,
+    y: Features,
     *,
     debiased: bool = False,
     axis_name: str | None = None,
@@ -70,8 +71,8 @@ def linear_cka(
 
 
 def cka_distance(
-    x: Inexact[Array, "n ..."],
-    y: Inexact[Array, "n ..."],
+    x: Features,
+    y: Features,
     *,
     debiased: bool = False,
     axis_name: str | None = None,
@@ -81,8 +82,8 @@ def cka_distance(
 
 
 def cka_matrix(
-    features: Sequence[Inexact[Array, "n ..."]],
-    others: Sequence[Inexact[Array, "n ..."]] | None = None,
+    features: Sequence[Features],
+    others: Sequence[Features] | None = None,
     *,
     debiased: bool = False,
     axis_name: str | None = None,
@@ -120,8 +121,8 @@ def cka_matrix(
 
 
 def rbf_cka(
-    x: Inexact[Array, "n ..."],
-    y: Inexact[Array, "n ..."],
+    x: Features,
+    y: Features,
     *,
     fraction: float = 1.0,
     debiased: bool = False,
@@ -151,8 +152,8 @@ def rbf_cka(
 
 
 def nhsic(
-    x: Inexact[Array, "n ..."],
-    y: Inexact[Array, "n ..."],
+    x: Features,
+    y: Features,
     *,
     axis_name: str | None = None,
 ) -> Scalar:
@@ -179,8 +180,8 @@ def nhsic(
 
 
 def hsic_sums(
-    features: Sequence[Inexact[Array, "n ..."]],
-    others: Sequence[Inexact[Array, "n ..."]] | None = None,
+    features: Sequence[Features],
+    others: Sequence[Features] | None = None,
 ) -> HSICSums:
     """What one minibatch adds to minibatch CKA: unbiased HSIC of all pairs, and of each layer.
 
@@ -201,7 +202,7 @@ def hsic_sums(
         raise ValueError(f"the networks saw {n} and {len(second[0])} examples")
 
     def stacked(side):
-        return jnp.stack([grams.u_centre(grams.centred_gram(x)).ravel() for x in side])
+        return jnp.stack([grams.u_centre(grams.centred_gram(x).matrix).ravel() for x in side])
 
     one = stacked(first)
     two = one if others is None else stacked(second)
@@ -224,10 +225,7 @@ def cka_of_sums(sums: HSICSums) -> Float[Array | np.ndarray, "l m"]:
 
 
 def minibatch_cka(
-    batches: Iterable[
-        Sequence[Inexact[Array, "n ..."]]
-        | tuple[Sequence[Inexact[Array, "n ..."]], Sequence[Inexact[Array, "n ..."]]]
-    ],
+    batches: Iterable[Sequence[Features] | tuple[Sequence[Features], Sequence[Features]]],
 ) -> Float64[np.ndarray, "l m"]:
     """CKA over a data set that does not fit into memory, one minibatch after another.
 
@@ -262,8 +260,8 @@ def minibatch_cka(
 
 
 def _prepared(
-    features: Sequence[Inexact[Array, "n ..."]], axis_name: str | None, debiased: bool
-) -> list[Float[Array, "n p"]]:
+    features: Sequence[Features], axis_name: str | None, debiased: bool
+) -> list[Float[Array, "_ _"]]:
     """Flat features of all examples, of one dtype, checked."""
     if not features:
         raise ValueError("there are no features to compare, expected those of one layer or more")
@@ -280,18 +278,18 @@ def _prepared(
     return [x.astype(dtype) for x in result]
 
 
-def _features_are_cheaper(features: list[Float[Array, "n p"]]) -> bool:
+def _features_are_cheaper(features: list[Float[Array, "_ _"]]) -> bool:
     """Whether covariances of all features cost less than Gram matrices of all examples."""
     n, p, layers = len(features[0]), sum(x.shape[1] for x in features), len(features)
     return p * p < n * (p + layers**2)
 
 
-def _stacked_units(features: list[Float[Array, "n p"]], debiased: bool) -> Float[Array, "l nn"]:
+def _stacked_units(features: list[Float[Array, "_ _"]], debiased: bool) -> Float[Array, "l nn"]:
     return jnp.stack([grams.unit_gram(x, debiased=debiased).ravel() for x in features])
 
 
 def _by_features(
-    first: list[Float[Array, "n p"]], second: list[Float[Array, "n p"]] | None, debiased: bool
+    first: list[Float[Array, "_ _"]], second: list[Float[Array, "_ _"]] | None, debiased: bool
 ) -> Float[Array, "l m"]:
     r"""From one covariance of all features: $\langle K, L \rangle = \|X^\top Y\|_F^2$."""
     features = first + (second or [])
@@ -324,8 +322,8 @@ def _by_features(
 
 
 def _rbf_unit(x: Float[Array, "n p"], fraction: float, debiased: bool) -> Float[Array, "n n"]:
-    inner = grams.centred_gram(x)
-    zero = grams.is_constant(x, inner)
+    centred = grams.centred_gram(x)
+    inner, zero = centred.matrix, centred.is_constant()
     lengths = jnp.diagonal(inner)
     squared = jnp.maximum(lengths[:, None] + lengths - 2 * inner, 0.0)
     # Rounding leaves equal examples a distance; without it the median is taken of the rest.

@@ -5,24 +5,34 @@ room, and the sums over pairs that are minimised, is therefore made of one thing
 layer the vector $v = \tilde K / \|\tilde K\|_F$, or zero where features are constant.
 """
 
+from typing import NamedTuple, TypeAlias
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
 from ntt_sparse._types import Scalar
 
+Features: TypeAlias = Inexact[Array, "_ ..."]
+"""Features of some examples, `(n, ...)`."""
+
 # Features whose spread is below so many roundings of their size are constant.
 ROUNDINGS = 16
 
+# Where less of the squared features than this is about their mean, they are centred first.
+_LEAST_SPREAD = 1 / 32
 
-def flat(x: Inexact[Array, "n ..."]) -> Float[Array, "n p"]:
+
+def flat(x: Features, name: str = "features") -> Float[Array, "_ _"]:
     """Features with one row per example, in float32 at least.
 
     Raises:
         ValueError: There is no axis of examples, there are none, or no features.
     """
-    if x.ndim < 1 or x.size == 0:
-        raise ValueError(f"features are {x.shape}, expected (n, ...) with one or more examples")
+    if x.ndim == 0 or x.size == 0:
+        raise ValueError(
+            f"{name} is of shape {x.shape}, expected (n, ...): at least one example with features"
+        )
     return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -37,24 +47,47 @@ def centre(k: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return k - jnp.mean(k, axis=1, keepdims=True)
 
 
+class CentredGram(NamedTuple):
+    """The inner products of examples about their mean."""
+
+    matrix: Float[Array, "n n"]
+    """`H x x^T H`"""
+    size: Scalar
+    """The sum of all squared features, not centred; it has no derivative."""
+
+    def is_constant(self) -> Bool[Array, ""]:
+        """Whether all examples have the same features, up to rounding."""
+        eps = jnp.finfo(self.matrix.dtype).eps
+        return jnp.trace(self.matrix) <= (ROUNDINGS * eps) ** 2 * self.size
+
+
 @jax.custom_jvp
-def centred_gram(x: Float[Array, "n p"]) -> Float[Array, "n n"]:
+def centred_gram(x: Float[Array, "n p"]) -> CentredGram:
     """`H x x^T H`, the inner products of examples about their mean.
 
-    Features are centred before the product: centring the product instead cancels digits
-    where the mean is large. The derivative has a rule because the automatic one takes two
-    products of the size of the features, and this one takes one.
+    The derivative has a rule because the automatic one takes two products of the size of the
+    features, and this one takes one.
     """
-    x = x - jnp.mean(x, axis=0)
-    return matmul(x, x.T)
+    products = matmul(x, x.T)
+    size = jnp.trace(products)
+    centred = centre(products)
+
+    def centre_first():
+        around_mean = x - jnp.mean(x, axis=0)
+        return matmul(around_mean, around_mean.T)
+
+    # Centring the product is one pass over the features less, but where the mean dominates it
+    # cancels their digits.
+    mean_dominates = jnp.trace(centred) < _LEAST_SPREAD * size
+    return CentredGram(jax.lax.cond(mean_dominates, centre_first, lambda: centred), size)
 
 
 @centred_gram.defjvp
 def _centred_gram_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    # Means are taken off the small product: its transpose then leaves the features alone.
     half = centre(matmul(dx, x.T))
-    return centred_gram(x), half + half.T
+    result = centred_gram(x)
+    return result, CentredGram(half + half.T, jnp.zeros_like(result.size))
 
 
 @jax.custom_jvp
@@ -68,13 +101,6 @@ def _gram_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     half = matmul(dx, x.T)
     return gram(x), half + half.T
-
-
-def is_constant(x: Float[Array, "n p"], centred: Float[Array, "n n"]) -> Bool[Array, ""]:
-    """Whether all examples have the same features, up to rounding."""
-    spread = jnp.trace(centred)
-    size = spread + len(x) * jnp.sum(jnp.mean(x, axis=0) ** 2)
-    return spread <= (ROUNDINGS * jnp.finfo(x.dtype).eps) ** 2 * size
 
 
 def u_centre(centred: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -107,12 +133,12 @@ def unit(k: Float[Array, "n n"], zero: Bool[Array, ""]) -> Float[Array, "n n"]:
 def unit_gram(x: Float[Array, "n p"], *, debiased: bool = False) -> Float[Array, "n n"]:
     """The unit vector of a layer: its centred (or U-centred) Gram matrix over its norm."""
     centred = centred_gram(x)
-    zero = is_constant(x, centred)
+    zero = centred.is_constant()
     if not debiased:
-        return unit(centred, zero)
-    result = u_centre(centred)
+        return unit(centred.matrix, zero)
+    result = u_centre(centred.matrix)
     # Orthogonal examples of one length leave nothing but rounding.
-    rounding = ROUNDINGS * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(centred))
+    rounding = ROUNDINGS * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(centred.matrix))
     return unit(result, zero | (jnp.max(jnp.abs(result)) <= rounding))
 
 

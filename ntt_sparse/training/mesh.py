@@ -13,8 +13,9 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MemberMode: TypeAlias = Literal["vmap", "loop"]
-"""How the members of one device ride: as a batched axis, or one after another."""
+MemberMode: TypeAlias = Literal["vmap", "loop", "dispatch"]
+"""How the members of one device ride: as a batched axis, one after another inside the program,
+or, on a single device, one after another with each step a call of its own."""
 
 
 def make_mesh(member: int = 1, data: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -82,7 +83,8 @@ def map_members(
             `member` axis.
         num_shared: How many shared arguments (the same for every member) there are.
         mode: `"vmap"` runs the members of a device as one batched axis, `"loop"` one
-            after another. Batched kernels make convolutions slow on CPU.
+            after another, and so does `"dispatch"`. Batched kernels make convolutions slow
+            on CPU.
 
     Returns:
         `mapped(members, *shared) -> results` with a leading member axis on every leaf
@@ -91,8 +93,8 @@ def map_members(
     Raises:
         ValueError: `mode` is unknown.
     """
-    if mode not in ("vmap", "loop"):
-        raise ValueError(f"{mode=} is unknown: expected 'vmap' or 'loop'")
+    if mode not in ("vmap", "loop", "dispatch"):
+        raise ValueError(f"{mode=} is unknown: expected 'vmap', 'loop' or 'dispatch'")
 
     def local(members, *shared):
         if mode == "vmap":
@@ -113,11 +115,15 @@ def map_members(
 
 
 def default_member_mode(params: Any) -> MemberMode:
-    """One after another for convolutions on CPU, where batched kernels are slow, else batched.
+    """Step by step for convolutions on CPU, else batched.
+
+    XLA's CPU compiler makes convolutions with batched kernels slow, and derivatives of
+    convolutions inside loops (jax-ml/jax#12868): a step of LeNet-5-Caffe takes eleven times
+    as long there.
 
     Args:
         params: Parameters of one member, or their shapes; a leaf with more than two
             dimensions counts as a convolution kernel.
     """
     convolutional = any(len(leaf.shape) > 2 for leaf in jax.tree.leaves(params))
-    return "loop" if convolutional and jax.default_backend() == "cpu" else "vmap"
+    return "dispatch" if convolutional and jax.default_backend() == "cpu" else "vmap"

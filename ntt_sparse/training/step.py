@@ -147,7 +147,7 @@ class Program(NamedTuple):
         init: `(members, data) -> TrainState` at step 0.
         permutations: `(state, epoch, data) -> (M, n)` data order of every member.
         chunk: `(state, data, permutations, stop) -> state` runs the steps up to `stop`,
-            which must lie in the same epoch; the state is donated. One compilation
+            which must lie in the same epoch; the state may be donated. One compilation
             serves every length.
     """
 
@@ -175,27 +175,28 @@ def make_program(
         indices = batch_indices(permutation, step, batch_size)
         return spread_examples(jax.tree.map(lambda leaf: leaf[indices], data))
 
-    def chunk_one(carry, start, stop, data):
+    def one_step(carry, step, data):
         member, sums, bad_step, permutation = carry
+        member, logs = step_fn(member, gather(data, permutation, step), step)
+        sums = jax.tree.map(jnp.add, sums, logs)
+        bad_step = dict(bad_step)
+        for name, value in logs.items():
+            bad = bad_step[name]
+            bad_step[name] = jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad)
+        return member, sums, bad_step, permutation
 
-        def body(step, loop_carry):
-            member, sums, bad_step = loop_carry
-            bad_step = dict(bad_step)
-            member, logs = step_fn(member, gather(data, permutation, step), step)
-            sums = jax.tree.map(jnp.add, sums, logs)
-            for name, value in logs.items():
-                bad = bad_step[name]
-                bad_step[name] = jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad)
-            return member, sums, bad_step
-
-        member, sums, bad_step = jax.lax.fori_loop(start, stop, body, (member, sums, bad_step))
-        # The last update of a chunk is in no loss yet.
+    def end(carry, stop):
+        """Without the permutation; the last update of a chunk is in no loss yet."""
+        member, sums, bad_step, _ = carry
         leaves = jax.tree.leaves((member.params, member.model_state))
         leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
         bad = bad_step["params"]
-        bad_step["params"] = jnp.where((bad < 0) & ~finite, stop - 1, bad)
-        return member, sums, bad_step
+        return member, sums, bad_step | {"params": jnp.where((bad < 0) & ~finite, stop - 1, bad)}
+
+    def chunk_one(carry, start, stop, data):
+        carry = jax.lax.fori_loop(start, stop, lambda i, c: one_step(c, i, data), carry)
+        return end(carry, stop)
 
     shardings = state_shardings(mesh)
     mapped_chunk = map_members(chunk_one, mesh, num_shared=3, mode=mode)
@@ -204,6 +205,26 @@ def make_program(
         carry = (state.members, state.sums, state.bad_step, permutations)
         members, sums, bad_step = mapped_chunk(carry, state.step, stop, data)
         return TrainState(stop, members, sums, state.since + stop - state.step, bad_step)
+
+    dispatched_step = jax.jit(one_step, donate_argnums=0)
+    pick = jax.jit(lambda carries, index: jax.tree.map(lambda leaf: leaf[index], carries))
+
+    def join(state, ended, stop):
+        members, sums, bad_step = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ended)
+        return TrainState(stop, members, sums, state.since + stop - state.step, bad_step)
+
+    join = jax.jit(join, out_shardings=shardings)
+    dispatched_end = jax.jit(end)
+
+    def dispatched_chunk(state, data, permutations, stop):
+        carries = (state.members, state.sums, state.bad_step, permutations)
+        ended = []
+        for index in range(num_members(state.members)):
+            carry = pick(carries, index)
+            for step in range(int(state.step), int(stop)):
+                carry = dispatched_step(carry, jnp.int32(step), data)
+            ended.append(dispatched_end(carry, stop))
+        return join(state, ended, stop)
 
     def init(members, data):
         def logs_of(member):
@@ -228,7 +249,9 @@ def make_program(
     return Program(
         init=init,
         permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
-        chunk=jax.jit(chunk, donate_argnums=0, out_shardings=shardings),
+        chunk=dispatched_chunk
+        if mode == "dispatch" and mesh.size == 1
+        else jax.jit(chunk, donate_argnums=0, out_shardings=shardings),
     )
 
 

@@ -69,7 +69,8 @@ def masked_forward(apply: Callable[..., Any]) -> Forward:
             mutable=list(state),
             rngs={"dropout": inputs.key},
         )
-        return NetworkOutputs(outputs, features), dict(state)
+        # Of the structure it came in: a network without state may carry `()` or `{}`.
+        return NetworkOutputs(outputs, features), dict(state) or inputs.model_state
 
     return forward
 

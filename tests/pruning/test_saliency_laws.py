@@ -37,6 +37,7 @@ SALIENCIES = {
     "random": lambda params, **kwargs: saliency.random(KEY, params, **kwargs),
     "snip": lambda params, **kwargs: saliency.snip(loss, params, (X, Y), **kwargs),
     "logit_snip": lambda params, **kwargs: saliency.logit_snip(network, params, X, **kwargs),
+    "grasp": lambda params, **kwargs: saliency.grasp(loss, params, (X, Y), **kwargs),
 }
 every_saliency = pytest.mark.parametrize("score", SALIENCIES.values(), ids=SALIENCIES.keys())
 
@@ -76,10 +77,11 @@ def test_dtype_is_kept(score, dtype):
 
 
 @every_saliency
-def test_scores_are_not_negative_and_not_all_equal(score):
-    for leaf in jax.tree.leaves(score(init(KEY))):
-        assert leaf.min() >= 0
+def test_scores_are_not_all_equal_and_signed_for_grasp_alone(score):
+    leaves = jax.tree.leaves(score(init(KEY)))
+    for leaf in leaves:
         assert leaf.max() > leaf.min()
+    assert (min(leaf.min() for leaf in leaves) < 0) == (score is SALIENCIES["grasp"])
 
 
 @every_saliency

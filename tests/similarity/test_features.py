@@ -15,6 +15,16 @@ from ntt_sparse.similarity.features import COLLECTION, capture, capture_nnx, sel
 F64 = jnp.float64
 
 
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(nn.Dense(3, param_dtype=F64)(x))
+
+
+# Made once: each class of nn.jit has a cache of its own.
+LIFTED = {"none": Block, "remat": nn.remat(Block), "jit": nn.jit(Block)}
+
+
 class MLP(nn.Module):
     """Two layers of the same width, called once each, then a head."""
 
@@ -22,16 +32,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        block = {"none": Block, "remat": nn.remat(Block), "jit": nn.jit(Block)}[self.lift]
-        x = block(name="zeta")(x)
-        x = block(name="alpha")(x)
+        x = LIFTED[self.lift](name="zeta")(x)
+        x = LIFTED[self.lift](name="alpha")(x)
         return nn.Dense(2, name="head", param_dtype=F64)(x)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return jnp.tanh(nn.Dense(3, param_dtype=F64)(x))
 
 
 def mlp_by_hand(params, x):
@@ -250,7 +253,7 @@ def test_patterns_without_a_match():
 def test_resnet_with_batch_statistics():
     module = ResNet(blocks_per_stage=1, channels=(4, 8))
     x = jax.random.normal(jax.random.key(3), (3, 6, 6, 2))
-    variables = init(module, x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     apply = capture(module, ["stage?_block?", "stage2_block1:input"])
 
     def block(module, _):

@@ -33,7 +33,7 @@ def test_unknown_mode_raises():
 def test_convolutions_run_one_after_another_on_cpu():
     dense, conv = {"k": jnp.zeros((2, 3))}, {"k": jax.ShapeDtypeStruct((3, 3, 1, 2), jnp.float32)}
     assert meshes.default_member_mode(dense) == "vmap"
-    assert meshes.default_member_mode(conv) == "loop"
+    assert meshes.default_member_mode(conv) == "dispatch"
 
 
 def test_spreading_outside_a_mesh_changes_nothing():

@@ -1,0 +1,288 @@
+"""CKA-SR beside other ways to compute it, and inside a training step, in one process.
+
+    python benchmarks/cka.py                          # nine maps, 128 examples
+    python benchmarks/cka.py --layers 27 --examples 16
+    python benchmarks/cka.py --step                   # ResNet-20, batch 128
+
+Feature maps are thirds of 16x32x32, 32x16x16 and 64x8x8, as in the ResNets for small images.
+The candidates run in turn; printed are medians, the median of the ratios to ours, the error
+against float64, and (of JAX) temporary memory. PyTorch takes part if it is installed.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ntt_sparse import models
+from ntt_sparse.objectives.cka_sr import aug_cka_sr, every_nth_batch
+from ntt_sparse.pruning import densities, masks, saliency
+from ntt_sparse.pruning.transform import keep_masked
+from ntt_sparse.similarity.features import capture
+from ntt_sparse.training import terms
+from ntt_sparse.training.state import create_member
+from ntt_sparse.training.step import make_step
+
+_SHAPES = ((16, 32, 32), (32, 16, 16), (64, 8, 8))
+
+
+def main() -> None:
+    """Runs the comparison that the flags ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=9, help="feature maps (default 9)")
+    parser.add_argument("--examples", type=int, default=128, help="rows of each (default 128)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns (default 9)")
+    parser.add_argument("--step", action="store_true", help="time a ResNet-20 training step")
+    options = parser.parse_args()
+    if min(options.layers - 2, options.examples - 4, options.rounds - 1) < 0:
+        parser.error("expected --layers of at least 2, --examples of 4 and --rounds of 1")
+    if options.step:
+        training_step(options.rounds)
+    else:
+        alone(options.layers, options.examples, options.rounds)
+
+
+def alone(layers: int, n: int, rounds: int) -> None:
+    """Value, and value with gradient, of AugCKA-SR."""
+    rng = np.random.default_rng(0)
+    shapes = [_SHAPES[layer * 3 // layers] for layer in range(layers)]
+    # Like features after a ReLU.
+    features = [np.maximum(rng.normal(size=(n, *s)), 0).astype(np.float32) for s in shapes]
+    exact = _exact(features)
+    for mode in ("value", "value and gradient"):
+        candidates: dict[str, Callable[[], Any]] = {}
+        temporary = {}
+        for name, fn in _in_jax().items():
+            transformed = fn if mode == "value" else jax.value_and_grad(fn)
+            inputs = list(map(jnp.asarray, features))
+            compiled = jax.jit(transformed).lower(inputs).compile()
+            temporary[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            candidates[name] = functools.partial(_blocked, compiled, inputs)
+        candidates |= _in_torch(features, gradient=mode != "value")
+        times = _in_turn(candidates, rounds)
+        print(f"\n{mode}: {layers} maps, {n} examples")
+        print(f"{'':<22}{'median ms':>10}{'ratio':>8}{'error':>9}{'temp MiB':>10}")
+        for name, seconds in times.items():
+            value = candidates[name]()
+            value = float(value[0] if isinstance(value, tuple) else value)
+            ratio = statistics.median(
+                s / base for s, base in zip(seconds, times["ours"], strict=True)
+            )
+            memory = f"{temporary[name]:>10.1f}" if name in temporary else ""
+            print(
+                f"{name:<22}{1e3 * statistics.median(seconds):>10.2f}{ratio:>8.2f}"
+                f"{abs(value / exact - 1):>9.0e}{memory}"
+            )
+
+
+def _exact(features: Sequence[np.ndarray]) -> float:
+    """The definition in float64."""
+    units = []
+    for x in features:
+        x = x.reshape(len(x), -1).astype(float)
+        x = x - x.mean(0)
+        units.append(x @ x.T / np.linalg.norm(x @ x.T))
+    pairs = [np.sum(a * b) for i, a in enumerate(units) for b in units[i + 1 :]]
+    return float(np.mean(pairs))
+
+
+def _in_jax() -> Mapping[str, Callable[[list[Any]], Any]]:
+    def centred(k):
+        k = k - k.mean(0)
+        return k - k.mean(1, keepdims=True)
+
+    def gram(x):
+        x = x.reshape(len(x), -1)
+        return jnp.matmul(x, x.T, precision="highest")
+
+    def batched(features):
+        k = jnp.stack([centred(gram(x)).ravel() for x in features])
+        v = k / jnp.linalg.norm(k, axis=1, keepdims=True)
+        total = jnp.matmul(v, v.T, precision="highest")
+        return (total.sum() - len(v)) / (len(v) * (len(v) - 1))
+
+    def loop(features):
+        def hsic(x, y):
+            h = jnp.eye(len(x)) - 1 / len(x)
+            return jnp.sum((h @ gram(x) @ h) * (h @ gram(y) @ h))
+
+        pairs = [(x, y) for i, x in enumerate(features) for y in features[i + 1 :]]
+        values = [hsic(x, y) / jnp.sqrt(hsic(x, x)) / jnp.sqrt(hsic(y, y)) for x, y in pairs]
+        return sum(values) / len(values)
+
+    debiased = functools.partial(aug_cka_sr, debiased=True)
+    return {
+        "ours": aug_cka_sr,
+        "ours, debiased": debiased,
+        "jax, batched": batched,
+        "jax, loop": loop,
+    }
+
+
+def _in_torch(
+    features: Sequence[np.ndarray], *, gradient: bool
+) -> Mapping[str, Callable[[], float]]:
+    """The same in PyTorch: batched over layers, and as a loop over pairs."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    tensors = [torch.tensor(x, requires_grad=gradient) for x in features]
+
+    def batched():
+        k = torch.stack([x.flatten(1) @ x.flatten(1).T for x in tensors])
+        k = k - k.mean(1, keepdim=True)
+        v = (k - k.mean(2, keepdim=True)).flatten(1)
+        v = v / v.norm(dim=1, keepdim=True)
+        return ((v @ v.T).sum() - len(v)) / (len(v) * (len(v) - 1))
+
+    def hsic(x, y):
+        x, y = x.flatten(1).float(), y.flatten(1).float()
+        n = len(x)
+        h = torch.eye(n) - torch.ones(n, n) / n
+        return torch.sum(torch.mm(torch.mm(h, x @ x.T), h) * torch.mm(torch.mm(h, y @ y.T), h))
+
+    def loop():
+        total = torch.zeros(())
+        for i in range(len(tensors) - 1):
+            for j in range(i + 1, len(tensors)):
+                x, y = tensors[i], tensors[j]
+                total = total + hsic(x, y) / (torch.sqrt(hsic(x, x)) * torch.sqrt(hsic(y, y)))
+        return 2 * total / (len(tensors) * (len(tensors) - 1))
+
+    def run(fn):
+        if not gradient:
+            with torch.no_grad():
+                return float(fn())
+        for tensor in tensors:
+            tensor.grad = None
+        value = fn()
+        value.backward()
+        return float(value.detach())
+
+    return {
+        "torch, batched": functools.partial(run, batched),
+        "torch, loop over pairs": functools.partial(run, loop),
+    }
+
+
+def training_step(rounds: int) -> None:
+    """A training step of a sparse ResNet-20 at batch 128, with and without the term.
+
+    Two bases: the plain step, and one whose features are all kept alive by a use that costs
+    nothing. Five steps are timed as one, of which `batch-5` computes the term in one.
+    """
+    module = models.create("resnet20", shortcut="B")
+    shape = (32, 32, 3)
+    variables = dict(module.init(jax.random.key(0), jnp.zeros((1, *shape))))
+    params = variables.pop("params")
+    kept = masks.from_scores(
+        saliency.random(jax.random.key(1), params), densities.erk(params, 0.05)
+    )
+    optimizer = keep_masked(
+        optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9, nesterov=True))
+    )
+    member = create_member(
+        masks.apply(params, kept), kept, optimizer, jax.random.key(2), jnp.float32(1e-4), variables
+    )
+    rng = np.random.default_rng(3)
+    batch = (
+        jnp.asarray(rng.normal(size=(128, *shape)), jnp.float32),
+        jnp.asarray(rng.integers(0, 10, 128)),
+    )
+
+    def similarity(samples, every):
+        def term(inputs):
+            def value(features):
+                return inputs.context * aug_cka_sr(list(features.values()), samples=samples)
+
+            return every_nth_batch(value, inputs.outputs.features, inputs.step, every), {}
+
+        return term
+
+    def alive(inputs):
+        ends = [jnp.sum(x[0, 0, 0]) for x in inputs.outputs.features.values()]
+        # A coefficient that is zero, but not known to be.
+        return (inputs.context - inputs.context) * sum(ends[1:], start=ends[0]), {}
+
+    extra = {
+        "plain": None,
+        "features alive": alive,
+        "all 128": similarity(None, 1),
+        "sample-8": similarity(8, 1),
+        "sample-8, batch-5": similarity(8, 5),
+    }
+    candidates, temporary = {}, {}
+    for name, term in extra.items():
+        used = {"task": terms.task()} | ({} if term is None else {"similarity": term})
+        # The plain step knows of no features.
+        apply = _without_features(module) if term is None else capture(module, "stage*")
+        step_fn = make_step(used, optimizer, forward=terms.masked_forward(apply))
+
+        compiled = jax.jit(step_fn).lower(member, batch, jnp.int32(0)).compile()
+        temporary[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        candidates[name] = functools.partial(_five, compiled, member, batch)
+    times = _in_turn(candidates, rounds)
+    print(
+        "\nfive training steps of ResNet-20 at batch 128, density 0.05, AugCKA-SR over nine blocks"
+    )
+    print(f"{'':<22}{'median ms':>10}{'to plain':>10}{'to alive':>10}{'temp MiB':>10}")
+    for name, seconds in times.items():
+        ratios = [
+            statistics.median(s / base for s, base in zip(seconds, times[other], strict=True))
+            for other in ("plain", "features alive")
+        ]
+        print(
+            f"{name:<22}{1e3 * statistics.median(seconds):>10.1f}{ratios[0]:>10.3f}"
+            f"{ratios[1]:>10.3f}{temporary[name]:>10.0f}"
+        )
+
+
+def _five(step_fn: Callable[..., Any], member: Any, batch: Any) -> Any:
+    """Not a loop inside the program, where convolutions are slow on CPU."""
+    for step in range(5):
+        member, _ = step_fn(member, batch, jnp.int32(step))
+    return jax.block_until_ready(member.params)
+
+
+def _without_features(module: Any) -> Callable[..., Any]:
+    def apply(variables, x, *, mutable, **kwargs):
+        outputs, state = module.apply(variables, x, mutable=mutable, **kwargs)
+        return outputs, {}, state
+
+    return apply
+
+
+def _blocked(fn: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.block_until_ready(fn(*arguments))
+
+
+def _in_turn(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round; each round begins with another one."""
+    for candidate in candidates.values():
+        candidate()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for round_ in range(rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            began, calls = time.perf_counter(), 0
+            # Short ones several times: a turn is a tenth of a second at least.
+            while calls == 0 or time.perf_counter() - began < 0.1:
+                candidates[name]()
+                calls += 1
+            times[name].append((time.perf_counter() - began) / calls)
+    return times
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""CKA against float64 formulas written out, published values, invariances and each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from ntt_sparse.similarity import cka, grams
+
+SHAPES = [(9, 4), (9, 9), (9, 40), (9, 5, 3, 2)]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def reference_cka(x, y):
+    """The definition, with the centring matrix."""
+    x, y, n = x.reshape(len(x), -1), y.reshape(len(y), -1), len(x)
+    h = np.eye(n) - 1 / n
+    k, m = h @ x @ x.T @ h, h @ y @ y.T @ h
+    return np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
+
+
+def reference_hsic1(x, y):
+    """The unbiased estimate of Song et al. 2012, Eq. 5, from raw Gram matrices."""
+    x, y, n = x.reshape(len(x), -1), y.reshape(len(y), -1), len(x)
+    k, m = x @ x.T, y @ y.T
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(m, 0)
+    total = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2))
+    return (total - 2 / (n - 2) * (k @ m).sum()) / (n * (n - 3))
+
+
+def reference_debiased(x, y):
+    return reference_hsic1(x, y) / np.sqrt(reference_hsic1(x, x) * reference_hsic1(y, y))
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("first", SHAPES, ids=str)
+@pytest.mark.parametrize("second", SHAPES, ids=str)
+def test_definition(x64, first, second, debiased):
+    x, y = normal(*first) + 3, normal(*second, seed=1) - 1
+    expected = (reference_debiased if debiased else reference_cka)(x, y)
+    value = cka.linear_cka(jnp.asarray(x), jnp.asarray(y), debiased=debiased)
+    assert float(value) == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    distance = cka.cka_distance(jnp.asarray(x), jnp.asarray(y), debiased=debiased)
+    assert float(distance) == pytest.approx(1 - expected, rel=1e-10, abs=1e-12)
+
+
+# Mean over draws of two independent Gaussian feature sets, and spread where it is debiased.
+INDEPENDENT = [
+    (4, 64, 0.944), (4, 1024, 0.997), (8, 64, 0.897), (8, 1024, 0.993), (16, 64, 0.804),
+    (16, 1024, 0.985), (32, 64, 0.668), (32, 1024, 0.970), (128, 64, 0.332), (128, 1024, 0.889),
+    (256, 64, 0.200), (256, 1024, 0.800),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "p", "expected"), INDEPENDENT)
+def test_bias_of_independent_features(n, p, expected):
+    draws = [
+        cka.cka_matrix([jnp.asarray(normal(n, p, seed=s)), jnp.asarray(normal(n, p, seed=100 + s))])
+        for s in range(20)
+    ]
+    values = [float(draw[0, 1]) for draw in draws]
+    # Published to three digits, over other draws.
+    error = 0.0005 + 4 * np.std(values) / np.sqrt(20)
+    assert np.mean(values) == pytest.approx(expected, abs=error)
+
+
+def test_debiased_values_of_independent_features_are_around_zero():
+    values = [
+        float(
+            cka.linear_cka(
+                jnp.asarray(normal(128, 1024, seed=s)),
+                jnp.asarray(normal(128, 1024, seed=1000 + s)),
+                debiased=True,
+            )
+        )
+        for s in range(20)
+    ]
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(20)
+    assert np.std(values) == pytest.approx(0.010, rel=0.6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    n=st.integers(4, 12),
+    p=st.integers(1, 30),
+    scale=st.floats(1e-6, 1e6),
+    debiased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_invariances(n, p, scale, debiased, seed):
+    with jax.enable_x64(True):
+        x, y = jnp.asarray(normal(n, p, seed=seed)), jnp.asarray(normal(n, 5, seed=seed + 1))
+        rotation, _ = np.linalg.qr(normal(p, p, seed=seed + 2))
+        similarity = functools.partial(cka.linear_cka, debiased=debiased)
+        expected = float(similarity(x, y))
+        order = np.random.default_rng(seed).permutation(n)
+        for changed in (
+            similarity(x @ rotation, y),
+            similarity(scale * x, y),
+            similarity(x + 100.0, y),
+            similarity(y, x),
+            similarity(x[order], y[order]),
+        ):
+            assert float(changed) == pytest.approx(expected, abs=1e-8)
+        assert float(similarity(x, x @ rotation * scale)) == pytest.approx(1.0, abs=1e-9)
+        assert expected <= 1 + 1e-12
+        assert debiased or expected >= 0
+
+
+def test_not_invariant_to_other_linear_maps_or_to_another_order(x64):
+    x = jnp.asarray(normal(12, 6))
+    stretch = jnp.diag(jnp.asarray([10.0, 1, 1, 1, 1, 1]))
+    assert float(cka.linear_cka(x, x @ stretch)) < 0.9
+    assert float(cka.linear_cka(x, x[::-1])) < 0.9
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_both_forms_agree(x64, debiased):
+    """Gram matrices of examples and covariances of features."""
+    features = [normal(20, p, seed=p) + 2 for p in (1, 3, 7)]
+    features = [jnp.asarray(x) for x in features]
+    flat = [grams.flat(x) for x in features]
+    by_grams = cka._stacked_units(flat, debiased)
+    by_features = cka._by_features(flat, None, debiased)
+    np.testing.assert_allclose(by_features, by_grams @ by_grams.T, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        cka._by_features(flat[:1], flat[1:], debiased), by_features[:1, 1:], rtol=0, atol=1e-12
+    )
+    assert cka._features_are_cheaper(flat)
+    assert not cka._features_are_cheaper([jnp.zeros((4, 100))])
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("width", [3, 60])
+def test_matrix_of_all_pairs(x64, debiased, width):
+    first = [normal(10, width, seed=s) for s in range(3)]
+    second = [normal(10, 2, width, seed=10 + s) for s in range(2)]
+    reference = reference_debiased if debiased else reference_cka
+    as_arrays = [[jnp.asarray(x) for x in side] for side in (first, second)]
+    own = cka.cka_matrix(as_arrays[0], debiased=debiased)
+    expected = [[reference(x, y) for y in first] for x in first]
+    np.testing.assert_allclose(own, expected, rtol=0, atol=1e-11)
+    both = cka.cka_matrix(*as_arrays, debiased=debiased)
+    expected = [[reference(x, y) for y in second] for x in first]
+    np.testing.assert_allclose(both, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("p", [3, 50])
+@pytest.mark.parametrize("similarity", [cka.linear_cka, cka.rbf_cka])
+def test_gradients_are_those_of_finite_differences(x64, similarity, p, debiased):
+    x, y = jnp.asarray(normal(9, p)), jnp.asarray(normal(9, 4, seed=1))
+
+    def fn(x, y):
+        # Finite differences come as NumPy arrays.
+        return similarity(jnp.asarray(x), jnp.asarray(y), debiased=debiased)
+
+    check_grads(fn, (x, y), order=1, modes=("fwd", "rev"), rtol=1e-6)
+    if similarity is cka.linear_cka:
+        check_grads(fn, (x, y), order=2, modes=("rev",), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0, 300.0])
+def test_float32_against_float64(shift):
+    """Features far from zero compared with their spread lose no more digits than they have."""
+    x, y = (normal(128, 500, seed=s).astype(np.float32) + np.float32(shift) for s in (0, 1))
+    value = float(cka.linear_cka(jnp.asarray(x), jnp.asarray(y)))
+    exact = reference_cka(x.astype(float), y.astype(float))
+    assert value == pytest.approx(exact, rel=1e-5)
+
+
+CONSTANT = {
+    "zeros": np.zeros((6, 5)),
+    "tenths": np.full((6, 5), 0.1),
+    "large": np.full((6, 5), 1e4) + np.arange(5) / 3,
+    "tiny": np.full((6, 5), 1e-30),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("width", [1, 40])
+def test_constant_features_are_like_nothing(x64, name, dtype, debiased, width):
+    dead = jnp.asarray(CONSTANT[name], dtype)
+    alive = jnp.asarray(normal(6, width), dtype)
+
+    def value(dead, alive):
+        return cka.cka_matrix([dead, alive], debiased=debiased)
+
+    matrix = value(dead, alive)
+    np.testing.assert_allclose(matrix, [[0, 0], [0, 1]], atol=1e-6)
+    gradients = jax.grad(lambda d, a: value(d, a).sum(), (0, 1))(dead, alive)
+    assert not np.any(gradients[0])
+    np.testing.assert_allclose(np.asarray(gradients[1], float), 0, atol=0.02)
+    assert cka.rbf_cka(dead, alive) == 0
+    assert not np.any(jax.grad(cka.rbf_cka)(dead, alive))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_tiny_batches(n):
+    x, y = jnp.asarray(normal(n, 5), jnp.float32), jnp.asarray(normal(n, 4, seed=1), jnp.float32)
+    # Two centred examples are each other's opposite, in any features.
+    expected = {1: 0.0, 2: 1.0, 3: reference_cka(normal(3, 5), normal(3, 4, seed=1))}[n]
+    assert float(cka.linear_cka(x, y)) == pytest.approx(expected, abs=1e-5)
+    assert np.all(np.isfinite(jax.grad(cka.linear_cka)(x, y)))
+    with pytest.raises(ValueError, match=f"needs four examples or more, there are {n}: use"):
+        cka.linear_cka(x, y, debiased=True)
+
+
+@pytest.mark.parametrize("power", [-15, -8, 8, 15])
+def test_scales_that_squares_of_products_do_not_hold(power):
+    """Fourth powers of these features are outside of float32."""
+    x, y = (jnp.asarray(normal(8, p, seed=p), jnp.float32) for p in (3, 30))
+    expected = float(cka.linear_cka(x, y))
+    scaled = cka.linear_cka(x * 10.0**power, y)
+    assert float(scaled) == pytest.approx(expected, rel=1e-4)
+
+
+def test_orthogonal_examples_have_no_debiased_similarity():
+    """Their U-centred Gram matrix is zero: nothing but rounding would be compared."""
+    x, y = jnp.eye(7, dtype=jnp.float32), jnp.asarray(normal(7, 20), jnp.float32)
+    np.testing.assert_array_equal(cka.cka_matrix([x, y], debiased=True)[0], [0, 0])
+    assert np.all(np.isfinite(jax.grad(functools.partial(cka.linear_cka, debiased=True))(x, y)))
+
+
+def test_rbf(x64):
+    x, y = normal(10, 4), normal(10, 3, seed=1)
+
+    def unit(z, fraction):
+        squared = np.sum((z[:, None] - z) ** 2, axis=-1)
+        median = np.median(np.sqrt(squared[~np.eye(10, dtype=bool)]))
+        k = np.exp(-squared / (2 * (fraction * median) ** 2))
+        h = np.eye(10) - 0.1
+        return h @ k @ h / np.linalg.norm(h @ k @ h)
+
+    for fraction in (0.2, 1.0, 5.0):
+        value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=fraction)
+        # The median of squares is the square of the median, where pairs come twice.
+        assert float(value) == pytest.approx(np.sum(unit(x, fraction) * unit(y, fraction)))
+    # A wide kernel is a linear one.
+    value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=1e3)
+    assert float(value) == pytest.approx(reference_cka(x, y), abs=1e-5)
+    with pytest.raises(ValueError, match=r"fraction=0\.0, expected a positive"):
+        cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=0.0)
+
+
+def test_nhsic(x64):
+    x, y = normal(6, 3) + 2, normal(6, 2, 2, seed=1)
+    flat = y.reshape(6, 4)
+    expected = np.sum((flat.T @ x) ** 2)
+    expected /= np.linalg.norm(x.T @ x) * np.linalg.norm(flat.T @ flat)
+    assert float(cka.nhsic(jnp.asarray(x), jnp.asarray(y))) == pytest.approx(expected, rel=1e-12)
+    assert cka.nhsic(jnp.zeros((6, 3)), jnp.asarray(y)) == 0
+
+    def fn(x, y):
+        return cka.nhsic(jnp.asarray(x), jnp.asarray(y))
+
+    check_grads(fn, (x, y), order=1, rtol=1e-6)
+
+
+def test_minibatches_average_hsic_before_the_ratio(x64):
+    sizes = (8, 5, 4, 2)
+    parts = [[normal(n, p, seed=7 * n + p) for p in (3, 6)] for n in sizes]
+    batches = [[jnp.asarray(x) for x in part] for part in parts]
+    value = cka.minibatch_cka(batches)
+    # The last batch is too small to be unbiased.
+    cross = [[sum(reference_hsic1(p[i], p[j]) for p in parts[:3]) for j in (0, 1)] for i in (0, 1)]
+    expected = np.array(cross) / np.sqrt(np.outer(np.diag(cross), np.diag(cross)))
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+    pair = cka.minibatch_cka([([b[0]], [b[1]]) for b in batches])
+    np.testing.assert_allclose(pair, expected[:1, 1:], rtol=0, atol=1e-12)
+    sums = [cka.hsic_sums(batch) for batch in batches[:3]]
+    total = jax.tree.map(lambda *terms: sum(terms), *sums)
+    np.testing.assert_allclose(cka.cka_of_sums(total), expected, rtol=0, atol=1e-12)
+
+
+def test_one_minibatch_is_the_debiased_value_and_many_approach_it(x64):
+    hidden = normal(512, 8)
+    x, y = (jnp.asarray(hidden @ normal(8, p, seed=p) + normal(512, p, seed=9)) for p in (6, 12))
+    whole = float(cka.linear_cka(x, y, debiased=True))
+    assert cka.minibatch_cka([[x, y]])[0, 1] == pytest.approx(whole, rel=1e-12)
+    errors = [
+        abs(
+            cka.minibatch_cka([[x[i : i + b], y[i : i + b]] for i in range(0, 512, b)])[0, 1]
+            - whole
+        )
+        for b in (16, 128)
+    ]
+    assert errors[1] < errors[0] < 0.1
+
+
+def test_minibatches_that_are_too_small():
+    small, large = [jnp.ones((3, 2))], [jnp.asarray(normal(4, 2))]
+    with pytest.raises(ValueError, match="needs a batch of four examples or more, there is none"):
+        cka.minibatch_cka([small])
+    with pytest.raises(ValueError, match="fewer than four examples is not the last one"):
+        cka.minibatch_cka([large, small, large])
+
+
+def test_bad_input():
+    x = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match=r"layers have features of \[4, 5\] examples"):
+        cka.linear_cka(x, jnp.ones((5, 3)))
+    with pytest.raises(ValueError, match="the networks saw 4 and 5 examples"):
+        cka.cka_matrix([x], [jnp.ones((5, 3))])
+    with pytest.raises(ValueError, match="the networks saw 4 and 5 examples"):
+        cka.hsic_sums([x], [jnp.ones((5, 3))])
+    with pytest.raises(ValueError, match="there are no features to compare"):
+        cka.cka_matrix([])
+    with pytest.raises(ValueError, match=r"features is of shape \(0, 3\), expected \(n, ...\)"):
+        cka.linear_cka(jnp.ones((0, 3)), jnp.ones((0, 3)))
+
+
+@pytest.mark.parametrize("width", [2, 50])
+@pytest.mark.parametrize("debiased", [False, True])
+def test_split_over_devices(x64, width, debiased):
+    """Value and gradient are those of the global batch, in `pmap` and in `shard_map`."""
+    weights = jnp.asarray(normal(3, width))
+    x = jnp.asarray(normal(8, 2, 3, seed=1))
+
+    def loss(w, x, axis_name=None):
+        features = [jnp.tanh(x @ w), x @ jnp.flip(w) ** 2]
+        return cka.linear_cka(*features, debiased=debiased, axis_name=axis_name)
+
+    expected = jax.value_and_grad(loss)(weights, x.reshape(16, 3))
+
+    def parallel(w, x):
+        value, grad = jax.value_and_grad(functools.partial(loss, axis_name="data"))(w, x)
+        return value, jax.lax.pmean(grad, "data")
+
+    mapped = jax.pmap(parallel, axis_name="data", in_axes=(None, 0))(weights, x)
+    for ours, theirs in zip(mapped, expected, strict=True):
+        for device in ours:
+            np.testing.assert_allclose(device, theirs, rtol=1e-10, atol=1e-12)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(
+        jax.value_and_grad(functools.partial(loss, axis_name="data")),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )(weights, x.reshape(16, 3))
+    for ours, theirs in zip(sharded, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_members():
+    x = jnp.asarray(normal(3, 8, 5), jnp.float32)
+    y = jnp.asarray(normal(8, 30), jnp.float32)
+    mapped = jax.jit(jax.vmap(cka.linear_cka, (0, None)))(x, y)
+    np.testing.assert_allclose(mapped, [cka.linear_cka(one, y) for one in x], rtol=1e-6)
