@@ -81,7 +81,7 @@ def alone(layers: int, n: int, rounds: int) -> None:
             memory = f"{temporary[name]:>10.1f}" if name in temporary else ""
             print(
                 f"{name:<22}{1e3 * statistics.median(seconds):>10.2f}{ratio:>8.2f}"
-                f"{abs(value / exact['debiased' in name] - 1):>9.0e}{memory}"
+                f"{abs(value / reference - 1):>9.0e}{memory}"
             )
 
 
