@@ -14,12 +14,11 @@ the kernel decides the gradient. neural-tangents and PyTorch take part where the
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,13 +121,13 @@ def candidates(options: argparse.Namespace, density: float, gradient: bool) -> d
         return _KERNEL_WEIGHT * jnp.mean((ours - theirs) ** 2) + jnp.mean(difference**2)
 
     for name, kernel in ntk_peers.kernels().items():
-        if options.peers and not any(part in name for part in options.peers.split(",")):
+        if name not in options.peers:
             continue
         found[name] = compiled(
             lambda p, m, t, x, kernel=kernel: of(lambda p: objective(kernel, p, m, t, x))(p),
             params, masks, teacher, x,
         )  # fmt: skip
-    if "torch" in options.peers or (not options.peers and importlib.util.find_spec("torch")):
+    if "torch.func jacrev" in options.peers:
         calls = ntk_peers.torch_objective(params, masks, teacher, x, pooling, _KERNEL_WEIGHT)
         found["torch.func jacrev"] = Candidate(calls[gradient])
 
@@ -235,17 +234,40 @@ def report(options: argparse.Namespace, density: float, gradient: bool) -> dict[
     }
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; `peers` are full names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"peers installed: {', '.join(ntk_peers.names())}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--network", choices=_SHAPES, default="lenet_300_100", help="whose kernel")
+    add("--batch", type=int, default=64, help="examples, of which the halves meet")
+    add("--density", type=float, nargs="+", default=[0.03], help="of the masks, one run each")
+    add("--rounds", type=int, default=7, help="turns of every candidate")
+    add("--mode", choices=("gradient", "loss", "both"), default="gradient", help="what to time")
+    add("--peers", default="", help="parts of names, with commas; all if empty")
+    add("--json", type=pathlib.Path, help="file to which the numbers are added")
+    options = parser.parse_args(arguments)
+    for name, least in (("batch", 2), ("rounds", 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise SystemExit(f"--{name} is {value}, expected {least} or more")
+    for density in options.density:
+        if not 0 < density <= 1:
+            raise SystemExit(f"--density is {density}, expected fractions in (0, 1]")
+    parts, known = options.peers.split(","), ntk_peers.names()
+    for part in parts:
+        if not any(part in name for name in known):
+            raise SystemExit(f"--peers has {part!r}, expected parts of: {', '.join(known)}")
+    options.peers = [name for name in known if any(part in name for part in parts)]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the comparisons that the flags name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=_SHAPES, default="lenet_300_100")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--density", type=float, nargs="+", default=[0.03])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mode", choices=("gradient", "loss", "both"), default="gradient")
-    parser.add_argument("--peers", default="", help="parts of names, with commas; all if empty")
-    parser.add_argument("--json", type=pathlib.Path, help="where to add the numbers")
-    options = parser.parse_args()
+    options = parse(arguments)
     modes = {"gradient": [True], "loss": [False], "both": [True, False]}[options.mode]
     results = [
         report(options, density, gradient) for gradient in modes for density in options.density

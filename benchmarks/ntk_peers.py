@@ -97,6 +97,12 @@ def kernels() -> dict[str, Callable[..., Any]]:
     return found
 
 
+def names() -> list[str]:
+    """Of all peers that are installed, that in PyTorch last."""
+    torch = ["torch.func jacrev"] if importlib.util.find_spec("torch") else []
+    return [*kernels(), *torch]
+
+
 def torch_objective(
     params: Any, masks: Any, teacher: Any, x: Any, pads: str, kernel_weight: float
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -6,12 +6,13 @@ gradients need neither the gradients nor the Jacobian:
 
 $$\Theta_{ijou} = \sum_{pq} a^1_{ip} a^2_{jp} M_{pq} \delta^1_{ioq} \delta^2_{juq}$$
 
-Shapes: a `(n, p)`, delta `(n, k, q)`, mask `(p, q)`. Some of the products have a
-derivative written by hand, because the automatic one is many times slower than
-the value; they therefore have no forward-mode derivative.
+Shapes: a `(n, p)`, delta `(n, k, q)`, mask `(p, q)`. `masked_inner`, `weighted_products`
+and `kept_columns_product` have a derivative written by hand, because the automatic one is
+many times slower than the value; they therefore have no forward-mode derivative.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,23 +31,25 @@ def dense(
     delta1: Float[Array, "n1 r q"],
     delta2: Float[Array, "n2 s q"],
     mask: Bool[Array, "p q"] | None,
-    bias: Bool[Array, " q"] | bool = False,
+    bias: Bool[Array, " q"] | Literal[True] | None = None,
     *,
     trace: bool = False,
 ) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
     """The kernel of one dense layer by its kept weights, all of them if `mask` is `None`.
 
-    `bias` says which entries of a bias take part: a bias is a weight whose input is one.
+    A bias is a weight whose input is one: `bias` is its mask, `True` if all of it takes
+    part, or `None` without a bias.
     """
-    if mask is None and isinstance(bias, bool):
-        inner = _einsum("ip,jp->ij", a1, a2) + bias
+    ones = 0 if bias is None else bias
+    if mask is None and (bias is None or bias is True):
+        inner = _einsum("ip,jp->ij", a1, a2) + ones
         if trace:
             return inner * _einsum("ioq,joq->ij", delta1, delta2)
         return inner[..., None, None] * _einsum("ioq,juq->ijou", delta1, delta2)
     if mask is None:
-        inner = _einsum("ip,jp->ij", a1, a2)[..., None] + bias
+        inner = _einsum("ip,jp->ij", a1, a2)[..., None] + ones
     else:
-        inner = masked_inner(a1, a2, mask) + bias
+        inner = masked_inner(a1, a2, mask) + ones
     if trace:
         return jnp.sum(inner * _einsum("ioq,joq->ijq", delta1, delta2), axis=-1)
     return weighted_products(inner, delta1, delta2)

@@ -3,7 +3,8 @@
 XLA's convolutions are slow on CPU where examples have other cotangents, as they do in
 the derivative of a tangent kernel, and inside loops. Here all is matrix products. Images
 are `(*spatial, c)`, matrices `(p, q)` with p = offsets of the window times c; a row of
-patches is what the window sees at one position.
+patches is what the window sees at one position. `convolve` and `spread_back` have their
+derivative written by hand, and therefore none in forward mode.
 """
 
 import functools

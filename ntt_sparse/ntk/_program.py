@@ -46,9 +46,9 @@ def read(fn: Callable[..., Any], leaves: Sequence[Array], example: Array) -> Pro
     constants: dict[int, Any] = {}
     fresh = iter(range(len(leaves) + 1, 1 << 62))
 
-    def flatten(jaxpr, consts, inputs):
+    def flatten(jaxpr, consts, arguments):
         """Appends the steps of a jaxpr and returns the slots of its outputs."""
-        slots = dict(zip(jaxpr.invars, inputs, strict=True))
+        slots = dict(zip(jaxpr.invars, arguments, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             slots[var] = next(fresh)
             constants[slots[var]] = value

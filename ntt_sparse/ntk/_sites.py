@@ -4,8 +4,16 @@ At such a site the weight is a matrix W `(p, q)`, or g matrices side by side, an
 example brings vectors $a_t$ at one or more positions t: $z_t = W^\top a_t$. With the
 sensitivities $\delta_{ot} = \partial f_o / \partial z_t$, the gradient of an output o
 is then $\sum_t a_t \delta_{ot}^\top$.
+
+Arrays at a site are real. What the operands and the result have of lower precision is
+widened before it is contracted: integers and half precision are read as they are, and
+squared in the dtype of the result. A weight may be cast to another floating dtype on its
+way, as in computation in half precision. Its kernel is then that of the cast, but for one
+rounding: the gradient that JAX casts back is the product rounded to the narrow dtype, and
+here the unrounded product is contracted.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,11 +25,12 @@ from jaxtyping import Array, Float, Shaped
 from ntt_sparse.ntk import _convolution, _program
 from ntt_sparse.ntk._program import Program
 
-# Convolutions of fewer channels are one product with patches, and so is their derivative.
+# Convolutions of fewer channels are one product with patches, and so is their derivative:
+# measured on two CPU cores with the networks of `benchmarks/ntk.py`.
 _SHALLOW = 32
 
 # Steps that hand on all entries of a weight, in another order or shape.
-_REARRANGEMENTS = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "copy", "copy_p"}
+_REARRANGEMENTS = {"reshape", "transpose", "squeeze", "rev", "copy"}
 
 
 class Site(NamedTuple):
@@ -44,32 +53,44 @@ class Site(NamedTuple):
 
 def find(program: Program, leaf: int) -> Site | None:
     """The site of a weight; `None` if it is used otherwise, or not exactly once."""
-    slot, rearrange = leaf, []
+    slot, rearrangements, avals = leaf, [], []
     while True:
         steps = _program.uses(program, slot)
         if len(steps) != 1 or steps[0] is None:
             return None
         equation, slots, outputs = program.steps[steps[0]]
-        if not _rearranges(equation):
+        avals.append(equation.invars[slots.index(slot)].aval)
+        if _rearranges(equation):
+            rearrangements.append(equation)
+        elif not _casts(equation):
             break
-        rearrange.append(equation)
         (slot,) = outputs
     rule = {
         "dot_general": _product_site,
         "conv_general_dilated": _convolution_site,
         "gather": _lookup_site,
-    }
-    find_rule = rule.get(equation.primitive.name)
-    site = find_rule and find_rule(steps[0], equation, slots.index(slot))
-    if site is None or not rearrange:
-        return site
+    }.get(equation.primitive.name)
+    result = program.result(steps[0])
+    if rule is None or not _promotes(result.dtype):
+        return None
+    site = rule(steps[0], equation, slots.index(slot))
+    if site is None:
+        return None
+    avals += [result, *(operand.aval for operand in equation.invars)]
+    # Of the weight before and after casts, the vectors and the result.
+    dtypes = [aval.dtype for aval in avals if _promotes(aval.dtype)]
+    dtype = functools.reduce(jnp.promote_types, dtypes)
 
     def matrix(weight):
-        for equation in rearrange:
+        for equation in rearrangements:
             (weight,) = _program.bind(equation, [weight])
         return site.matrix(weight)
 
-    return site._replace(matrix=matrix)
+    return site._replace(
+        matrix=matrix,
+        inputs=lambda operands: site.inputs(operands).astype(dtype),
+        delta=lambda sensitivities: site.delta(sensitivities).astype(dtype),
+    )
 
 
 def bias_of(program: Program, leaf: int, sites: dict[int, Site]) -> int | None:
@@ -85,7 +106,8 @@ def bias_of(program: Program, leaf: int, sites: dict[int, Site]) -> int | None:
             return None
         equation, slots, outputs = program.steps[steps[0]]
         same_size = equation.outvars[0].aval.size == equation.invars[0].aval.size
-        if equation.primitive.name not in ("reshape", "broadcast_in_dim") or not same_size:
+        reshapes = equation.primitive.name in ("reshape", "broadcast_in_dim") and same_size
+        if not reshapes and not _casts(equation):
             break
         (slot,) = outputs
     if equation.primitive.name not in ("add", "add_any") or slots[0] == slots[1]:
@@ -97,6 +119,19 @@ def bias_of(program: Program, leaf: int, sites: dict[int, Site]) -> int | None:
         if produced and whole and len(_program.uses(program, other)) == 1:
             return number
     return None
+
+
+def _promotes(dtype: Any) -> bool:
+    """Whether a dtype is floating and not of 8 bits, which promote to nothing."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+
+
+def _casts(equation: Any) -> bool:
+    """Whether a step changes one floating dtype into another."""
+    return equation.primitive.name == "convert_element_type" and all(
+        jnp.issubdtype(var.aval.dtype, jnp.floating)
+        for var in (*equation.invars, *equation.outvars)
+    )
 
 
 def _rearranges(equation: Any) -> bool:
@@ -155,8 +190,10 @@ def _lookup_site(step: int, equation: Any, side: int) -> Site | None:
     clip = equation.params["mode"] == jax.lax.GatherScatterMode.CLIP
 
     def inputs(operands):
-        # An index that is out of range reads no row, unless it is clipped.
         rows = operands[1].reshape(1, t)
+        # Small integers may not hold the number of rows.
+        rows = rows.astype(jnp.int32) if rows.dtype.itemsize < 4 else rows
+        # An index that is out of range reads no row, unless it is clipped.
         return jax.nn.one_hot(jnp.clip(rows, 0, p - 1) if clip else rows, p, dtype=table.dtype)
 
     return Site(
@@ -192,6 +229,7 @@ def _convolution_site(step: int, equation: Any, side: int) -> Site | None:
     )
     t, offsets = math.prod(geometry.positions), math.prod(geometry.window)
     p = offsets * c
+    precise = jnp.promote_types(equation.invars[1].aval.dtype, aval.dtype)
 
     def image(operands):
         return operands[0].transpose(lhs[0], *lhs[2:], lhs[1])[0]
@@ -210,6 +248,7 @@ def _convolution_site(step: int, equation: Any, side: int) -> Site | None:
         return weight.transpose(order).reshape(p, g, q).transpose(1, 0, 2)
 
     def result(operands):
+        operands = [operand.astype(precise) for operand in operands]
         matrices = matrix(operands[1])
         if g > 1:
             values = jnp.matmul(inputs(operands), matrices, precision="highest").swapaxes(0, 1)

@@ -4,20 +4,20 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params
 from ntt_sparse.ntk import neural_tangents
 from ntt_sparse.ntk._varying import varying_as
-from ntt_sparse.ntk.jacobian import jacobian_contraction, select, vector_products
-from ntt_sparse.ntk.structured import (
-    MEMORY_LIMIT,
-    Kernel,
+from ntt_sparse.ntk.jacobian import (
     Projections,
-    automatic,
-    structured,
-    without_structure,
+    jacobian_contraction,
+    kernel_dtype,
+    select,
+    vector_products,
 )
+from ntt_sparse.ntk.structured import MEMORY_LIMIT, Kernel, Options, structured
 
 Wrt: TypeAlias = Literal["masked", "all"]
 Output: TypeAlias = Literal["full", "trace"]
@@ -25,8 +25,9 @@ Method: TypeAlias = Literal[
     "auto", "jacobian", "ntk_vector_products", "structured", "neural_tangents"
 ]
 
-_BY_STRUCTURE = {"auto": automatic, "structured": structured}
-_WITHOUT = {
+_NUMBERS = (int, float, np.integer, np.floating)
+
+_WITHOUT_STRUCTURE = {
     "jacobian": jacobian_contraction,
     "ntk_vector_products": vector_products,
     "neural_tangents": neural_tangents.contraction,
@@ -66,15 +67,20 @@ def empirical_ntk(
     entries then get a gradient of exactly zero. Forward-mode differentiation of the
     kernel needs one of the two general methods, not the structured one.
 
+    Floating-point leaves are differentiated by; leaves of other dtypes (integers, keys)
+    are constants. With weights cast to half precision inside `apply_fn`, methods agree up
+    to the rounding of that dtype.
+
     The outputs for an example must be the same in every batch, alone or in company.
     Batch normalisation in training mode breaks this, as does noise drawn for a whole
     batch, and the kernel is then without meaning; use the form for evaluation.
 
     Args:
         apply_fn: A pure function `apply_fn(params, x) -> (n, k)` for any n.
-        params: Its parameters, floating point.
+        params: Its parameters, real; at least one leaf is floating point.
         x1: The first batch, `(n1, ...)`.
-        x2: The second batch, `(n2, ...)` with the same example shape; `x1` if `None`.
+        x2: The second batch, `(n2, ...)` with the same example shape and dtype; `x1` if
+            `None`. Of two floating dtypes both batches are taken in the wider one.
         masks: Masks of the structure of `params`; `None` for the dense network.
         wrt: Which weights the masked network is differentiated by, as above.
         output: `"full"` for every pair of outputs, `"trace"` for the sum over o of
@@ -94,23 +100,25 @@ def empirical_ntk(
               `"ntk_vector_products"` elsewhere.
 
         projections: Arrays u `(n1, r, k)` and v `(n2, s, k)` that give, instead of the
-            full kernel, $\sum_{oq} u_{iao} K_{ijoq} v_{jbq}$. The structured method then
-            needs r and s backward passes for an example and not k.
+            full kernel, $\sum_{oq} u_{iao} K_{ijoq} v_{jbq}$. An example then needs r or s
+            backward passes and not k, and the full kernel is never made (but by
+            `"neural_tangents"`).
         memory_limit: About how many bytes the Jacobians of convolutions and the products
             of pairs may take together, with gradients as without: larger problems are cut
             into blocks of pairs, whose factors are computed again. For the structured method.
-        max_density: A density that no mask of a convolution is known to exceed, in (0, 1], for the
-            structured method with `wrt="masked"`: its Jacobians then meet in their kept
-            columns alone. The kernel is exact in any case: a mask that keeps more than this
-            costs as much as without the promise.
+        max_density: An upper bound on the density of every mask, in (0, 1]; the kernel is exact
+            even if it does not hold. For the structured method with `wrt="masked"`: Jacobians
+            of convolutions then meet in their kept columns alone, and a mask that keeps more
+            than this costs as much as without the bound.
 
     Returns:
         The kernel, `(n1, n2, k, k)`, `(n1, n2)` for the trace or `(n1, n2, r, s)` with
-        projections, in the dtype of the outputs.
+        projections, in the dtype to which outputs and floating-point leaves promote.
 
     Raises:
-        ValueError: Batches that are empty or of different example shapes, masks that
-            do not fit `params`, outputs that are not `(n, k)`, projections that do not
+        ValueError: Batches that are empty or of different example shapes or dtypes, masks
+            that do not fit `params`, leaves that are complex or no arrays, or none that is
+            floating point, outputs that are not real and `(n, k)`, projections that do not
             fit, `memory_limit` or `max_density` out of range, or an unknown option.
         ImportError: The method `"neural_tangents"` without that package.
 
@@ -137,19 +145,74 @@ def empirical_ntk(
 
 def kernel_and_outputs(
     apply_fn: ApplyFn,
-    params: Params,
+    params: Any,
     x1: Shaped[Array, "n1 ..."],
     x2: Shaped[Array, "n2 ..."] | None = None,
     *,
-    masks: Masks | None = None,
-    wrt: str = "masked",
-    output: str = "full",
-    method: str = "auto",
-    projections: Projections | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-    max_density: float = 1.0,
+    masks: Any = None,
+    wrt: Any = "masked",
+    output: Any = "full",
+    method: Any = "auto",
+    projections: Any = None,
+    memory_limit: Any = MEMORY_LIMIT,
+    max_density: Any = 1.0,
 ) -> Kernel:
-    """The kernel of `empirical_ntk`, and the outputs for both batches that come with it."""
+    """The kernel of `empirical_ntk`, and the outputs for both batches that come with it.
+
+    Checks all its arguments, which may therefore be anything.
+    """
+    check_options(
+        wrt=wrt, output=output, method=method, memory_limit=memory_limit, max_density=max_density
+    )
+    x1, second = _batches(x1, x1 if x2 is None else x2)
+    leaves, treedef = _leaves(params)
+    counted = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if not counted:
+        raise ValueError("params hold no floating-point leaf, expected one to differentiate by")
+    leaf_masks = _leaf_masks(params, masks)
+    k = _check_outputs(apply_fn, params, x1)
+    if projections is not None:
+        _check_projections(projections, len(x1), len(second), k, output)
+
+    weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
+    operands = (weights, leaf_masks, x1, None if second is x1 else second, projections)
+    weights, leaf_masks, x1, x2, projections = varying_as(operands, operands)
+    x2 = x1 if x2 is None else x2
+
+    def fn(values, x):
+        """The network as a function of its floating-point leaves alone."""
+        given = dict(zip(counted, values, strict=True))
+        everything = [given.get(i, weight) for i, weight in enumerate(weights)]
+        return apply_fn(jax.tree.unflatten(treedef, everything), x)
+
+    values = [weights[i] for i in counted]
+    value_masks = [leaf_masks[i] if wrt == "masked" else None for i in counted]
+    arguments = (fn, values, value_masks, x1, x2)
+    trace = output == "trace"
+    with jax.default_matmul_precision("highest"):
+        if method in _WITHOUT_STRUCTURE:
+            kernel = _WITHOUT_STRUCTURE[method](*arguments, trace=trace, projections=projections)
+            result = Kernel(kernel, fn(values, x1), fn(values, x2))
+        else:
+            options = Options(trace, projections, memory_limit, max_density)
+            result = structured(*arguments, options, mixed=method == "structured")
+        dtype = kernel_dtype(fn, values, x1)
+    return result._replace(kernel=result.kernel.astype(dtype))
+
+
+def check_options(
+    *,
+    wrt: Any = "masked",
+    output: Any = "full",
+    method: Any = "auto",
+    memory_limit: Any = MEMORY_LIMIT,
+    max_density: Any = 1.0,
+) -> None:
+    """Checks the arguments of `empirical_ntk` that are no arrays.
+
+    Raises:
+        ValueError: One is unknown or out of range.
+    """
     for name, value, known in (
         ("wrt", wrt, ("masked", "all")),
         ("output", output, ("full", "trace")),
@@ -157,43 +220,15 @@ def kernel_and_outputs(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
-    if not 0.0 < max_density <= 1.0:
-        raise ValueError(f"max_density is {max_density}, expected a fraction in (0, 1]")
-    if memory_limit < 1:
-        raise ValueError(f"memory_limit is {memory_limit}, expected a number of bytes")
-    x2 = x1 if x2 is None else x2
-    _check_batches(x1, x2)
-    leaves, treedef = jax.tree.flatten(params)
-    leaf_masks = _leaf_masks(params, masks)
-    k = _check_outputs(apply_fn, params, x1)
-    if projections is not None:
-        _check_projections(projections, len(x1), len(x2), k, output)
-
-    weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
-    operands = (weights, leaf_masks, x1, None if x2 is x1 else x2, projections)
-    weights, leaf_masks, x1, x2, projections = varying_as(operands, operands)
-    x2 = x1 if x2 is None else x2
-    counted = leaf_masks if wrt == "masked" else [None] * len(leaves)
-
-    def fn(leaves, x):
-        return apply_fn(jax.tree.unflatten(treedef, leaves), x)
-
-    arguments = (fn, weights, counted, x1, x2)
-    with jax.default_matmul_precision("highest"):
-        if method in _BY_STRUCTURE:
-            return _BY_STRUCTURE[method](
-                *arguments,
-                trace=output == "trace",
-                projections=projections,
-                memory_limit=memory_limit,
-                max_density=max_density,
-            )
-        return without_structure(
-            _WITHOUT[method], *arguments, trace=output == "trace", projections=projections
-        )
+    # The negated forms also refuse NaN.
+    if not isinstance(max_density, _NUMBERS) or not 0.0 < max_density <= 1.0:
+        raise ValueError(f"max_density is {max_density!r}, expected a fraction in (0, 1]")
+    if not isinstance(memory_limit, _NUMBERS) or not memory_limit >= 1:
+        raise ValueError(f"memory_limit is {memory_limit!r}, expected a number of bytes")
 
 
-def _check_batches(x1: Any, x2: Any) -> None:
+def _batches(x1: Any, x2: Any) -> tuple[Any, Any]:
+    """Both batches in one dtype."""
     for name, x in (("x1", x1), ("x2", x2)):
         if jnp.ndim(x) == 0 or len(x) == 0:
             raise ValueError(f"{name} has shape {jnp.shape(x)}, expected at least one example")
@@ -201,29 +236,63 @@ def _check_batches(x1: Any, x2: Any) -> None:
         raise ValueError(
             f"x1 and x2 must hold examples of one shape, got {jnp.shape(x1)} and {jnp.shape(x2)}"
         )
+    one, two = jax.typeof(x1).dtype, jax.typeof(x2).dtype
+    if one == two:
+        return x1, x2
+    if not (jnp.issubdtype(one, jnp.floating) and jnp.issubdtype(two, jnp.floating)):
+        raise ValueError(f"x1 is {one} and x2 {two}, expected one dtype, or two floating ones")
+    dtype = jnp.promote_types(one, two)
+    return x1.astype(dtype), x2.astype(dtype)
 
 
-def _check_outputs(apply_fn: ApplyFn, params: Params, x: Any) -> int:
+def _leaves(params: Any) -> tuple[list[Any], Any]:
+    """The leaves of `params` as arrays, and their tree."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = []
+    for path, leaf in paths:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | complex | float | int):
+            kind = type(leaf).__name__
+            raise ValueError(f"leaf {_name(path)!r} of params is a {kind}, expected an array")
+        leaves.append(leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf))
+        if jnp.issubdtype(leaves[-1].dtype, jnp.complexfloating):
+            raise ValueError(
+                f"leaf {_name(path)!r} of params is {leaves[-1].dtype}, expected real numbers: "
+                "hold the real and the imaginary part in leaves of their own"
+            )
+    return leaves, treedef
+
+
+def _check_outputs(apply_fn: ApplyFn, params: Any, x: Any) -> int:
     """Returns k."""
     outputs = jax.eval_shape(apply_fn, params, x)
     shape = getattr(outputs, "shape", type(outputs).__name__)
-    if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x):
+    if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(x) or shape[1] == 0:
         raise ValueError(
-            f"apply_fn must map a batch of {len(x)} to an array ({len(x)}, k), got {shape}"
+            f"apply_fn must map a batch of {len(x)} to an array ({len(x)}, k), k at least 1, "
+            f"got {shape}"
         )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(f"outputs of apply_fn are {outputs.dtype}, expected real floating point")
     return shape[1]
 
 
 def _check_projections(projections: Any, n1: int, n2: int, k: int, output: str) -> None:
     if output == "trace":
         raise ValueError('projections go with output="full", got output="trace"')
+    if not isinstance(projections, tuple | list) or len(projections) != 2:
+        raise ValueError(
+            f"projections are two arrays, u ({n1}, r, {k}) and v ({n2}, s, {k}), "
+            f"got {len(projections) if isinstance(projections, tuple | list) else 'no tuple'}"
+        )
     for name, n, array in zip(("first", "second"), (n1, n2), projections, strict=True):
-        shape = jnp.shape(array)
-        if len(shape) != 3 or shape[0] != n or shape[1] == 0 or shape[2] != k:
+        shape = getattr(array, "shape", None)
+        if shape is None or len(shape) != 3 or (shape[0], shape[2]) != (n, k) or shape[1] == 0:
             raise ValueError(f"the {name} projection has shape {shape}, expected ({n}, r, {k})")
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise ValueError(f"the {name} projection is {array.dtype}, expected real numbers")
 
 
-def _leaf_masks(params: Params, masks: Masks | None) -> list[Any]:
+def _leaf_masks(params: Any, masks: Any) -> list[Any]:
     """The mask of each leaf of `params`, `None` where there is none."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     if masks is None:
@@ -236,10 +305,21 @@ def _leaf_masks(params: Params, masks: Masks | None) -> list[Any]:
             f"for params {treedef}"
         ) from error
     for (path, leaf), mask in zip(paths, leaf_masks, strict=True):
-        shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", type(mask).__name__)
-        if mask is not None and (shape != jnp.shape(leaf) or dtype != jnp.bool_):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if mask is None:
+            continue
+        shape, name = jnp.shape(leaf), _name(path)
+        if not isinstance(mask, jax.Array | np.ndarray | np.generic):
+            kind = type(mask).__name__
+            raise ValueError(f"mask of {name!r} is a {kind}, expected an array bool{shape} or None")
+        if mask.shape != shape or mask.dtype != jnp.bool_:
             raise ValueError(
-                f"mask of {name!r} is {dtype}{shape}, expected bool{jnp.shape(leaf)} or None"
+                f"mask of {name!r} is {mask.dtype}{mask.shape}, expected bool{shape} or None"
             )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            kind = jnp.result_type(leaf)
+            raise ValueError(f"mask of {name!r} is for a leaf of {kind}, expected None there")
     return leaf_masks
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -36,7 +36,8 @@ from jax import core as jax_core
 from jax.extend import core
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse.ntk.jacobian import FlatFn, LeafMasks, Leaves
+from ntt_sparse.ntk import _program
+from ntt_sparse.ntk.jacobian import FlatFn, LeafMasks, Leaves, Projections
 
 Implementation: TypeAlias = Literal[
     "jacobian_contraction", "ntk_vector_products", "structured_derivatives"
@@ -75,8 +76,9 @@ def contraction(
     x2: Shaped[Array, "n2 ..."],
     *,
     trace: bool = False,
+    projections: Projections | None = None,
     implementation: Implementation = "jacobian_contraction",
-) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2"]:
+) -> Float[Array, "n1 n2 k k"] | Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
     """The kernel as neural-tangents computes it, example by example (`vmap_axes=0`).
 
     Args:
@@ -86,6 +88,7 @@ def contraction(
         x1: The first batch, `(n1, ...)`.
         x2: The second batch, `(n2, ...)`.
         trace: Whether to sum over equal outputs, where neural-tangents takes the mean.
+        projections: Which combinations of outputs to give, made of the full kernel.
         implementation: One of neural-tangents' own; its default, the plainest, is ours.
             Its choice `AUTO` cannot be had, as it reads operation counts in a form that
             JAX has given up. `"structured_derivatives"` takes no program whose derivative
@@ -93,7 +96,7 @@ def contraction(
             works under `jax.shard_map` with `check_vma=True`.
 
     Returns:
-        The kernel, `(n1, n2, k, k)`, or `(n1, n2)` with `trace`.
+        The kernel, `(n1, n2, k, k)`, `(n1, n2)` with `trace`, or `(n1, n2, r, s)`.
 
     Raises:
         ImportError: As from `load`.
@@ -125,6 +128,8 @@ def contraction(
         # The general way that follows is exact.
         warnings.filterwarnings("ignore", "No Jacobian rule found for", UserWarning)
         kernel = kernel_fn(x1, None if x2 is x1 else x2, leaves)
+    if projections is not None:
+        return jnp.einsum("ijoq,iro,jsq->ijrs", kernel, *projections, precision="highest")
     return kernel * jax.eval_shape(fn, leaves, x1).shape[1] if trace else kernel
 
 
@@ -259,18 +264,10 @@ def _transposed(empirical: Any, equation: Any, cotangent: Any, *operands: Any) -
 
         def apply(*values):
             given = dict(zip(places, values, strict=True))
-            return _bind(equation, [given.get(i, value) for i, value in enumerate(operands)])
+            known = [given.get(i, value) for i, value in enumerate(operands)]
+            return _program.bind(equation, known)[0]
 
         avals = [operands[i].aval for i in places]
         for i, value in zip(places, jax.linear_transpose(apply, *avals)(cotangent), strict=True):
             found[i] = value
     return found
-
-
-def _bind(equation: Any, operands: Any) -> Any:
-    """Applies an operation with a single result."""
-    bound = equation.primitive.get_bind_params(equation.params)
-    # JAX before 0.12 returns functions to bind beside the parameters.
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    result = equation.primitive.bind(*functions, *operands, **params)
-    return result[0] if equation.primitive.multiple_results else result

@@ -19,7 +19,7 @@ References:
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,19 @@ from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse.ntk import _contract, _program, _sites
 from ntt_sparse.ntk._varying import varying_as
-from ntt_sparse.ntk.jacobian import FlatFn, LeafMasks, Leaves, vector_products
+from ntt_sparse.ntk.jacobian import (
+    FlatFn,
+    LeafMasks,
+    Leaves,
+    Projections,
+    kernel_dtype,
+    vector_products,
+)
 
 MEMORY_LIMIT = 2**30
 """Bytes that the Jacobians and pairs of one block may take, unless the caller says otherwise."""
+
+# Both constants were measured on two CPU cores, with the networks of `benchmarks/ntk.py`.
 
 # Up to this density, products with the kept columns of Jacobians alone are worth the gathering.
 _SPARSE = 0.25
@@ -39,7 +48,14 @@ _SPARSE = 0.25
 # of one example then stay in the cache, which measured up to twice as fast as a batch.
 _CACHE = 2**23
 
-Projections: TypeAlias = tuple[Float[Array, "n1 r k"], Float[Array, "n2 s k"]]
+
+class Options(NamedTuple):
+    """What to compute, and how: see `empirical_ntk`."""
+
+    trace: bool = False
+    projections: Projections | None = None
+    memory_limit: int = MEMORY_LIMIT
+    max_density: float = 1.0
 
 
 class Plan(NamedTuple):
@@ -48,6 +64,8 @@ class Plan(NamedTuple):
     program: _program.Program
     output: jax.ShapeDtypeStruct
     """The outputs of one example, `(k,)`."""
+    dtype: Any
+    """Of the kernel."""
     dense: dict[int, _sites.Site]
     """Matrices that meet one vector per example."""
     biases: dict[int, int]
@@ -80,12 +98,21 @@ class Kernel(NamedTuple):
 
 
 def plan(
-    fn: FlatFn, leaves: Leaves, x: Shaped[Array, "n ..."], memory_limit: int = MEMORY_LIMIT
+    fn: FlatFn,
+    leaves: Leaves,
+    x: Shaped[Array, "n ..."],
+    memory_limit: int = MEMORY_LIMIT,
+    passes: int | None = None,
 ) -> Plan:
-    """Reads the program of `fn` and finds a rule for each leaf."""
+    """Reads the program of `fn` and finds a rule for each leaf.
+
+    `passes` is how many gradients a pair of examples needs, 2 k without projections.
+    """
     program = _program.read(lambda w, example: fn(w, example[None])[0], leaves, x[0])
     output = jax.eval_shape(lambda w: fn(w, x[:1])[0], leaves)
-    result = Plan(program, output, {}, {}, {}, [], [])
+    dtype = kernel_dtype(fn, leaves, x[:1])
+    result = Plan(program, output, dtype, {}, {}, {}, [], [])
+    gradients = dtype.itemsize * (2 * output.size if passes is None else passes)
     others = []
     for number, leaf in enumerate(leaves):
         site = _sites.find(program, number)
@@ -93,7 +120,7 @@ def plan(
             result.dense[number] = site
         elif not _program.uses(program, number):
             continue
-        elif 2 * output.size * leaf.size * leaf.dtype.itemsize > memory_limit:
+        elif gradients * leaf.size > memory_limit:
             others.append((number, result.rest))
         elif site is not None:
             result.shared[number] = site
@@ -114,58 +141,23 @@ def structured(
     masks: LeafMasks,
     x1: Shaped[Array, "n1 ..."],
     x2: Shaped[Array, "n2 ..."],
+    options: Options,
     *,
-    trace: bool = False,
-    projections: Projections | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-    max_density: float = 1.0,
+    mixed: bool = True,
 ) -> Kernel:
-    """The kernel by the rule of each leaf, see the module."""
-    layout = plan(fn, leaves, x1, memory_limit)
-    options = (trace, projections, memory_limit, max_density)
-    return evaluate(layout, fn, leaves, masks, x1, x2, *options)
+    """The kernel by the rule of each leaf, see the module.
 
-
-def automatic(
-    fn: FlatFn,
-    leaves: Leaves,
-    masks: LeafMasks,
-    x1: Shaped[Array, "n1 ..."],
-    x2: Shaped[Array, "n2 ..."],
-    *,
-    trace: bool = False,
-    projections: Projections | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-    max_density: float = 1.0,
-) -> Kernel:
-    """The structured kernel where every leaf has a rule, else that of `vector_products`.
-
-    A leaf without a rule costs as much as the whole kernel by NTK-vector products.
+    A leaf without a rule costs as much as the whole kernel by NTK-vector products: if
+    there is one and not `mixed`, these take all leaves.
     """
-    layout = plan(fn, leaves, x1, memory_limit)
-    if layout.rest:
-        arguments = (fn, leaves, masks, x1, x2)
-        return without_structure(vector_products, *arguments, trace=trace, projections=projections)
-    options = (trace, projections, memory_limit, max_density)
-    return evaluate(layout, fn, leaves, masks, x1, x2, *options)
-
-
-def without_structure(
-    method: Callable[..., Float[Array, "n1 n2 ..."]],
-    fn: FlatFn,
-    leaves: Leaves,
-    masks: LeafMasks,
-    x1: Shaped[Array, "n1 ..."],
-    x2: Shaped[Array, "n2 ..."],
-    *,
-    trace: bool,
-    projections: Projections | None,
-) -> Kernel:
-    """The result of a method that knows of no projections and returns no outputs."""
-    kernel = method(fn, leaves, masks, x1, x2, trace=trace)
-    if projections is not None:
-        kernel = jnp.einsum("ijoq,iro,jsq->ijrs", kernel, *projections, precision="highest")
-    return Kernel(kernel, fn(leaves, x1), fn(leaves, x2))
+    trace, projections = options.trace, options.projections
+    passes = None if projections is None else sum(side.shape[1] for side in projections)
+    layout = plan(fn, leaves, x1, options.memory_limit, passes)
+    arguments = (fn, leaves, masks, x1, x2)
+    if layout.rest and not mixed:
+        kernel = vector_products(*arguments, trace=trace, projections=projections)
+        return Kernel(kernel, fn(leaves, x1), fn(leaves, x2))
+    return evaluate(layout, *arguments, options)
 
 
 def evaluate(
@@ -175,22 +167,19 @@ def evaluate(
     masks: LeafMasks,
     x1: Shaped[Array, "n1 ..."],
     x2: Shaped[Array, "n2 ..."],
-    trace: bool,
-    projections: Projections | None,
-    memory_limit: int,
-    max_density: float,
+    options: Options,
 ) -> Kernel:
     """The sum of the kernels of all leaves under a plan for these arguments."""
-    factors = functools.partial(_factors, layout, leaves, memory_limit=memory_limit)
-    contract = functools.partial(
-        _contract_all, layout, _masks_at(layout, masks), trace=trace, max_density=max_density
-    )
-    u, v = (None, None) if projections is None else projections
-    probes = max([side.shape[1] for side in projections or ()], default=layout.output.size)
-    rows, columns = _block(layout, leaves, masks, len(x1), len(x2), probes, memory_limit)
+    factors = functools.partial(_factors, layout, leaves, memory_limit=options.memory_limit)
+    contract = functools.partial(_contract_all, layout, _masks_at(layout, masks), options)
+    u, v = (None, None) if options.projections is None else options.projections
+    k = layout.output.size
+    passes = (k if u is None else u.shape[1], k if v is None else v.shape[1])
+    limit = options.memory_limit
+    rows, columns = _block(layout, leaves, masks, len(x1), len(x2), passes, limit)
     if (rows, columns) == (len(x1), len(x2)):
         one = factors(x1, u)
-        two = one if x2 is x1 and projections is None else factors(x2, v)
+        two = one if x2 is x1 and u is None else factors(x2, v)
         result = Kernel(contract(one, two), one.outputs, two.outputs)
     else:
 
@@ -207,27 +196,23 @@ def evaluate(
         kernel, outputs = _map_blocks(jax.checkpoint(row_block), rows, x1, u)
         result = Kernel(kernel, outputs, fn(leaves, x2))
     if layout.rest:
-        arguments = (leaves, masks, x1, x2, trace, projections)
-        rest = _rest(layout.rest, fn, *arguments)
+        rest = _rest(layout.rest, fn, leaves, masks, x1, x2, options)
         result = result._replace(kernel=result.kernel + rest)
     return result
 
 
 def _contract_all(
-    layout: Plan, masks: list[Any], one: Factors, two: Factors, *, trace: bool, max_density: float
+    layout: Plan, masks: list[Any], options: Options, one: Factors, two: Factors
 ) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
     """The kernel of two batches from their factors, but for the leaves of `layout.rest`."""
+    trace, max_density = options.trace, options.max_density
     sides = () if trace else (one.probes.shape[1], two.probes.shape[1])
     shape = (len(one.outputs), len(two.outputs), *sides)
-    kernels = [jnp.zeros(shape, layout.output.dtype)]
+    kernels = [jnp.zeros(shape, layout.dtype)]
     for leaf in layout.dense:
-        factors = (one.inputs[leaf], two.inputs[leaf], one.deltas[leaf], two.deltas[leaf])
-        bias: Any = layout.biases.get(leaf)
-        if bias is not None:
-            bias = True if masks[bias] is None else masks[bias].reshape(-1)
-        kernels.append(
-            _contract.dense(*factors, masks[leaf], False if bias is None else bias, trace=trace)
-        )
+        at_layer = (one.inputs[leaf], two.inputs[leaf], one.deltas[leaf], two.deltas[leaf])
+        bias = _bias_at(layout, masks, leaf)
+        kernels.append(_contract.dense(*at_layer, masks[leaf], bias, trace=trace))
     for leaf, jacobian in one.jacobians.items():
         capacity = math.ceil(max_density * math.prod(jacobian.shape[2:]))
         # Gathering columns costs about as much as a few products with them.
@@ -254,7 +239,15 @@ def _masks_at(layout: Plan, masks: LeafMasks) -> list[Any]:
     return result
 
 
-def _rest(rest, fn, leaves, masks, x1, x2, trace, projections):
+def _bias_at(layout: Plan, masks: list[Any], leaf: int) -> Any:
+    """Of a dense leaf: the mask of its bias, `True` if that has none, `None` without a bias."""
+    bias = layout.biases.get(leaf)
+    if bias is None:
+        return None
+    return True if masks[bias] is None else masks[bias].reshape(-1)
+
+
+def _rest(rest, fn, leaves, masks, x1, x2, options):
     """The part of some leaves, by NTK-vector products."""
 
     def partial_fn(values, x):
@@ -262,8 +255,7 @@ def _rest(rest, fn, leaves, masks, x1, x2, trace, projections):
 
     values, partial_masks = ([tree[leaf] for leaf in rest] for tree in (leaves, masks))
     arguments = (partial_fn, values, partial_masks, x1, x2)
-    result = without_structure(vector_products, *arguments, trace=trace, projections=projections)
-    return result.kernel
+    return vector_products(*arguments, trace=options.trace, projections=options.projections)
 
 
 def _replaced(leaves: Leaves, some: Mapping[int, Array]) -> Leaves:
@@ -271,19 +263,25 @@ def _replaced(leaves: Leaves, some: Mapping[int, Array]) -> Leaves:
 
 
 def _block(
-    layout: Plan, leaves: Leaves, masks: LeafMasks, n1: int, n2: int, k: int, memory_limit: int
+    layout: Plan,
+    leaves: Leaves,
+    masks: LeafMasks,
+    n1: int,
+    n2: int,
+    passes: tuple[int, int],
+    memory_limit: int,
 ) -> tuple[int, int]:
-    """How many examples of each batch may meet at once, with k sensitivities each."""
-    itemsize = layout.output.dtype.itemsize
-    jacobian = k * sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
+    """How many examples of each batch may meet at once, with r and s sensitivities each."""
+    (r, s), itemsize = passes, layout.dtype.itemsize
+    size = sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
     # Masked dense layers hold a product of inputs and an entry per unit for each pair.
     masked = [
         jax.eval_shape(site.matrix, leaves[leaf]).shape[1:]
         for leaf, site in layout.dense.items()
         if masks[leaf] is not None
     ]
-    pair = k * k + max((p for p, _ in masked), default=0) + sum(q for _, q in masked)
-    while n1 * n2 > 1 and itemsize * ((n1 + n2) * jacobian + n1 * n2 * pair) > memory_limit:
+    pair = r * s + max((p for p, _ in masked), default=0) + sum(q for _, q in masked)
+    while n1 * n2 > 1 and itemsize * ((n1 * r + n2 * s) * size + n1 * n2 * pair) > memory_limit:
         n1, n2 = (-(-n1 // 2), n2) if n1 > n2 else (n1, -(-n2 // 2))
     return n1, n2
 
@@ -316,13 +314,13 @@ def _factors(
     # By step, as the two operands of one product may both be weights.
     results = {site.step: layout.program.result(site.step) for site in sites.values()}
 
-    evaluate = {
+    faster = {
         site.step: site.result for site in sites.values() if on_cpu and site.result is not None
     }
 
     def output(taps, direct, example):
         weights = _replaced(leaves, direct)
-        value, operands = _program.run(layout.program, weights, example, taps, evaluate)
+        value, operands = _program.run(layout.program, weights, example, taps, faster)
         return value, (value, operands)
 
     def factors(example, probes):
@@ -335,6 +333,7 @@ def _factors(
         if probes is None:
             probes = varying_as(jnp.eye(value.size, dtype=value.dtype), value)
         pulled, jacobians = jax.vmap(pull)(probes.astype(value.dtype))
+        jacobians = {leaf: array.astype(layout.dtype) for leaf, array in jacobians.items()}
         for leaf, site in layout.shared.items():
             # The derivative makes the patches again instead of keeping those of all examples.
             @jax.checkpoint

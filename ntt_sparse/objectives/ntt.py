@@ -8,6 +8,7 @@ student's part.
 """
 
 import functools
+import numbers
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
@@ -16,8 +17,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params, PRNGKey, Scalar
-from ntt_sparse.ntk.kernel import Method, Wrt, kernel_and_outputs
-from ntt_sparse.ntk.structured import Kernel, Projections
+from ntt_sparse.ntk.kernel import Method, Wrt, check_options, kernel_and_outputs
+from ntt_sparse.ntk.structured import MEMORY_LIMIT, Kernel, Projections
 from ntt_sparse.objectives._checks import check_weight
 from ntt_sparse.pruning import masks as pruning_masks
 
@@ -36,6 +37,11 @@ class NTTTerms(NamedTuple):
     """Sum of the squared surviving weights; leaves that are never pruned are left out."""
 
 
+@jax.tree_util.register_static
+class _Static(str):
+    """A word that belongs to the structure of a pytree, so that programs know it."""
+
+
 class TeacherTargets(NamedTuple):
     """What the student is to match on one batch."""
 
@@ -44,6 +50,8 @@ class TeacherTargets(NamedTuple):
     kernel: Float[Array, "n1 n2 ..."]
     """Its kernel between the halves of the batch, as `distance` needs it; under
     `axis_name`, the local rows."""
+    distance: str
+    """The distance that the kernel is for; no array, also within a program."""
 
 
 def ntt_loss(
@@ -61,6 +69,7 @@ def ntt_loss(
     key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
+    memory_limit: int = MEMORY_LIMIT,
     max_density: float = 1.0,
 ) -> tuple[Scalar, NTTTerms]:
     r"""The Neural Tangent Transfer objective on one batch.
@@ -113,8 +122,9 @@ def ntt_loss(
         key: For `"sketch"`: draws the signs. Use another key in each step.
         axis_name: The mapped axis over which the batch is split.
         method: How kernels are computed, see `empirical_ntk`.
-        max_density: A density that no mask is known to exceed, see `empirical_ntk`: it makes
-            convolutions cheaper.
+        memory_limit: About how many bytes a kernel may take, see `empirical_ntk`.
+        max_density: An upper bound on the density of every mask, see `empirical_ntk`: it makes
+            convolutions cheaper, and the kernel is exact even if it does not hold.
 
     Returns:
         The loss and its unweighted terms.
@@ -122,22 +132,24 @@ def ntt_loss(
     Raises:
         ValueError: `masks` or `teacher_params` do not fit `params`, fewer than two
             examples, a weight that is negative or not finite, an unknown `distance`, a
-            sketch without `key` or probes, or a fault that `empirical_ntk` raises.
+            sketch without a typed `key` or probes, or a fault that `empirical_ntk` raises.
 
     References:
         Liu and Zenke, "Finding trainable sparse networks through Neural Tangent
         Transfer", ICML 2020, equation 14. The normalisation and the decay divided by
         density follow the authors' code.
     """
-    _check_same(params, teacher_params)
-    _check_distance(distance, probes, key)
     common = {
         "distance": distance,
         "probes": probes,
         "key": key,
         "axis_name": axis_name,
         "method": method,
+        "memory_limit": memory_limit,
     }
+    _check_same(params, teacher_params)
+    _check_student(params, masks, kernel_weight, l2_weight)
+    _check(x, **common, wrt=wrt, max_density=max_density)
     targets = teacher_targets(apply_fn, teacher_params, x, **common)
     return ntt_loss_from_targets(
         apply_fn,
@@ -163,6 +175,7 @@ def teacher_targets(
     key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
+    memory_limit: int = MEMORY_LIMIT,
 ) -> TeacherTargets:
     """The teacher's outputs and kernel on one batch, without gradient.
 
@@ -172,13 +185,14 @@ def teacher_targets(
     Raises:
         ValueError: Fewer than two examples, or a fault that `empirical_ntk` raises.
     """
+    how = {"method": method, "memory_limit": memory_limit}
+    _check(x, distance=distance, probes=probes, key=key, axis_name=axis_name, **how)
     pairs = _pairs(x, axis_name)
     teacher_params = jax.lax.stop_gradient(teacher_params)
-    options = _options(apply_fn, teacher_params, pairs, distance, probes, key)
-    result = kernel_and_outputs(
-        apply_fn, teacher_params, pairs.rows, pairs.columns, method=method, **options
-    )
-    return TeacherTargets(_outputs(apply_fn, teacher_params, x, result, axis_name), result.kernel)
+    how |= _options(apply_fn, teacher_params, pairs, distance, probes, key)
+    result = kernel_and_outputs(apply_fn, teacher_params, pairs.rows, pairs.columns, **how)
+    outputs = _outputs(apply_fn, teacher_params, x, result, axis_name)
+    return TeacherTargets(outputs, result.kernel, _Static(distance))
 
 
 def ntt_loss_from_targets(
@@ -196,34 +210,38 @@ def ntt_loss_from_targets(
     key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
+    memory_limit: int = MEMORY_LIMIT,
     max_density: float = 1.0,
 ) -> tuple[Scalar, NTTTerms]:
     """The objective of `ntt_loss`, given what `teacher_targets` returned for the same `x`.
 
     Raises:
-        ValueError: As `ntt_loss`; also targets of another batch size or output size.
+        ValueError: As `ntt_loss`; also targets of another distance, batch or output size.
     """
-    check_weight("kernel_weight", kernel_weight)
-    check_weight("l2_weight", l2_weight)
-    pruning_masks.check(params, masks)
+    how = {
+        "wrt": wrt,
+        "method": method,
+        "memory_limit": memory_limit,
+        "max_density": max_density,
+    }
+    _check_student(params, masks, kernel_weight, l2_weight)
+    _check(x, distance=distance, probes=probes, key=key, axis_name=axis_name, **how)
+    if targets.distance != distance:
+        raise ValueError(
+            f"targets are for distance={str(targets.distance)!r}, the loss for {distance!r}: "
+            "give both functions the same"
+        )
     kept, total = _kept(masks)
     pairs = _pairs(x, axis_name)
-    options = _options(apply_fn, params, pairs, distance, probes, key)
-    result = kernel_and_outputs(
-        apply_fn,
-        params,
-        pairs.rows,
-        pairs.columns,
-        masks=masks,
-        wrt=wrt,
-        method=method,
-        max_density=max_density,
-        **options,
-    )
+    how |= _options(apply_fn, params, pairs, distance, probes, key)
+    result = kernel_and_outputs(apply_fn, params, pairs.rows, pairs.columns, masks=masks, **how)
     kernel = result.kernel
     weights = pruning_masks.apply(params, masks)
     outputs = _outputs(apply_fn, weights, x, result, axis_name)
-    for name, ours, theirs in zip(targets._fields, (outputs, kernel), targets, strict=True):
+    for name, ours, theirs in (
+        ("outputs", outputs, targets.outputs),
+        ("kernel", kernel, targets.kernel),
+    ):
         if ours.shape != theirs.shape:
             raise ValueError(f"targets.{name} has shape {theirs.shape}, the student {ours.shape}")
 
@@ -262,13 +280,8 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(x: Any, axis_name: str | None) -> _Pairs:
-    if jnp.ndim(x) == 0:
-        raise ValueError("x is a scalar, expected a batch of inputs")
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    size = len(x) * devices
-    if size < 2:
-        raise ValueError(f"a batch of {size} holds no pair for the kernel: give two or more inputs")
-    count = size // 2
+    count = len(x) * devices // 2
     if axis_name is None:
         return _Pairs(x[:count], x[count:], jnp.arange(count), jnp.ones(count, bool), count)
     x = jax.lax.all_gather(x, axis_name, tiled=True)
@@ -289,7 +302,6 @@ def _options(
     key: PRNGKey | None,
 ) -> dict[str, Any]:
     """The arguments of `empirical_ntk` for a distance."""
-    _check_distance(distance, probes, key)
     if distance != "sketch":
         return {"output": distance}
     outputs = jax.eval_shape(apply_fn, params, pairs.columns)
@@ -339,8 +351,40 @@ def _check_same(params: Params, teacher_params: Params) -> None:
             )
 
 
-def _check_distance(distance: str, probes: int, key: PRNGKey | None) -> None:
+def _check_student(params: Params, masks: Masks, kernel_weight: Any, l2_weight: Any) -> None:
+    """Checks what concerns the student alone."""
+    for name, weight in (("kernel_weight", kernel_weight), ("l2_weight", l2_weight)):
+        if isinstance(weight, str) or weight is None:
+            raise ValueError(f"{name} is {weight!r}, expected a finite number of at least 0")
+        check_weight(name, weight)
+    pruning_masks.check(params, masks)
+    _kept(masks)
+
+
+def _check(
+    x: Any,
+    *,
+    distance: str,
+    probes: Any,
+    key: Any,
+    axis_name: str | None,
+    **options: Any,
+) -> None:
+    """Checks what concerns both networks, before any work; `options` are the kernel's."""
+    check_options(**options)
     if distance not in ("full", "trace", "sketch"):
         raise ValueError(f"distance is {distance!r}, expected 'full', 'trace' or 'sketch'")
-    if distance == "sketch" and (key is None or probes < 1):
-        raise ValueError(f"distance='sketch' needs a key and probes of at least 1, got {probes}")
+    if distance == "sketch":
+        if not isinstance(probes, numbers.Integral) or probes < 1:
+            raise ValueError(f"probes is {probes!r}, expected a whole number of at least 1")
+        if key is None:
+            raise ValueError("distance='sketch' needs a key, such as jax.random.key(0)")
+        typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if not typed or key.shape != ():
+            got = f"{key.dtype}{key.shape}" if isinstance(key, jax.Array) else repr(key)
+            raise ValueError(f"key is {got}, expected one typed key, such as jax.random.key(0)")
+    if jnp.ndim(x) == 0:
+        raise ValueError("x is a scalar, expected a batch of inputs")
+    size = len(x) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    if size < 2:
+        raise ValueError(f"a batch of {size} holds no pair for the kernel: give two or more inputs")

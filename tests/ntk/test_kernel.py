@@ -330,6 +330,34 @@ GOOD = to_jax(*problem(dtype=np.float32))
             {"masks": jax.tree.map(lambda m: m[1:], GOOD[1])},
             r"bool\(4, 7\), expected bool\(5, 7\)",
         ),
+        (
+            (X,),
+            {"masks": jax.tree.map(lambda m: True, GOOD[1])},
+            r"mask of '0/kernel' is a bool, expected an array bool\(5, 7\) or None",
+        ),
+        ((X,), {"max_density": 0}, r"max_density is 0, expected a fraction in \(0, 1\]"),
+        ((X,), {"max_density": "0.1"}, "max_density is '0.1', expected a fraction"),
+        ((X,), {"memory_limit": 0}, "memory_limit is 0, expected a number of bytes"),
+        ((X,), {"memory_limit": float("nan")}, "memory_limit is nan, expected a number of"),
+        ((X,), {"memory_limit": "1G"}, "memory_limit is '1G', expected a number of bytes"),
+        (
+            (X,),
+            {"projections": (jnp.ones((4, 1, 3)),)},
+            r"two arrays, u \(4, r, 3\) .* got 1",
+        ),
+        ((X,), {"projections": jnp.ones((2, 4, 1, 3))}, "projections are two arrays.* no tuple"),
+        ((X,), {"projections": (None, jnp.ones((4, 1, 3)))}, "first projection has shape None"),
+        (
+            (X,),
+            {"projections": (jnp.ones((4, 1, 3)), jnp.ones((3, 1, 3)))},
+            r"second projection has shape \(3, 1, 3\), expected \(4, r, 3\)",
+        ),
+        ((X,), {"projections": (1j * jnp.ones((4, 1, 3)),) * 2}, "first projection is complex64"),
+        (
+            (X,),
+            {"projections": (jnp.ones((4, 1, 3)),) * 2, "output": "trace"},
+            'projections go with output="full", got',
+        ),
     ],
 )
 def test_errors(arguments, options, message):
@@ -340,8 +368,21 @@ def test_errors(arguments, options, message):
 
 
 @pytest.mark.parametrize(
-    "outputs", [lambda p, x: mlp(p, x)[:, 0], lambda p, x: mlp(p, x)[:2], lambda p, x: (x, x)]
+    "outputs",
+    [
+        lambda p, x: mlp(p, x)[:, 0],
+        lambda p, x: mlp(p, x)[:2],
+        lambda p, x: (x, x),
+        lambda p, x: mlp(p, x)[:, :0],
+    ],
 )
 def test_outputs_must_be_a_matrix(outputs):
     with pytest.raises(ValueError, match=r"apply_fn must map a batch of 4 to an array \(4, k\)"):
         empirical_ntk(outputs, GOOD[0], X)
+
+
+def test_a_constant_has_no_mask():
+    params = {"w": jnp.ones((5, 3)), "count": jnp.asarray([1, 2])}
+    masks = {"w": None, "count": jnp.asarray([True, False])}
+    with pytest.raises(ValueError, match=r"^mask of 'count' is for a leaf of int32, expected None"):
+        empirical_ntk(lambda p, x: x @ p["w"], params, X, masks=masks)

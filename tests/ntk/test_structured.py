@@ -11,7 +11,6 @@ from made_weights import (
     LEAVES,
     as_flat,
     assert_equals_jacobian_method,
-    masks_like,
     matrices,
 )
 
@@ -182,36 +181,6 @@ def test_biases(x64, network, found, wrt, output):
     layout = structured.plan(as_flat(network, shapes), [*weights.values()], x1)
     assert [list(shapes)[leaf] for leaf in layout.biases.values()] == found
     assert_equals_jacobian_method(network, weights, x1, x2, wrt=wrt, output=output)
-
-
-@pytest.mark.parametrize("method", ["structured", "jacobian"])
-@pytest.mark.parametrize("limit", [structured.MEMORY_LIMIT, 300])
-def test_projections(x64, method, limit):
-    """Against the full kernel, with other numbers of projections on the two sides."""
-    weights, masks = matrices(), masks_like(matrices())
-    rng = np.random.default_rng(9)
-    x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
-    u, v = (jnp.asarray(rng.normal(size=shape)) for shape in ((4, 2, 3), (3, 1, 3)))
-
-    def kernel(w, projections=None, **options):
-        return empirical_ntk(positions, w, x1, x2, masks=masks, projections=projections, **options)
-
-    def projected(w):
-        return kernel(w, (u, v), method=method, memory_limit=limit)
-
-    def expected(w):
-        return jnp.einsum("ijoq,iro,jsq->ijrs", kernel(w, method="jacobian"), u, v)
-
-    assert projected(weights).shape == (4, 3, 2, 1)
-    np.testing.assert_allclose(projected(weights), expected(weights), rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(
-        *(
-            jax.tree.leaves(jax.grad(lambda w, f=f: jnp.sum(f(w) ** 2))(weights))
-            for f in (projected, expected)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_derivative_rules_are_kept(x64):

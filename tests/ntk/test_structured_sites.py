@@ -30,7 +30,7 @@ def test_deep_convolutions_in_blocks(x64, output, limit):
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (5, 3))
     layout = structured.plan(as_flat(small_cnn, weights), [*weights.values()], x1, limit)
     assert [list(weights)[leaf] for leaf in layout.shared] == ["deep", "wide", "last"]
-    block = structured._block(layout, [*weights.values()], [None] * 4, 5, 3, 2, limit)
+    block = structured._block(layout, [*weights.values()], [None] * 4, 5, 3, (2, 2), limit)
     assert (block == (5, 3)) == (limit == structured.MEMORY_LIMIT)
     assert_equals_jacobian_method(small_cnn, weights, x1, x2, output=output, memory_limit=limit)
 

@@ -140,14 +140,77 @@ def test_devices_equal_one_device(x64, distance):
     ("options", "message"),
     [
         ({"distance": "sketch"}, "needs a key"),
-        ({"distance": "sketch", "key": jax.random.key(0), "probes": 0}, "probes of at least 1"),
+        (
+            {"distance": "sketch", "key": jax.random.key(0), "probes": 0},
+            "probes is 0, expected a whole number of at least 1",
+        ),
+        (
+            {"distance": "sketch", "key": jax.random.key(0), "probes": 1.5},
+            r"probes is 1\.5, expected a whole number",
+        ),
+        ({"distance": "sketch", "key": 0}, "key is 0, expected one typed key, such as"),
+        (
+            {"distance": "sketch", "key": jax.random.PRNGKey(0)},
+            r"key is uint32\(2,\), expected one typed key",
+        ),
+        (
+            {"distance": "sketch", "key": jax.random.split(jax.random.key(0))},
+            r"key is key<fry>\(2,\), expected one typed key",
+        ),
         ({"distance": "exact"}, "distance is 'exact', expected"),
     ],
 )
 def test_errors(options, message):
     arguments = jax.tree.map(lambda a: a.astype(jnp.float32), problem(4)[::2])
     masks = jax.tree.map(lambda a: a > 0, arguments[0])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         inspect.unwrap(ntt_loss)(
             net, arguments[0], masks, arguments[1], jnp.ones((4, 4)), **WEIGHTS, **options
         )
+    assert "\n" not in str(error.value)
+
+
+OPTIONS = {
+    "full": {},
+    "trace": {"distance": "trace"},
+    "sketch": {"distance": "sketch", "key": jax.random.key(5), "probes": 3},
+}
+
+
+@pytest.mark.parametrize("ours", OPTIONS)
+@pytest.mark.parametrize("theirs", OPTIONS)
+def test_targets_know_their_distance(x64, theirs, ours):
+    """Also within and out of compiled programs; three probes of three outputs look like all."""
+    student, masks, teacher, x = problem(6)
+    targets = jax.jit(lambda t, x: teacher_targets(net, t, x, **OPTIONS[theirs]))(teacher, x)
+    assert targets.distance == theirs
+    assert len(jax.tree.leaves(targets)) == 2
+
+    @jax.jit
+    def loss(student, targets):
+        weights = WEIGHTS | OPTIONS[ours]
+        return ntt_loss_from_targets(net, student, masks, targets, x, **weights)[0]
+
+    if ours == theirs:
+        whole, _ = ntt_loss(net, student, masks, teacher, x, **WEIGHTS, **OPTIONS[ours])
+        np.testing.assert_allclose(loss(student, targets), whole, rtol=1e-12)
+    else:
+        message = f"^targets are for distance='{theirs}', the loss for '{ours}': give both"
+        with pytest.raises(ValueError, match=message) as error:
+            loss(student, targets)
+        assert "\n" not in str(error.value)
+
+
+def test_targets_of_each_device(x64):
+    """`pmap` hands them out and takes them back."""
+    student, masks, teacher, x = problem(8)
+    parts = x.reshape(4, 2, 4)
+    options = OPTIONS["sketch"] | {"axis_name": "data"}
+    targets = jax.pmap(lambda x: teacher_targets(net, teacher, x, **options), "data")(parts)
+
+    def loss(targets, x):
+        return ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS, **options)[0]
+
+    whole, _ = ntt_loss(net, student, masks, teacher, x, **WEIGHTS, **OPTIONS["sketch"])
+    values = jax.pmap(loss, "data")(targets, parts)
+    np.testing.assert_allclose(values, np.full(4, whole), rtol=1e-10)

@@ -1,0 +1,42 @@
+"""The flags of `benchmarks/ntk.py`: faults in one line, before any work."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("ntk")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "--rounds is 0, expected 1 or more"),
+        (["--batch", "1"], "--batch is 1, expected 2 or more"),
+        (["--density", "0.1", "3"], r"--density is 3\.0, expected fractions in \(0, 1\]"),
+        (["--peers", "jvp,jacrv"], r"--peers has 'jacrv', expected parts of: vmap\(jacrev\), "),
+    ],
+)
+def test_faults(benchmark, monkeypatch, flags, message):
+    monkeypatch.setattr(benchmark, "report", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(SystemExit, match=f"^{message}") as error:
+        benchmark.main(flags)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_of_names(benchmark):
+    assert benchmark.parse([]).peers == benchmark.ntk_peers.names()
+    assert benchmark.parse(["--peers", "jacrev"]).peers[0] == "vmap(jacrev)"
+    assert "jacobian(jvp(vjp))" not in benchmark.parse(["--peers", "jacrev"]).peers
+
+
+def test_help_names_the_peers_and_defaults(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 64)" in text
+    assert "peers installed: vmap(jacrev), jacobian(jvp(vjp))" in text
