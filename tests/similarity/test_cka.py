@@ -90,7 +90,7 @@ def test_debiased_values_of_independent_features_are_around_zero():
     assert np.std(values) == pytest.approx(0.010, rel=0.6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     n=st.integers(4, 12),
     p=st.integers(1, 30),
@@ -323,8 +323,7 @@ def test_bad_input():
         cka.linear_cka(jnp.ones((0, 3)), jnp.ones((0, 3)))
 
 
-@pytest.mark.parametrize("width", [2, 50])
-@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize(("width", "debiased"), [(2, True), (50, False)])
 def test_split_over_devices(x64, width, debiased):
     """Value and gradient are those of the global batch, in `pmap` and in `shard_map`."""
     weights = jnp.asarray(normal(3, width))
