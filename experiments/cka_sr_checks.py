@@ -1,7 +1,6 @@
 """Checks of the CKA-SR study's config that types do not make, before any work."""
 
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -54,13 +53,13 @@ def check_config(config: Any) -> None:
         raise ValueError(f"config.coefficients is {coefficients}, expected different values")
     for coefficient in coefficients:
         # The negated form also refuses NaN.
-        if not isinstance(coefficient, numbers.Real) or not 0 < coefficient < math.inf:
+        if not isinstance(coefficient, int | float) or not 0 < coefficient < math.inf:
             raise ValueError(
                 f"config.coefficients holds {coefficient}, expected finite numbers above 0: the "
                 "network without a regulariser is always there"
             )
     for fraction in config.supervised.milestones:
-        if not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
+        if not isinstance(fraction, int | float) or not 0 < fraction < 1:
             raise ValueError(
                 f"config.supervised.milestones holds {fraction}, expected fractions of the run "
                 "between 0 and 1"
