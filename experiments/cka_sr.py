@@ -13,33 +13,8 @@ goes on where it stopped.
 Without flags it runs on the handwritten digits inside scikit-learn.
 """
 
-import pathlib
-
-from absl import flags
-
 from experiments import cli
-from experiments.configs import cka_sr as cka_sr_configs
-
-_CONFIG = cli.define_config(pathlib.Path(cka_sr_configs.__file__), cka_sr_configs.get_config)
-# So that --help lists it: it is defined in another module.
-flags.declare_key_flag("config")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where results and checkpoints go; by default runs/cka_sr-NAME."
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Prepared TensorFlow Datasets; by default $TFDS_DATA_DIR."
-)
-
-
-def main() -> None:
-    """Runs the study that the flags describe."""
-    # Imported here, so that --help and flag errors come at once.
-    from experiments import cka_sr_study
-
-    config = _CONFIG.value
-    workdir = _WORKDIR.value or f"runs/cka_sr-{config.name.replace(',', '-')}"
-    cka_sr_study.run(config, workdir, data_dir=_DATA_DIR.value)
-
+from experiments.configs import cka_sr as configs
 
 if __name__ == "__main__":
-    cli.run(main, doc=f"{__doc__}\n{cka_sr_configs.__doc__}")
+    cli.start("cka_sr", configs, doc=__doc__)

@@ -65,11 +65,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         members = train(config, setup, claimed)
         save_networks(claimed / "networks", member_names(runs_of(config)), members)
         save_measurements(claimed / "measurements.npz", config, setup, members)
-        summary = cka_sr_report.write(config, claimed)
-    print(f"\n{(claimed / 'report.md').read_text()}")
-    for name in ("networks", "figures", "summary.json"):
-        print(f"{name}: {claimed / name}")
-    return summary
+        return cka_sr_report.write(config, claimed)
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:

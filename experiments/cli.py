@@ -2,6 +2,7 @@
 
 import difflib
 import fcntl
+import importlib
 import json
 import logging
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -18,6 +20,9 @@ from ml_collections import config_flags
 from ntt_sparse.training.files import write_text
 
 _logger = logging.getLogger(__name__)
+
+# The flags belong to the module that calls `start`, whose --help lists them.
+flags.disclaim_key_flags()
 
 
 class UserError(Exception):
@@ -36,15 +41,49 @@ def user_errors() -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def define_config(path: Path, get_config: Callable[[], Any]) -> Any:
-    """Defines the flag `--config` with a default file.
+def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
+    """The whole command line of a study: defines and parses its flags, runs it and exits.
+
+    Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
 
     Args:
-        path: The default config file.
-        get_config: Its function; all configs of a study have the same fields.
+        name: Of the study. `experiments.NAME_study` holds `run(config, workdir, data_dir=)`;
+            it is imported late, so that `--help` and errors of flags come at once.
+        configs: The module of its configs. `get_config()` gives the default; all configs of
+            a study have the same fields.
+        doc: What `--help` says, before the docstring of the configs.
     """
-    # Found here, because an unknown field fails in the middle of defining the flag.
-    known = list(_flatten(get_config().to_dict()))
+    _refuse_unknown_fields(configs.get_config())
+    config = config_flags.DEFINE_config_file(
+        "config",
+        str(configs.__file__),
+        "Settings, FILE.py:NAME; fields are set by --config.FIELD=VALUE.",
+    )
+    # It is defined in another module.
+    flags.declare_key_flag("config")
+    workdir = flags.DEFINE_string(
+        "workdir", None, f"Where results and checkpoints go; by default runs/{name}-CONFIG."
+    )
+    data_dir = flags.DEFINE_string(
+        "data_dir", None, "Prepared TensorFlow Datasets; by default $TFDS_DATA_DIR."
+    )
+
+    def main():
+        study = importlib.import_module(f"experiments.{name}_study")
+        default = f"runs/{name}-{config.value.name.replace(',', '-')}"
+        written = Path(workdir.value or default)
+        study.run(config.value, written, data_dir=data_dir.value)
+        print(f"\n{(written / 'report.md').read_text()}")
+        for made in ("networks", "figures", "summary.json"):
+            print(f"{made}: {written / made}")
+
+    sys.modules["__main__"].__doc__ = f"{doc}\n{configs.__doc__}"
+    app.run(lambda _: _guard(main), flags_parser=_parse_flags)
+
+
+def _refuse_unknown_fields(config: Any) -> None:
+    # An unknown field would fail in the middle of defining the flag.
+    known = list(_flatten(config.to_dict()))
     for field in (arg.split("=")[0].lstrip("-") for arg in sys.argv):
         name = field.removeprefix("config.")
         if field.startswith("config.") and name not in known:
@@ -53,19 +92,6 @@ def define_config(path: Path, get_config: Callable[[], Any]) -> Any:
                 f": did you mean {' or '.join(close)}?" if close else f", only {', '.join(known)}"
             )
             _exit(2, f"error: the config has no field {name!r}{hint}")
-    return config_flags.DEFINE_config_file(
-        "config", str(path), "Settings, FILE.py:NAME; fields are set by --config.FIELD=VALUE."
-    )
-
-
-def run(main: Callable[[], None], *, doc: str | None) -> None:
-    """Parses flags, runs `main` and exits.
-
-    Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
-    """
-    if doc:
-        sys.modules["__main__"].__doc__ = doc
-    app.run(lambda _: _guard(main), flags_parser=_parse_flags)
 
 
 def _guard(main: Callable[[], None]) -> None:

@@ -76,11 +76,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
         save_networks(claimed / "networks", member_names(supervised_runs(config)), trained)
-        summary = ntt_report.write(config, claimed)
-    print(f"\n{(claimed / 'report.md').read_text()}")
-    for name in ("networks", "figures", "summary.json"):
-        print(f"{name}: {claimed / name}")
-    return summary
+        return ntt_report.write(config, claimed)
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:

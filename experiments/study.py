@@ -17,8 +17,9 @@ from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
+from ntt_sparse.training.program import make_program
 from ntt_sparse.training.state import Member
-from ntt_sparse.training.step import StepFn, make_program
+from ntt_sparse.training.step import StepFn
 
 _logger = logging.getLogger(__name__)
 

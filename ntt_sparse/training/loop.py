@@ -23,8 +23,8 @@ from jaxtyping import Array
 
 from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
+from ntt_sparse.training.program import Program
 from ntt_sparse.training.state import Member, TrainState
-from ntt_sparse.training.step import Program
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def fit(
     """Runs a stage to its end, from its newest checkpoint if there is one.
 
     Args:
-        program: From `ntt_sparse.training.step.make_program`.
+        program: From `ntt_sparse.training.program.make_program`.
         members: Members at the start, with a leading member axis.
         data: Pytree of arrays `(n, ...)`, on the devices.
         plan: When to record, to save and to end.
@@ -205,9 +205,9 @@ def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> Tr
 def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) -> float:
     """Raises with step, term and member if anything logged was not finite; the mean loss."""
     bad_step, sums, since = jax.device_get((state.bad_step, state.sums, state.since))
-    # By step; at one step a term before what it makes bad too: the sum of all, and params.
+    # By step; at one step a term before what it makes bad too: the sum of all, and the member.
     found = [
-        (steps[member], name in ("loss", "params"), name, member)
+        (steps[member], name in ("loss", "params", "model_state"), name, member)
         for name, steps in bad_step.items()
         for member in np.flatnonzero(steps >= 0).tolist()
     ]

@@ -39,8 +39,8 @@ class TrainState(NamedTuple):
         members: A `Member` with a leading member axis M on every leaf.
         sums: Sums of the logged scalars since the last record, `(M,)` each.
         since: Steps in `sums`.
-        bad_step: For each logged scalar, and for `"params"` as a whole, the first step at
-            which it was not finite, `(M,)` each, -1 while it has been finite.
+        bad_step: For each logged scalar, and for `"params"` and `"model_state"` as a whole,
+            the first step at which it was not finite, `(M,)` each, -1 while it has been.
     """
 
     step: Int[Array, ""]

@@ -25,7 +25,7 @@ from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.resnet import ResNet
 from ntt_sparse.pruning import masks
 from ntt_sparse.training import mesh as meshes
-from ntt_sparse.training import step as steps
+from ntt_sparse.training import program as programs
 from ntt_sparse.training.export import load_model_state, load_network
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.metrics import MetricsLog
@@ -265,7 +265,7 @@ def train_by_program(**fields):
         patch.setattr(cka_sr_study, "fit_stage", fit_stage)
         cka_sr_study.train(config, setup, Path("unused"))
     mesh = meshes.make_mesh()
-    program = steps.make_program(handed["step_fn"], batch_size=16, mesh=mesh)
+    program = programs.make_program(handed["step_fn"], batch_size=16, mesh=mesh)
     data = jax.device_put(jax.tree.map(jnp.asarray, handed["data"]), meshes.replicated(mesh))
     state = program.init(handed["members"], data)
     permutations = program.permutations(state, jnp.int32(0), data)

@@ -9,6 +9,7 @@ import optax
 
 from ntt_sparse.pruning import masks, saliency
 from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import program as programs
 from ntt_sparse.training import state, step, terms
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES = 96, 6, 3
@@ -65,7 +66,7 @@ def step_fn() -> step.StepFn:
     return step.make_step(loss, optimizer)
 
 
-def program(mesh: Any = None, mode: meshes.MemberMode = "vmap", fn: Any = None) -> step.Program:
+def program(mesh: Any = None, mode: meshes.MemberMode = "vmap", fn: Any = None) -> programs.Program:
     """The compiled problem."""
     mesh = meshes.make_mesh() if mesh is None else mesh
-    return step.make_program(fn or step_fn(), batch_size=BATCH_SIZE, mesh=mesh, mode=mode)
+    return programs.make_program(fn or step_fn(), batch_size=BATCH_SIZE, mesh=mesh, mode=mode)

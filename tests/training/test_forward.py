@@ -15,6 +15,7 @@ from ntt_sparse.pruning import masks, saliency
 from ntt_sparse.similarity.features import capture
 from ntt_sparse.training import loop, terms
 from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import program as programs
 from ntt_sparse.training import state as states
 from ntt_sparse.training import step as steps
 from ntt_sparse.training.checkpoint import Checkpoints
@@ -111,7 +112,7 @@ def test_batch_statistics_and_gradients_are_those_of_flax(trained_by_hand, shape
         KEEP_GRADIENTS,
         forward=terms.masked_forward(capture(resnet(), "stage?_block1")),
     )
-    program = steps.make_program(step_fn, batch_size=BATCH_SIZE, mesh=mesh, mode=mode)
+    program = programs.make_program(step_fn, batch_size=BATCH_SIZE, mesh=mesh, mode=mode)
     data = jax.device_put(jax.tree.map(jnp.asarray, images()), meshes.replicated(mesh))
     state = program.init(image_members(), data)
     permutations = program.permutations(state, jnp.int32(0), data)
@@ -378,9 +379,10 @@ def test_a_state_that_is_not_finite_is_reported(tmp_path):
     start = jnp.array([99, 4, 99, 2])
     members = members._replace(model_state={"from": start, "mean": jnp.zeros(4)})
     state = run_chunks(program, members, [1, 2, 3, 4, 5, 6])
-    assert state.bad_step["params"].tolist() == [-1, 4, -1, 2]
+    assert state.bad_step["model_state"].tolist() == [-1, 4, -1, 2]
+    assert state.bad_step["params"].tolist() == [-1] * 4
     assert state.bad_step["task"].tolist() == [-1] * 4
-    with pytest.raises(loop.DivergenceError, match="of member 'd' is not finite"):
+    with pytest.raises(loop.DivergenceError, match="'model_state' of member 'd' is not finite"):
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             loop.fit(
                 program, members, on_devices(problems.data()), loop.Plan(6, PER_EPOCH, 1),

@@ -174,7 +174,7 @@ def test_first_bad_step_of_each_member_is_remembered():
     assert run_chunks(program, members, [6]).bad_step["made"].tolist() == [-1, 4, 2]
 
 
-@pytest.mark.parametrize("name", ["loss", "params", "a/b"])
+@pytest.mark.parametrize("name", ["loss", "params", "model_state", "a/b"])
 def test_a_term_cannot_hide_another_entry_of_the_logs(name):
     with pytest.raises(ValueError, match="cannot be named"):
         steps.make_step({name: lambda inputs: (0.0, {})}, problems.optimizer)

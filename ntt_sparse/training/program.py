@@ -1,0 +1,184 @@
+"""Many steps of many members as compiled calls."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ntt_sparse.data.batches import batch_indices, epoch_permutation
+from ntt_sparse.training.mesh import (
+    MemberMode,
+    map_members,
+    member_sharding,
+    replicated,
+    spread_examples,
+)
+from ntt_sparse.training.state import Member, TrainState, num_members
+from ntt_sparse.training.step import StepFn
+
+# Folded from a member's key; other streams are those of `step`.
+_DATA_STREAM = 0
+
+# What must be finite of a member, beside what it logs.
+_STATE = ("params", "model_state")
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run.
+
+    Attributes:
+        init: `(members, data) -> TrainState` at step 0.
+        permutations: `(state, epoch, data) -> (M, n)` data order of every member.
+        chunk: `(state, data, permutations, stop) -> state` runs the steps up to `stop`,
+            which must lie in the same epoch; the state may be donated. One compilation
+            serves every length.
+    """
+
+    init: Callable[..., TrainState]
+    permutations: Callable[..., Array]
+    chunk: Callable[..., TrainState]
+
+
+class _Carry(NamedTuple):
+    """What steps hand on, of one member or with a leading member axis."""
+
+    member: Member
+    sums: Any
+    bad_step: Any
+    permutation: Array
+
+
+def make_program(
+    step_fn: StepFn, *, batch_size: int, mesh: Mesh, mode: MemberMode = "vmap"
+) -> Program:
+    """Compiles a step into chunks over all members.
+
+    The data stays on the devices as a pytree of arrays `(n, ...)`; each step gathers
+    its batch there, by a permutation drawn anew every epoch from the member's key.
+
+    Args:
+        step_fn: From `make_step`.
+        batch_size: Examples per step and member.
+        mesh: From `ntt_sparse.training.mesh`.
+        mode: How the members of one device ride.
+    """
+    shardings = state_shardings(mesh)
+    advance = _advance(step_fn, batch_size)
+    chunks = _dispatched if mode == "dispatch" and mesh.size == 1 else _compiled
+
+    def init(members, data):
+        def logs_of(member):
+            # Shapes and dtypes alone: the batch is never gathered.
+            batch = jax.tree.map(lambda leaf: leaf[:batch_size], data)
+            return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
+
+        shapes = jax.eval_shape(jax.vmap(logs_of), members)
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        never = jnp.full(num_members(members), -1, jnp.int32)
+        bad_step = dict.fromkeys([*shapes, *_STATE], never)
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, members, sums, zero, bad_step)
+        # A copy: chunks donate the state, and the caller keeps the members.
+        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+
+    def permutations(state, epoch, data):
+        n = jax.tree.leaves(data)[0].shape[0]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.members.key, _DATA_STREAM)
+        return jax.vmap(epoch_permutation, (0, None, None))(keys, epoch, n)
+
+    return Program(
+        init=init,
+        permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
+        chunk=chunks(advance, mesh, mode),
+    )
+
+
+def _advance(step_fn: StepFn, batch_size: int) -> Callable[[_Carry, Array, Any], _Carry]:
+    """One step of one member: `(carry, step, data) -> carry`."""
+
+    def advance(carry, step, data):
+        indices = batch_indices(carry.permutation, step, batch_size)
+        batch = spread_examples(jax.tree.map(lambda leaf: leaf[indices], data))
+        member, logs = step_fn(carry.member, batch, step)
+        bad_step = dict(carry.bad_step)
+        for name, value in logs.items():
+            bad = bad_step[name]
+            bad_step[name] = jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad)
+        sums = jax.tree.map(jnp.add, carry.sums, logs)
+        return _Carry(member, sums, bad_step, carry.permutation)
+
+    return advance
+
+
+def _finish(carry: _Carry, stop: Array) -> tuple[Member, Any, Any]:
+    """Without the permutation; the last update of a chunk is in no loss yet."""
+    bad_step = dict(carry.bad_step)
+    for name in _STATE:
+        leaves = jax.tree.leaves(getattr(carry.member, name))
+        leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+        bad = ~jnp.all(jnp.stack(finite)) if finite else False
+        bad_step[name] = jnp.where((bad_step[name] < 0) & bad, stop - 1, bad_step[name])
+    return carry.member, carry.sums, bad_step
+
+
+def _carries(state: TrainState, permutations: Array) -> _Carry:
+    return _Carry(state.members, state.sums, state.bad_step, permutations)
+
+
+def _ended(state: TrainState, finished: tuple[Member, Any, Any], stop: Array) -> TrainState:
+    members, sums, bad_step = finished
+    return TrainState(stop, members, sums, state.since + stop - state.step, bad_step)
+
+
+def _compiled(advance: Callable[..., _Carry], mesh: Mesh, mode: MemberMode) -> Callable[..., Any]:
+    """All steps of a chunk in one program."""
+
+    def chunk_one(carry, start, stop, data):
+        carry = jax.lax.fori_loop(start, stop, lambda i, c: advance(c, i, data), carry)
+        return _finish(carry, stop)
+
+    mapped = map_members(chunk_one, mesh, num_shared=3, mode=mode)
+
+    def chunk(state, data, permutations, stop):
+        finished = mapped(_carries(state, permutations), state.step, stop, data)
+        return _ended(state, finished, stop)
+
+    return jax.jit(chunk, donate_argnums=0, out_shardings=state_shardings(mesh))
+
+
+def _dispatched(advance: Callable[..., _Carry], mesh: Mesh, mode: MemberMode) -> Callable[..., Any]:
+    """Each step of each member as a call of its own, see `MemberMode`."""
+    del mode
+    pick = jax.jit(lambda carries, index: jax.tree.map(lambda leaf: leaf[index], carries))
+    one_step = jax.jit(advance, donate_argnums=0)
+    finish = jax.jit(_finish)
+
+    def join(state, finished, stop):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *finished)
+        return _ended(state, stacked, stop)
+
+    joined = jax.jit(join, out_shardings=state_shardings(mesh))
+
+    def chunk(state, data, permutations, stop):
+        carries, finished = _carries(state, permutations), []
+        for index in range(num_members(state.members)):
+            carry = pick(carries, index)
+            for step in range(int(state.step), int(stop)):
+                carry = one_step(carry, jnp.int32(step), data)
+            finished.append(finish(carry, stop))
+        return joined(state, finished, stop)
+
+    return chunk
+
+
+def state_shardings(mesh: Mesh) -> TrainState:
+    """Shardings of a `TrainState`, as a prefix: members over the mesh, counters everywhere."""
+    by_member: Any = member_sharding(mesh)
+    everywhere: Any = replicated(mesh)
+    return TrainState(
+        step=everywhere, members=by_member, sums=by_member, since=everywhere, bad_step=by_member
+    )
