@@ -1,0 +1,195 @@
+"""Pruning that stops at a target: offsets are held from the step at which it is reached.
+
+The paper leaves budgets to the future (Bu et al. 2021, Section 6) and does not say whether a
+target is for the network or for each layer; here both are.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
+
+from ntt_sparse.gates.dam import Dam
+
+Offsets: TypeAlias = Mapping[str, Float[ArrayLike, ""]]
+"""The offset of each gated layer, by its path."""
+
+Cost: TypeAlias = Callable[[dict[str, Bool[Array, " n"]]], Real[Array, ""]]
+"""What a network costs whose open channels are these: it must not grow when one is closed."""
+
+
+class Budget(NamedTuple):
+    """Where a budget stands; to be carried from step to step.
+
+    Attributes:
+        offsets: The offset of each layer after the last step.
+        reached: Whether the target is reached, for the network or for each layer: from then
+            on its offsets stay as they are.
+    """
+
+    offsets: dict[str, Float[Array, ""]]
+    reached: dict[str, Bool[Array, ""]]
+
+
+def start(offsets: Offsets) -> Budget:
+    """The budget before the first step."""
+    values = {path: jnp.asarray(beta) for path, beta in offsets.items()}
+    return Budget(values, dict.fromkeys(values, jnp.asarray(False)))
+
+
+def channels(open_: Mapping[str, Bool[Array, " n"]]) -> Real[Array, ""]:
+    """The cost that counts open channels."""
+    return jnp.sum(jnp.stack([jnp.sum(layer, dtype=jnp.int32) for layer in open_.values()]))
+
+
+def hold(
+    budget: Budget,
+    moved: Offsets,
+    sizes: Mapping[str, int],
+    target: Real[ArrayLike, ""],
+    *,
+    cost: Cost = channels,
+    kind: Dam | None = None,
+    ranks: Mapping[str, ArrayLike] | None = None,
+) -> Budget:
+    """One step of a budget for the whole network.
+
+    A step of training may close several channels, of several layers, and cost what is below
+    the target. Then the channels are closed one by one in the order in which the offsets, on
+    their straight ways from `budget.offsets` to `moved`, come by them, until the cost is no
+    more than the target; all offsets are put to where exactly these channels are closed, and
+    stay. So without its last channel the cost is above the target.
+
+    Args:
+        budget: From the step before.
+        moved: Offsets after this step of the optimiser.
+        sizes: Channels of each layer.
+        target: The largest cost wanted; may be traced.
+        cost: What counts, by default open channels.
+        kind: The gates; by default those of `Dam()`.
+        ranks: Orders of layers where they are not those of the index.
+
+    Returns:
+        The budget with the offsets to go on from; put them into the params.
+
+    Raises:
+        ValueError: Layers do not fit, or the target is not positive or no less than the cost
+            of all channels, so that there is nothing to prune.
+    """
+    kind = kind or Dam()
+    _check_layers(budget, moved, sizes)
+    mus = _order_numbers(kind, sizes, ranks)
+    if not isinstance(target, Tracer):
+        whole = cost({path: jnp.ones(n, bool) for path, n in sizes.items()})
+        if not isinstance(whole, Tracer) and not 0 < cast(float, target) < cast(float, whole):
+            raise ValueError(
+                f"the target of the budget is {target}, expected more than 0 and less than "
+                f"{whole}, which is the cost of all channels"
+            )
+    names = list(sizes)
+    owner = jnp.concatenate([jnp.full(sizes[name], index) for index, name in enumerate(names)])
+    mu = jnp.concatenate([mus[name] for name in names])
+    before = jnp.stack([jnp.asarray(budget.offsets[name]) for name in names])
+    after = jnp.stack([jnp.asarray(moved[name]) for name in names])
+
+    def split(flat):
+        ends = [sum(list(sizes.values())[: index + 1]) for index in range(len(names) - 1)]
+        return dict(zip(names, jnp.split(flat, ends), strict=True))
+
+    was_open, is_open = mu + before[owner] > 0, mu + after[owner] > 0
+    closing = was_open & ~is_open
+    # When an offset passes a channel, from 0 to 1; the others never.
+    fall = jnp.where(before > after, before - after, 1.0)
+    when = jnp.where(closing, (mu + before[owner]) / fall[owner], jnp.inf)
+    place = jnp.argsort(jnp.argsort(when, stable=True))
+
+    def open_after(count):
+        return is_open | (closing & (place >= count))
+
+    def reached_after(count):
+        return cost(split(open_after(count))) <= target
+
+    # The smallest count of closed channels that reaches the target, by bisection.
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) // 2
+        enough = reached_after(middle)
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    total = sum(sizes.values())
+    count, _ = jax.lax.fori_loop(
+        0, total.bit_length(), halve, (jnp.int32(0), jnp.sum(closing, dtype=jnp.int32))
+    )
+    # Where this step's closed channels of a layer end; its others stay open.
+    accepted = closing & (place < count)
+    last = jax.ops.segment_max(jnp.where(accepted, mu, -jnp.inf), owner, len(names))
+    kept_some = jax.ops.segment_sum((closing & ~accepted).astype(jnp.int32), owner, len(names)) > 0
+    stopped = jnp.where(kept_some, jnp.where(last > -jnp.inf, -last, before), after)
+    reaches = cost(split(is_open)) <= target
+    done = jnp.stack([budget.reached[name] for name in names]).all()
+    values = jnp.where(done, before, jnp.where(reaches, stopped, after))
+    return Budget(
+        {name: values[index] for index, name in enumerate(names)},
+        dict.fromkeys(names, done | reaches),
+    )
+
+
+def hold_layers(
+    budget: Budget,
+    moved: Offsets,
+    sizes: Mapping[str, int],
+    targets: Mapping[str, int],
+    *,
+    kind: Dam | None = None,
+) -> Budget:
+    """One step of a budget of channels for each layer: it ends at exactly its target.
+
+    Args:
+        budget: From the step before.
+        moved: Offsets after this step of the optimiser.
+        sizes: Channels of each layer.
+        targets: Open channels wanted of each layer.
+        kind: The gates; by default those of `Dam()`.
+
+    Returns:
+        The budget with the offsets to go on from; put them into the params.
+
+    Raises:
+        ValueError: Layers do not fit, or a target is below 1 or no less than the channels.
+    """
+    kind = kind or Dam()
+    _check_layers(budget, moved, sizes)
+    if set(targets) != set(sizes):
+        raise ValueError(f"targets are for {sorted(targets)}, expected {sorted(sizes)}")
+    mus = _order_numbers(kind, sizes, None)
+    offsets, reached = {}, {}
+    for name, n in sizes.items():
+        if not 1 <= targets[name] < n:
+            raise ValueError(
+                f"the target of {name!r} is {targets[name]} channels, expected 1 to {n - 1}: it "
+                f"has {n}"
+            )
+        # At this offset the last channel to go is closed, and all after it are open.
+        stop = -mus[name][n - targets[name] - 1]
+        after, before = jnp.asarray(moved[name]), budget.offsets[name]
+        enough = after <= stop
+        done = budget.reached[name]
+        offsets[name] = jnp.where(done, before, jnp.where(enough, stop, after))
+        reached[name] = done | enough
+    return Budget(offsets, reached)
+
+
+def _order_numbers(
+    kind: Dam, sizes: Mapping[str, int], ranks: Mapping[str, ArrayLike] | None
+) -> dict[str, Float[Array, " n"]]:
+    ranks = ranks or {}
+    return {name: kind.order_numbers(n, ranks=ranks.get(name)) for name, n in sizes.items()}
+
+
+def _check_layers(budget: Budget, moved: Offsets, sizes: Mapping[str, int]) -> None:
+    for what, given in (("offsets", moved), ("the budget", budget.offsets)):
+        if set(given) != set(sizes):
+            raise ValueError(f"{what} are of {sorted(given)}, sizes of {sorted(sizes)}")

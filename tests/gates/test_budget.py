@@ -1,0 +1,165 @@
+"""Budgets: pruning stops at exactly the target."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ntt_sparse.gates import budget, dam, order
+
+SIZES = {"a": 8, "b": 5, "c": 16}
+
+
+def open_channels(offsets, sizes=SIZES, ranks=None):
+    ranks = ranks or {}
+    return {
+        name: np.asarray(dam.gate(offsets[name], n, ranks=ranks.get(name))) > 0
+        for name, n in sizes.items()
+    }
+
+
+def count(offsets, sizes=SIZES):
+    return sum(int(np.sum(layer)) for layer in open_channels(offsets, sizes).values())
+
+
+def weights(open_):
+    """A chain of dense layers, from 10 inputs to 3 outputs."""
+    a, b, c = (jnp.sum(open_[name], dtype=jnp.int32) for name in "abc")
+    return 10 * a + a * b + b * c + 3 * c
+
+
+# One program for all examples.
+hold = jax.jit(lambda state, moved, target: budget.hold(state, moved, SIZES, target))
+
+
+def starting(value=1.0):
+    return budget.start(dict.fromkeys(SIZES, jnp.float32(value)))
+
+
+def moved(*values):
+    return dict(zip(SIZES, map(jnp.float32, values), strict=True))
+
+
+def test_until_the_target_offsets_move_freely():
+    held = budget.hold(starting(), moved(0.5, -1.0, -2.0), SIZES, 10)
+    assert held.offsets == moved(0.5, -1.0, -2.0)
+    assert not any(map(bool, held.reached.values()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-7, 1), min_size=3, max_size=3),
+    st.lists(st.floats(-7, 1), min_size=3, max_size=3),
+    st.integers(1, 28),
+)
+def test_one_step_never_overshoots(first, second, target):
+    """Whatever the step: at the target, not below it, and each offset between its ends."""
+    state = hold(starting(), moved(*first), target)
+    for values in (second, [-6.0] * 3):
+        before, goal = state, moved(*values)
+        state = hold(before, goal, target)
+        if count(before.offsets) > target:
+            reached = count(goal) <= target
+            assert all(bool(value) == reached for value in state.reached.values())
+            assert count(state.offsets) == (target if reached else count(goal))
+        for name in SIZES:
+            low, high = sorted([float(before.offsets[name]), float(goal[name])])
+            assert low <= float(state.offsets[name]) <= high
+    assert count(state.offsets) == target
+
+
+def test_layers_that_move_alike_are_cut_one_by_one():
+    """Ties: many channels close at the same instant."""
+    sizes = {f"l{i}": 4 for i in range(5)}
+    state = budget.start(dict.fromkeys(sizes, jnp.float32(1)))
+    state = budget.hold(state, dict.fromkeys(sizes, jnp.float32(-2.6)), sizes, 13)
+    assert count(state.offsets, sizes) == 13
+    assert sorted(int(np.sum(v)) for v in open_channels(state.offsets, sizes).values()) == [
+        2, 2, 3, 3, 3,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [20, 77, 150, 200])
+def test_other_costs_end_within_a_channel(target):
+    """Without the last channel that was closed it would still be too much."""
+    state = budget.hold(starting(), moved(-4.4, -4.2, -4.7), SIZES, target, cost=weights)
+    open_ = open_channels(state.offsets)
+    assert weights(open_) <= target and all(map(bool, state.reached.values()))
+    more = []
+    for name, layer in open_.items():
+        closed = np.flatnonzero(~layer)
+        if len(closed):
+            again = layer.copy()
+            again[closed[-1]] = True
+            more.append(int(weights({**open_, name: again})))
+    assert max(more) > target
+
+
+def test_after_the_target_nothing_moves():
+    state = budget.hold(starting(), moved(-3.0, -3.0, -3.0), SIZES, 20)
+    later = budget.hold(state, moved(-4.0, 2.0, -5.0), SIZES, 20)
+    assert later.offsets == state.offsets and all(map(bool, later.reached.values()))
+
+
+def test_orders_are_honoured():
+    ranks = {"a": order.random(jax.random.key(0), 8)}
+    state = budget.hold(starting(), moved(-3.0, 1.0, 1.0), SIZES, 26, ranks=ranks)
+    open_ = open_channels(state.offsets, ranks=ranks)
+    assert np.flatnonzero(~open_["a"]).tolist() == np.flatnonzero(ranks["a"] < 3).tolist()
+
+
+def test_members_of_one_program():
+    """Traced offsets and targets, each member its own."""
+    goals = jnp.array([[-3.0, -3.0, -3.0], [0.5, 0.5, 0.5]], jnp.float32)
+    targets = jnp.array([15, 15])
+
+    def one(goal, target):
+        return budget.hold(starting(), dict(zip(SIZES, goal, strict=True)), SIZES, target)
+
+    states = jax.jit(jax.vmap(one))(goals, targets)
+    assert states.reached["a"].tolist() == [True, False]
+    for index in range(2):
+        alone = budget.hold(starting(), moved(*goals[index].tolist()), SIZES, 15)
+        for name in SIZES:
+            np.testing.assert_array_equal(states.offsets[name][index], alone.offsets[name])
+
+
+@pytest.mark.parametrize("convention", ["paper", "code"])
+def test_budgets_of_layers(convention):
+    kind = dam.Dam(convention=convention)
+    targets = {"a": 1, "b": 3, "c": 9}
+    state = starting()
+    for offset in (-0.5, -2.2, -4.4, -6.0):
+        state = budget.hold_layers(
+            state, dict.fromkeys(SIZES, jnp.float32(offset)), SIZES, targets, kind=kind
+        )
+        for name, n in SIZES.items():
+            left = int(np.count_nonzero(kind.values({"beta": state.offsets[name]}, n)))
+            assert left >= targets[name]
+            assert bool(state.reached[name]) == (left == targets[name])
+    assert all(map(bool, state.reached.values()))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 0), "more than 0 and less than 29"),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 29), "is 29, expected"),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, float("nan")), "is nan"),
+        (lambda: budget.hold(starting(), {"a": jnp.float32(0)}, SIZES, 5), "offsets are of"),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), {"a": 8}, 5), "offsets are of"),
+        (
+            lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 8, "b": 1, "c": 1}),
+            "target of 'a' is 8 channels, expected 1 to 7",
+        ),
+        (
+            lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 0}),
+            "targets are for",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

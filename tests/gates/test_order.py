@@ -1,0 +1,66 @@
+"""Orders of channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntt_sparse.gates import order
+
+
+def test_channels_of_low_scores_go_first():
+    assert order.by_score(jnp.array([0.3, -1.0, 7.0, 0.3])).tolist() == [1, 0, 3, 2]
+
+
+def test_a_random_order_is_a_permutation():
+    ranks = order.random(jax.random.key(3), 50)
+    assert sorted(ranks.tolist()) == list(range(50))
+    assert ranks.tolist() != list(range(50))
+
+
+def test_weight_norms():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32)
+    expected = [np.linalg.norm(kernel[..., c]) for c in range(5)]
+    np.testing.assert_allclose(order.weight_norms(kernel), expected, rtol=1e-6)
+
+
+def information_by_hand(places, labels):
+    """From counts, in float64."""
+    total = 0.0
+    for place in set(places):
+        for label in set(labels):
+            joint = np.mean((places == place) & (labels == label))
+            if joint:
+                alone = np.mean(places == place) * np.mean(labels == label)
+                total += joint * np.log(joint / alone)
+    return total
+
+
+def test_mutual_information():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 60)
+    columns = [labels * 1.0, rng.normal(size=60), np.ones(60), labels == 1]
+    activations = np.stack(columns, 1).astype(np.float32)
+    found = order.mutual_information(activations, labels, 3, bins=4)
+    expected = []
+    for column in columns:
+        column = column.astype(np.float32)
+        edges = np.quantile(column, [0.25, 0.5, 0.75])
+        expected.append(information_by_hand((column[:, None] > edges).sum(1), labels))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.all(np.asarray(found) >= 0) and abs(found[2]) < 1e-6
+    # Noise tells less than a class does.
+    assert order.by_score(found).tolist()[2] == 0 and order.by_score(found).tolist()[1] == 1
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: order.by_score(jnp.ones((2, 2))), "one per channel"),
+        (lambda: order.mutual_information(jnp.ones((4, 2)), jnp.zeros(3, int), 2), "shapes"),
+        (lambda: order.mutual_information(jnp.ones((4, 2)), jnp.zeros(4, int), 2, bins=5), "2 to"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
