@@ -14,14 +14,42 @@ def check_members(config: Any) -> None:
     Raises:
         ValueError: They are empty, repeated or out of range.
     """
-    for field in ("density", "seeds"):
-        if not config[field] or len(set(config[field])) < len(config[field]):
-            raise ValueError(f"config.{field} is {config[field]}, expected different values")
+    _check_different(config, "density")
     for density in config.density:
         check_density(density, "config.density")
+    check_seeds(config)
+
+
+def check_seeds(config: Any) -> None:
+    """Checks `seeds`.
+
+    Raises:
+        ValueError: They are empty, repeated or out of range.
+    """
+    _check_different(config, "seeds")
     # JAX keeps 32 bits of a seed.
     if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in config.seeds):
         raise ValueError(f"config.seeds is {config.seeds}, expected integers from 0 to 2**32 - 1")
+
+
+def check_values(config: Any, field: str, least: float, most: float) -> None:
+    """Checks a field of different numbers; the ends of the range are allowed.
+
+    Raises:
+        ValueError: They are empty, repeated, no numbers or out of range.
+    """
+    _check_different(config, field)
+    for value in config[field]:
+        # The negated form also refuses NaN.
+        if not isinstance(value, int | float) or not least <= value <= most:
+            raise ValueError(
+                f"config.{field} holds {value}, expected numbers from {least} to {most}"
+            )
+
+
+def _check_different(config: Any, field: str) -> None:
+    if not config[field] or len(set(config[field])) < len(config[field]):
+        raise ValueError(f"config.{field} is {config[field]}, expected different values")
 
 
 def check_fields(

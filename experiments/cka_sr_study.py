@@ -98,6 +98,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     return fit_stage(
         config, workdir, "supervised", member_names(runs), members, step_fn, setup.plan,
         tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,
+        batch_size=config.supervised.batch_size,
     )  # fmt: skip
 
 

@@ -164,6 +164,56 @@ def accuracy_over_training(
         axis.legend(fontsize="small", frameon=False)
 
 
+def bottleneck_over_training(
+    path: Path, steps: np.ndarray, lines: Mapping[int, np.ndarray]
+) -> None:
+    """Open channels of a bottleneck over steps, beside the dimension of the data.
+
+    Args:
+        path: Where to, without a suffix.
+        steps: `(r,)`.
+        lines: `{dimension: (r, members)}`.
+    """
+    with _figure(path, figsize=(6.4, 4.2)) as axes:
+        axis = axes[0, 0]
+        for index, (rank, values) in enumerate(lines.items()):
+            _band(axis, steps, values, f"r = {rank}", f"C{index}")
+            axis.axhline(rank, color=f"C{index}", linestyle=":", linewidth=1)
+        axis.set_xlabel("training step")
+        axis.set_ylabel("open channels")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize="small", frameon=False)
+
+
+def grid_map(
+    path: Path,
+    values: Mapping[tuple[float, float], float],
+    names: tuple[str, str],
+    title: str,
+) -> None:
+    """One number for each pair of settings, as coloured and written cells.
+
+    Args:
+        path: Where to, without a suffix.
+        values: `{(x, y): value}`, of all pairs.
+        names: Of the two settings.
+        title: Of the figure.
+    """
+    xs, ys = (sorted({pair[axis] for pair in values}) for axis in (0, 1))
+    matrix = np.array([[values[x, y] for x in xs] for y in ys])
+    with _figure(path, figsize=(1.1 * len(xs) + 2, 0.8 * len(ys) + 1.6)) as axes:
+        axis = axes[0, 0]
+        axis.grid(False)
+        axis.imshow(matrix, origin="lower", cmap="viridis", aspect="auto")
+        for (row, column), value in np.ndenumerate(matrix):
+            axis.text(column, row, f"{value:.3g}", ha="center", va="center", color="white")
+        axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+        axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+        axis.set_xlabel(names[0])
+        axis.set_ylabel(names[1])
+        axis.set_title(title, fontsize="medium")
+
+
 def transfer_terms(
     path: Path, steps: np.ndarray, terms: Mapping[str, Mapping[str, np.ndarray]]
 ) -> None:

@@ -143,7 +143,7 @@ def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
     evaluate = transfer_evaluation(config, setup.apply_fn)
     return fit_stage(
         config, workdir, "transfer", member_names(runs), members, step_fn, plan, inputs, evaluate,
-        (held_out,), mode,
+        (held_out,), mode, batch_size=config.transfer.batch_size,
     )  # fmt: skip
 
 
@@ -165,5 +165,6 @@ def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | No
     )
     return fit_stage(
         config, workdir, "supervised", member_names(runs), members, step_fn, setup.supervised_plan,
-        tuple(data.train), evaluate, evaluation_data, mode, patience=config.supervised.patience,
+        tuple(data.train), evaluate, evaluation_data, mode, batch_size=config.supervised.batch_size,
+        patience=config.supervised.patience,
     )  # fmt: skip

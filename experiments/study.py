@@ -60,12 +60,13 @@ def fit_stage(
     evaluation_data: tuple[Any, ...],
     mode: meshes.MemberMode,
     *,
+    batch_size: int,
     patience: int = 0,
 ) -> Member:
     """Runs one stage over whatever devices there are, or goes on with it.
 
     Args:
-        config: The study's settings; `config[stage].batch_size` is read.
+        config: The study's settings; a checkpoint of other settings is refused.
         workdir: Where records and checkpoints go.
         stage: Name of the stage.
         names: One for each member.
@@ -76,13 +77,13 @@ def fit_stage(
         evaluate: `(member, *evaluation_data) -> {name: value}` of one member.
         evaluation_data: What it looks at besides.
         mode: How the members of one device ride.
+        batch_size: Examples per step and member.
         patience: Records without a better validation accuracy of any member after which the
             stage ends; 0 for never.
 
     Returns:
         The members at the end.
     """
-    batch_size = config[stage].batch_size
     mesh = meshes.auto_mesh(len(names), batch_size)
     program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode)
     train_data, evaluation_data = jax.device_put(

@@ -6,6 +6,9 @@ from typing import Any
 
 import ml_collections
 
+# Fields that span the members of a study.
+_CUT = ("density", "coefficients", "learning_rates", "initials")
+
 
 def build(
     name: str,
@@ -19,7 +22,8 @@ def build(
         name: A name of `configs`, and after commas names of `options`.
         base: All fields with their defaults, nested.
         configs: By name, `{"field.of.base": value}`.
-        options: Likewise; later ones win. `smoke` also cuts `density` to two.
+        options: Likewise; later ones win. `smoke` also cuts the grid of members to two values
+            of each field.
 
     Raises:
         ValueError: The name or an option is unknown.
@@ -43,7 +47,9 @@ def build(
         if option in chosen:
             settings |= options[option]
     if "smoke" in chosen:
-        settings["density"] = tuple(settings.get("density", base["density"]))[:2]
+        settings |= {
+            field: tuple(settings.get(field, base[field]))[:2] for field in _CUT if field in base
+        }
     for path, value in settings.items():
         *parents, field = path.split(".")
         node: Any = config

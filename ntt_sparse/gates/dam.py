@@ -209,7 +209,8 @@ class Dam:
             ValueError: All channels would start closed, and never open again: nothing but the
                 penalty moves the offset of a closed layer.
         """
-        last = float(self.order_numbers(n)[-1])
+        with jax.ensure_compile_time_eval():
+            last = float(self.order_numbers(n)[-1])
         if self.initial + last <= 0:
             raise ValueError(
                 f"initial is {self.initial}, which closes all {n} channels from the start, for "

@@ -1,0 +1,125 @@
+"""The report of the DAM representation study: summary.json, report.md and the figures."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures
+from experiments.dam_representation_members import LABELS, Run, runs_of
+from experiments.statistics import spread
+from ntt_sparse.training.files import write_text
+from ntt_sparse.training.metrics import MetricsLog
+
+_GRID = ("coefficient", "learning_rate", "initial")
+
+
+def write(config: Any, workdir: Path) -> dict[str, Any]:
+    """Writes everything from the metrics files alone, so that it can be repeated.
+
+    Returns:
+        The summary.
+    """
+    rows, curves = [], {}
+    for gate in config.gates.split(","):
+        log = MetricsLog(workdir / f"{gate}.jsonl", gate)
+        runs = [run for run in runs_of(config) if run.gate == gate]
+        rows += _rows(log, runs)
+        steps, bottleneck = log.column("bottleneck")
+        curves[gate] = (steps, bottleneck, runs)
+    summary = {"config": json.loads(json.dumps(config.to_dict())), "networks": rows}
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "report.md", _markdown(config, rows))
+    for gate, (steps, bottleneck, runs) in curves.items():
+        _draw(workdir / "figures", config, gate, steps, bottleneck, runs, rows)
+    return summary
+
+
+def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
+    """One entry per setting, over its seeds."""
+    last = {
+        name: log.column(name)[1][-1] for name in ("bottleneck", "reconstruction", "relative_error")
+    }
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(run[:-1], []).append(index)
+    rows = []
+    for setting, members in groups.items():
+        run = runs[members[0]]
+        found = last["bottleneck"][members]
+        rows.append({
+            **dict(zip(Run._fields[:-1], setting, strict=True)),
+            "seeds": [runs[index].seed for index in members],
+            "exact": int(np.sum(found == run.rank)),
+            **{name: spread(values[members]) for name, values in last.items()},
+        })  # fmt: skip
+    return rows
+
+
+def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
+    total = sum(len(row["seeds"]) for row in rows)
+    exact = sum(row["exact"] for row in rows)
+    lines = [
+        f"# Representation learning with gates: {config.name}",
+        "",
+        f"Open channels of a bottleneck of {config.bottleneck} at the end, for data of r "
+        f"dimensions ({config.task}), seeds {list(config.seeds)}. The error is the mean squared "
+        "error relative to the mean square of the data. "
+        f"{exact} of {total} networks end at exactly r.",
+        "",
+        "| gate | r | lambda | learning rate | start | bottleneck of each seed | exact | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        found = [int(value) for value in row["bottleneck"]["values"]]
+        cells = (
+            LABELS[row["gate"]], str(row["rank"]), f"{row['coefficient']:g}",
+            f"{row['learning_rate']:g}", f"{row['initial']:g}", ", ".join(map(str, found)),
+            f"{row['exact']}/{len(found)}", f"{row['relative_error']['mean']:.2g}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(
+    directory: Path,
+    config: Any,
+    gate: str,
+    steps: np.ndarray,
+    bottleneck: np.ndarray,
+    runs: list[Run],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Fig. 3 for each setting of one, and maps of all settings (Appendix C)."""
+    first = runs[0]
+    setting = [getattr(first, name) for name in _GRID]
+    lines = {
+        rank: bottleneck[
+            :,
+            [
+                index
+                for index, run in enumerate(runs)
+                if run.rank == rank and [getattr(run, name) for name in _GRID] == setting
+            ],
+        ]
+        for rank in config.ranks
+    }
+    figures.bottleneck_over_training(directory / f"bottleneck_{gate}", steps, lines)
+    for x, y in itertools.combinations(_GRID, 2):
+        if min(len(getattr(config, f"{name}s")) for name in (x, y)) < 2:
+            continue
+        (third,) = set(_GRID) - {x, y}
+        middle = getattr(config, f"{third}s")[len(getattr(config, f"{third}s")) // 2]
+        for rank, quantity in itertools.product(config.ranks, ("bottleneck", "relative_error")):
+            values = {
+                (row[x], row[y]): row[quantity]["mean"]
+                for row in rows
+                if row["gate"] == gate and row["rank"] == rank and row[third] == middle
+            }
+            figures.grid_map(
+                directory / f"{quantity}_{gate}_r{rank}_{x}_{y}", values,
+                (x.replace("_", " "), y.replace("_", " ")),
+                f"{quantity.replace('_', ' ')}, r = {rank}, {third.replace('_', ' ')} {middle:g}",
+            )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Autoencoders with a gated bottleneck."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, ArrayLike, Float
+
+from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.layer import Gate, Kind
+
+_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
+    "none": lambda x: x,
+    "relu": nn.relu,
+    "leaky_relu": lambda x: nn.leaky_relu(x, 0.01),
+    "elu": nn.elu,
+    "tanh": jnp.tanh,
+}
+# U(-1, 1) / sqrt(fan in), of kernels and biases, as PyTorch starts its layers.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class QRes(nn.Module):
+    """A quadratic residual layer: `(U x) * (V x) + U x + b`.
+
+    Source: Bu & Karpatne 2021, "Quadratic residual networks", https://arxiv.org/abs/2101.08366,
+    without an activation.
+
+    Attributes:
+        features: Outputs.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[ArrayLike, "n d"]) -> Float[Array, "n features"]:
+        """The outputs `(n, features)`."""
+        x = jnp.asarray(x)
+        linear = nn.Dense(self.features, use_bias=False, kernel_init=_kernel_init, name="linear")(x)
+        factor = nn.Dense(self.features, use_bias=False, kernel_init=_kernel_init, name="factor")(x)
+        bias = self.param("bias", _uniform(x.shape[-1]), (self.features,))
+        return linear * factor + linear + bias
+
+
+class Perceptron(nn.Module):
+    """Dense layers, an activation between them; the last may be a `QRes` layer.
+
+    Attributes:
+        widths: Outputs of each layer.
+        activation: Between layers: "none", "relu", "leaky_relu", "elu" or "tanh".
+        last: Activation after the last layer.
+        quadratic: Whether the last layer is quadratic.
+        use_bias: Whether dense layers have one.
+    """
+
+    widths: tuple[int, ...]
+    activation: str = "relu"
+    last: str = "none"
+    quadratic: bool = False
+    use_bias: bool = True
+
+    def __post_init__(self):
+        """Checks the fields.
+
+        Raises:
+            ValueError: An activation is unknown, or a width is not positive.
+        """
+        super().__post_init__()
+        for field in ("activation", "last"):
+            if getattr(self, field) not in _ACTIVATIONS:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}, expected one of "
+                    f"{', '.join(_ACTIVATIONS)}"
+                )
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths are {self.widths}, expected 1 or more for each layer")
+
+    @nn.compact
+    def __call__(self, x: Float[ArrayLike, "n d"]) -> Float[Array, "n features"]:
+        """The outputs `(n, widths[-1])`."""
+        y: Any = jnp.asarray(x)
+        for index, width in enumerate(self.widths):
+            if index:
+                y = _ACTIVATIONS[self.activation](y)
+            if self.quadratic and index == len(self.widths) - 1:
+                y = QRes(width)(y)
+            else:
+                bias_init = _uniform(y.shape[-1])
+                y = nn.Dense(
+                    width, use_bias=self.use_bias, kernel_init=_kernel_init, bias_init=bias_init
+                )(y)
+        return _ACTIVATIONS[self.last](y)
+
+
+class Autoencoder(nn.Module):
+    """An encoder, a gate on its outputs, a decoder.
+
+    The params are `encoder`, `gate`, `decoder`.
+
+    Source: Bu et al. 2021, https://arxiv.org/abs/2110.01684, Eq. 5 and Section 4.4.
+
+    Attributes:
+        encoder: Its last width is that of the bottleneck, 2 or more.
+        decoder: Its last width is that of the inputs.
+        kind: Of the gate.
+    """
+
+    encoder: Perceptron
+    decoder: Perceptron
+    kind: Kind = Dam()
+
+    def setup(self):
+        """Names the gate."""
+        self.gate = Gate(self.kind)
+
+    def __call__(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n ..."]:
+        """The reconstruction, of the shape of `x`.
+
+        Raises:
+            ValueError: The decoder gives another size.
+        """
+        x = jnp.asarray(x)
+        result = self.decoder(self.encode(x))
+        if result.shape[-1] != x[0].size:
+            raise ValueError(
+                f"the decoder gives {result.shape[-1]} numbers, an input has {x[0].size}"
+            )
+        return result.reshape(x.shape)
+
+    def encode(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n bottleneck"]:
+        """The gated outputs of the encoder, `(n, bottleneck)`."""
+        x = jnp.asarray(x)
+        return self.gate(self.encoder(x.reshape(len(x), -1)))
+
+
+def _uniform(fan_in: int) -> Callable[..., Any]:
+    limit = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
