@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from experiments.checks import LARGEST_INT, check_fields, check_members, check_names
-from experiments.cka_sr_members import layer_counts, runs_of
+from experiments.cka_sr_members import layer_counts
 from experiments.cka_sr_stages import (
     REGULARISERS,
     all_patterns,
@@ -28,6 +28,7 @@ _RANGES = {
     "samples": (0, LARGEST_INT),
     "every": (1, LARGEST_INT),
     "probe": (4, LARGEST_INT),
+    "evaluated": (0, LARGEST_INT),
     "checkpoint_seconds": (0, math.inf),
     "data.split_seed": (0, 2**32 - 1),
     "supervised.epochs": (1, LARGEST_INT),
@@ -53,11 +54,16 @@ def check_config(config: Any) -> None:
         raise ValueError(f"config.coefficients is {coefficients}, expected different values")
     for coefficient in coefficients:
         # The negated form also refuses NaN.
-        if not isinstance(coefficient, int | float) or not 0 < coefficient < math.inf:
+        if type(coefficient) not in (int, float) or not 1e-30 <= coefficient <= 1e30:
             raise ValueError(
-                f"config.coefficients holds {coefficient}, expected finite numbers above 0: the "
-                "network without a regulariser is always there"
+                f"config.coefficients holds {coefficient!r}, expected numbers above 0, from 1e-30 "
+                "to 1e30: the network without a regulariser is always there"
             )
+    if len(set(config.supervised.milestones)) < len(config.supervised.milestones):
+        raise ValueError(
+            f"config.supervised.milestones is {config.supervised.milestones}, expected different "
+            "fractions"
+        )
     for fraction in config.supervised.milestones:
         if not isinstance(fraction, int | float) or not 0 < fraction < 1:
             raise ValueError(
@@ -65,17 +71,26 @@ def check_config(config: Any) -> None:
                 "between 0 and 1"
             )
     chosen = [REGULARISERS[name] for name in config.regularisers.split(",")]
-    needed = 4 if any(regulariser.debiased for regulariser in chosen) else 2
-    compared = config.samples or config.supervised.batch_size
-    if not needed <= compared <= config.supervised.batch_size:
+    needed = 4 if any(regulariser.debiased for regulariser in chosen) else 3
+    batch_size = config.supervised.batch_size
+    if batch_size < needed:
+        raise ValueError(
+            f"config.supervised.batch_size is {batch_size}, expected {needed} or more: so many "
+            "examples are needed to compare layers"
+        )
+    if config.samples and not needed <= config.samples <= batch_size:
         raise ValueError(
             f"config.samples is {config.samples}, expected 0 (all of a batch) or {needed} to "
-            f"config.supervised.batch_size, which is {config.supervised.batch_size}"
+            f"config.supervised.batch_size, which is {batch_size}"
         )
     if not config.stages:
         raise ValueError("config.stages is empty, expected patterns of layers, stage by stage")
-    if not all(isinstance(stage, str) for stage in config.stages):
+    if not all(isinstance(stage, str) and all(stage.split(",")) for stage in config.stages):
         raise ValueError(f"config.stages is {config.stages}, expected patterns of layers")
+    if not block_patterns(config):
+        raise ValueError(
+            f"config.stages is {config.stages}, inputs alone: expected patterns of outputs too"
+        )
 
 
 def check_sizes(config: Any, module: Any, data: ImageData) -> None:
@@ -107,7 +122,7 @@ def check_sizes(config: Any, module: Any, data: ImageData) -> None:
 
     params, stages, blocks = jax.eval_shape(shapes, jax.random.key(0))
     # A density that keeps no weight is an error here.
-    layer_counts(config, params, runs_of(config))
+    layer_counts(config, params)
     over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
     for pattern, maps in zip(config.stages, stages, strict=True):
         if over_stages and len(maps) < 2:

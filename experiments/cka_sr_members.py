@@ -1,5 +1,6 @@
 """The members of the CKA-SR study: which networks there are and how each starts."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.cka_sr_stages import BASELINE
-from experiments.study import stack
+from experiments.study import stack, warn_of_empty_layers
 from ntt_sparse.data.images import Split
 from ntt_sparse.pruning import densities, saliency
 from ntt_sparse.pruning import masks as pruning_masks
@@ -49,8 +50,8 @@ def member_names(runs: list[Run]) -> list[str]:
     return [f"{r.regulariser}-c{r.coefficient!r}-d{r.density!r}-s{r.seed}" for r in runs]
 
 
-def layer_counts(config: Any, params: Any, runs: list[Run]) -> Any:
-    """Weights to keep, with a leading member axis: of each layer, or of the whole network."""
+def layer_counts(config: Any, params: Any) -> dict[float, Any]:
+    """Weights to keep at each density: of each layer, or of the whole network."""
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
     spread = {"erk": densities.erk, "uniform": densities.uniform}.get(config.layer_densities)
 
@@ -59,8 +60,7 @@ def layer_counts(config: Any, params: Any, runs: list[Run]) -> Any:
             return pruning_masks.keep_counts(scores, density, scope="global")
         return pruning_masks.keep_counts(scores, spread(params, density))
 
-    by_density = {density: counts(density) for density in config.density}
-    return stack([by_density[run.density] for run in runs])
+    return {density: counts(density) for density in config.density}
 
 
 def start_members(
@@ -76,32 +76,38 @@ def start_members(
     So networks of one seed and density differ in their regulariser alone. The context of each
     is its `coefficients`, by regulariser.
     """
-    names = config.regularisers.split(",")
     x = jnp.asarray(train.x[: config.score_batch_size])
     y = jnp.asarray(train.y[: config.score_batch_size])
-
-    def member(key, counts, coefficients):
+    score = jax.jit(functools.partial(_scores, config, module))
+    select = jax.jit(pruning_masks.from_counts)
+    by_seed, masks = {}, {}
+    # Not one program: XLA takes minutes to compile the draws of a deep network together.
+    for seed in config.seeds:
+        key = jax.random.key(seed)
         variables = dict(module.init(key, jnp.zeros((1, *input_shape))))
         params = variables.pop("params")
-        if config.layer_densities in ("snip", "grasp"):
-            scores = _scores(config, module, params, variables, (x, y))
-            counts = jax.tree.map(jnp.sum, pruning_masks.from_counts(scores, counts))
+        by_seed[seed] = key, params, variables
         draws = saliency.random(jax.random.fold_in(key, _MASK_STREAM), params)
-        masks = pruning_masks.from_counts(draws, counts)
+        for density, counts in layer_counts(config, params).items():
+            if config.layer_densities in ("snip", "grasp"):
+                scored = select(score(params, variables, (x, y)), counts)
+                counts = jax.tree.map(jnp.sum, scored)
+            masks[seed, density] = select(draws, counts)
+            warn_of_empty_layers(f"density {density!r}, seed {seed}", masks[seed, density])
+
+    def member(key, params, variables, masks, coefficients):
         params = pruning_masks.apply(params, masks)
         return create_member(params, masks, optimizer, key, coefficients, variables)
 
-    shapes = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, *input_shape)))["params"]
+    names = config.regularisers.split(",")
+    return jax.jit(jax.vmap(member))(
+        *stack([by_seed[run.seed] for run in runs]),
+        stack([masks[run.seed, run.density] for run in runs]),
+        {
+            name: jnp.asarray([run.coefficient * (run.regulariser == name) for run in runs])
+            for name in names
+        },
     )
-    keys = stack([jax.random.key(run.seed) for run in runs])
-    coefficients = {
-        name: jnp.asarray([run.coefficient * (run.regulariser == name) for run in runs])
-        for name in names
-    }
-    # One after another: side by side, the temporary arrays of hundreds of networks add up.
-    together = jax.jit(lambda *args: jax.lax.map(lambda one: member(*one), args))
-    return together(keys, layer_counts(config, shapes, runs), coefficients)
 
 
 def _scores(config: Any, module: Any, params: Any, state: Any, batch: Any) -> Any:

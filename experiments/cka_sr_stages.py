@@ -87,8 +87,13 @@ def training_terms(config: Any) -> Mapping[str, Term]:
 
     def similarity(inputs: TermInputs):
         def total(features):
-            values = {name: value(regulariser, features) for name, regulariser in chosen.items()}
-            return jnp.sum(jnp.stack([inputs.context[name] * v for name, v in values.items()]))
+            # One of a member's coefficients is not zero, or none: the rest is not its loss,
+            # whatever it is.
+            parts = [
+                jnp.where(inputs.context[name] > 0, inputs.context[name] * value(one, features), 0)
+                for name, one in chosen.items()
+            ]
+            return jnp.sum(jnp.stack(parts))
 
         features = inputs.outputs.features
         return every_nth_batch(total, features, jnp.asarray(inputs.step), config.every), {}

@@ -94,7 +94,11 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         augment=_augment if config.data.augment else None,
     )
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
-    evaluation_data = (tuple(data.validation), tuple(data.test), probe_of(config, setup))
+    count = config.evaluated or None
+    held_out, test = (
+        tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)
+    )
+    evaluation_data = (held_out, test, probe_of(config, setup))
     return fit_stage(
         config, workdir, "supervised", member_names(runs), members, step_fn, setup.plan,
         tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +53,8 @@ def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
             a study have the same fields.
         doc: What `--help` says, before the docstring of the configs.
     """
-    _refuse_unknown_fields(configs.get_config())
+    fields = set(_flatten(configs.get_config().to_dict()))
+    _refuse_unknown_fields(fields)
     config = config_flags.DEFINE_config_file(
         "config",
         str(configs.__file__),
@@ -69,10 +70,17 @@ def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
     )
 
     def main():
+        # A file that cannot be loaded is an error when its values are first asked for.
+        with user_errors():
+            chosen = config.value
+            missing = fields - set(_flatten(chosen.to_dict()))
+            if missing:
+                raise ValueError(
+                    f"the config has no {', '.join(sorted(missing))}: it is that of another study"
+                )
         study = importlib.import_module(f"experiments.{name}_study")
-        default = f"runs/{name}-{config.value.name.replace(',', '-')}"
-        written = Path(workdir.value or default)
-        study.run(config.value, written, data_dir=data_dir.value)
+        written = Path(workdir.value or f"runs/{name}-{chosen.name.replace(',', '-')}")
+        study.run(chosen, written, data_dir=data_dir.value)
         print(f"\n{(written / 'report.md').read_text()}")
         for made in ("networks", "figures", "summary.json"):
             print(f"{made}: {written / made}")
@@ -81,15 +89,16 @@ def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
     app.run(lambda _: _guard(main), flags_parser=_parse_flags)
 
 
-def _refuse_unknown_fields(config: Any) -> None:
+def _refuse_unknown_fields(known: Collection[str]) -> None:
     # An unknown field would fail in the middle of defining the flag.
-    known = list(_flatten(config.to_dict()))
     for field in (arg.split("=")[0].lstrip("-") for arg in sys.argv):
         name = field.removeprefix("config.")
         if field.startswith("config.") and name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = (
-                f": did you mean {' or '.join(close)}?" if close else f", only {', '.join(known)}"
+                f": did you mean {' or '.join(close)}?"
+                if close
+                else f", only {', '.join(sorted(known))}"
             )
             _exit(2, f"error: the config has no field {name!r}{hint}")
 
@@ -132,6 +141,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, ValueError, OSError, KeyError, TypeError) as error:
         _exit(2, f"error: {_cause(str(error))}; see --help")
+    except SystemExit:
+        # After --help, for which absl exits with 1.
+        sys.exit(0)
     if len(rest) > 1:
         _exit(2, f"error: unexpected arguments {rest[1:]}; flags start with --, see --help")
     return rest

@@ -64,14 +64,18 @@ def accuracy_against_density(
         axis.legend(fontsize="small", frameon=False)
 
 
-def difference_against_density(
-    path: Path, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+def paired_differences(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]],
+    *,
+    x: str = "density (fraction of weights kept)",
 ) -> None:
-    """Paired differences of test accuracy against density, with confidence intervals.
+    """Paired differences of test accuracy against a setting, with confidence intervals.
 
     Args:
         path: Where to, without a suffix.
-        curves: `{label: [(density, {"mean": ..., "low": ..., "high": ...}), ...]}`.
+        curves: `{label: [(setting, {"mean": ..., "low": ..., "high": ...}), ...]}`.
+        x: What the setting is.
     """
     with _figure(path, figsize=(7.2, 4.4)) as axes:
         axis = axes[0, 0]
@@ -93,7 +97,7 @@ def difference_against_density(
                 markersize=4, linewidth=1, alpha=0.5 + 0.5 * (index < 10),
             )  # fmt: skip
         axis.set_xscale("log")
-        axis.set_xlabel("density (fraction of weights kept)")
+        axis.set_xlabel(x)
         axis.set_ylabel("test accuracy less that without (points)")
         axis.legend(fontsize="x-small", frameon=False, ncols=2)
 

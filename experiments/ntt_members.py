@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.ntt_stages import make_optimizer
-from experiments.study import stack
+from experiments.study import stack, warn_of_empty_layers
 from ntt_sparse import models
 from ntt_sparse.data.images import Split
 from ntt_sparse.pruning import masks as pruning_masks
@@ -145,10 +145,7 @@ def log_densities(runs: list[Run], members: Member) -> None:
     shown = set()
     for index, (run, name) in enumerate(zip(runs, member_names(runs), strict=True)):
         masks = jax.tree.map(lambda leaf, i=index: leaf[i], members.masks)
-        rows = pruning_masks.layer_densities(masks)
-        empty = [layer for layer, row in rows.items() if row.kept == 0]
-        if empty:
-            _logger.warning("%s: layers without any weight: %s", name, ", ".join(empty))
+        rows = warn_of_empty_layers(name, masks)
         if (run.method, run.density) not in shown and run.method != "dense":
             kept = ", ".join(f"{layer} {row.kept}/{row.total}" for layer, row in rows.items())
             _logger.info("%s at density %r keeps %s", run.method, run.density, kept)

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Real
 
+# Of float32, with some room for sums.
+_ROUNDING = 1e-6
+
 
 def spread(values: Real[np.ndarray, "n"] | Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation over seeds (n - 1 in the divisor) and every value.
@@ -41,9 +44,10 @@ def paired(
 
     Returns:
         `mean` and `std` of the differences (n - 1 in the divisor), the interval of the
-        mean from `low` to `high`, `p_value` and `n`. One pair has a mean and `None` for
-        the rest. Differences that are all equal have `std` 0 and an interval of one
-        point; their p-value is 0, or 1 where they are zero.
+        mean from `low` to `high`, `p_value` and `n`. One pair, or differences that are all
+        equal, tell nothing of their spread, and there is no test: `low`, `high` and
+        `p_value` are `None`, and so is the `std` of one pair. Equal are differences within
+        a millionth of the values, which may have been rounded to float32.
 
     Raises:
         ValueError: The lengths differ, there is no value, a value is not finite, or
@@ -70,13 +74,11 @@ def paired(
             )
     differences = values - baseline
     mean, n = float(np.mean(differences)), len(differences)
-    if n == 1:
-        return {"mean": mean, "std": None, "low": None, "high": None, "p_value": None, "n": 1}
-    # Equal numbers are told by their range: deviations from a rounded mean need not be zero.
-    std = float(np.std(differences, ddof=1)) if np.ptp(differences) else 0.0
-    if std == 0.0:
-        p_value = 0.0 if mean else 1.0
-        return {"mean": mean, "std": 0.0, "low": mean, "high": mean, "p_value": p_value, "n": n}
+    rounding = _ROUNDING * max(np.max(np.abs(values)), np.max(np.abs(baseline)))
+    if n == 1 or np.ptp(differences) <= rounding:
+        std = None if n == 1 else 0.0
+        return {"mean": mean, "std": std, "low": None, "high": None, "p_value": None, "n": n}
+    std = float(np.std(differences, ddof=1))
 
     from scipy import stats
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ntt_sparse.data import images
 from ntt_sparse.data.batches import steps_per_epoch, total_steps
+from ntt_sparse.pruning.masks import LayerDensity, layer_densities
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
@@ -27,6 +28,14 @@ _logger = logging.getLogger(__name__)
 def stack(trees: Sequence[Any]) -> Any:
     """Trees of one structure as one, with a leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def warn_of_empty_layers(name: str, masks: Any) -> dict[str, LayerDensity]:
+    """Logs a warning of layers without any weight. Returns what each layer keeps."""
+    rows = layer_densities(masks)
+    if empty := [layer for layer, row in rows.items() if row.kept == 0]:
+        _logger.warning("%s: layers without any weight: %s", name, ", ".join(empty))
+    return rows
 
 
 def hold_out(data: images.ImageData, fraction: float, seed: int) -> images.ImageData:

@@ -69,8 +69,8 @@ def _check(shape: tuple[int, ...], pad: int, mode: str) -> None:
         )
     if mode not in ("reflect", "constant"):
         raise ValueError(f"{mode=} is unknown: expected 'reflect' or 'constant'")
-    if pad < 0:
-        raise ValueError(f"{pad=} is negative: expected a number of pixels, 0 for no crop")
+    if not isinstance(pad, int) or pad < 0:
+        raise ValueError(f"{pad=}, expected a number of pixels, 0 or more: 0 for no crop")
     if mode == "reflect" and pad >= min(shape[1:3]):
         raise ValueError(
             f"{pad=} pixels cannot be reflected into images of {shape[1]} x {shape[2]}: "

@@ -19,7 +19,7 @@ References:
     (samples and batches) and 3.5 (CCA).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -34,7 +34,7 @@ Similarity: TypeAlias = Literal["cka", "cca"]
 
 
 def cka_sr(
-    stages: Sequence[Sequence[Features]],
+    stages: Collection[Collection[Features]],
     *,
     samples: int | None = None,
     debiased: bool = False,
@@ -53,7 +53,9 @@ def cka_sr(
             paper uses 8 of 128.
         debiased: Whether to take the debiased CKA. The plain one (the paper's) is near 1 for
             any two layers with many more features than examples.
-        similarity: `"cka"`, or `"cca"`: squared ridge CCA (`ntt_sparse.similarity.cca`).
+        similarity: `"cka"`, or `"cca"`: squared ridge CCA (`ntt_sparse.similarity.cca`) of
+            features averaged over their inner axes (the positions of images). It tells layers
+            apart only with more examples than channels: with 8, any two are alike.
         axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis over which the batch is
             split; the value is that of the whole batch, and gradients are taken as for
             `ntt_sparse.similarity.cka.linear_cka`.
@@ -63,18 +65,22 @@ def cka_sr(
 
     Raises:
         ValueError: No stage, a stage with fewer than two maps, different numbers of
-            examples, fewer than `samples` of them (four are needed to be debiased), or
-            an unknown similarity.
+            examples, fewer than `samples` of them, `samples` below three (two examples are
+            alike in all layers) or, to be debiased, four, or an unknown similarity.
     """
-    if not stages:
+    grams.check_collection(stages, "stages")
+    if not len(stages):
         raise ValueError("CKA-SR needs one stage or more, there are none")
     options = _options(samples, debiased, similarity, axis_name)
     values = [_pair_sum(maps, f"stage {i}", **options) for i, maps in enumerate(stages, start=1)]
+    counts = [len(next(iter(maps))) for maps in stages]
+    if len(set(counts)) > 1:
+        raise ValueError(f"stages have feature maps of {counts} examples, expected the same ones")
     return grams.averaged(sum(values[1:], start=values[0]), axis_name)
 
 
 def aug_cka_sr(
-    features: Sequence[Features],
+    features: Collection[Features],
     *,
     samples: int | None = None,
     debiased: bool = False,
@@ -119,10 +125,10 @@ def every_nth_batch(
         every: 1 for every batch.
 
     Raises:
-        ValueError: `every` is less than 1.
+        ValueError: `every` is less than 1, or no integer.
     """
-    if every < 1:
-        raise ValueError(f"{every=}, expected 1 (each batch) or more")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"{every=}, expected 1 (each batch) or a larger integer")
     if every == 1:
         return term(features)
     value = jax.eval_shape(term, features)
@@ -137,9 +143,9 @@ def _options(
         raise ValueError(f"{similarity=} is unknown: expected 'cka' or 'cca'")
     if debiased and similarity == "cca":
         raise ValueError("there is no debiased CCA: use similarity='cka' or debiased=False")
-    if samples is not None and samples < (4 if debiased else 2):
+    if samples is not None and (not isinstance(samples, int) or samples < (4 if debiased else 3)):
         raise ValueError(
-            f"{samples=}: expected two examples or more to compare, four or more to be debiased"
+            f"{samples=}: expected three examples or more to compare, four or more to be debiased"
         )
     return {
         "samples": samples,
@@ -150,7 +156,7 @@ def _options(
 
 
 def _pair_sum(
-    maps: Sequence[Features],
+    maps: Any,
     name: str,
     *,
     samples: int | None,
@@ -159,13 +165,17 @@ def _pair_sum(
     axis_name: str | None,
 ) -> Scalar:
     """The similarity summed over ordered pairs of different layers."""
+    grams.check_collection(maps, name)
     if len(maps) < 2:
         raise ValueError(f"{name} has {len(maps)} feature maps, expected two or more to compare")
     counts = [len(x) for x in maps]
     if len(set(counts)) > 1:
         raise ValueError(f"{name} has feature maps of {counts} examples, expected the same ones")
     # Cut first: only the examples that count are flattened, cast and gathered.
-    features = [grams.flat(grams.gather_examples(x, axis_name, samples)) for x in maps]
+    features = [grams.gather_examples(x, axis_name, samples) for x in maps]
+    if similarity == "cca":
+        features = [jnp.mean(x, axis=tuple(range(1, x.ndim - 1))) for x in features]
+    features = [grams.flat(x) for x in features]
     if debiased:
         grams.check_debiased(len(features[0]))
     units = [_unit(x, debiased, similarity) for x in features]

@@ -1,6 +1,10 @@
 """How close to sparse a network is."""
 
+from typing import cast
+
+import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import ArrayLike
 
 from ntt_sparse._types import Masks, Params, Scalar
@@ -27,13 +31,19 @@ def epsilon_sparsity(
         prunable: Predicate `(path, leaf) -> bool`: which leaves count where there are no masks.
 
     Returns:
-        A fraction in [0, 1], float32; NaN where no weight counts.
+        A fraction in [0, 1], float32; NaN where masks keep no weight.
 
     Raises:
-        ValueError: No leaf is prunable, or masks that do not fit.
+        ValueError: No leaf is prunable or has a mask, masks that do not fit, or an epsilon that
+            is not positive.
     """
+    # The negated form also refuses NaN.
+    if not isinstance(epsilon, Tracer) and not float(cast(float, epsilon)) > 0:
+        raise ValueError(f"{epsilon=}, expected a positive number")
     kept = full(params, prunable=prunable) if masks is None else masks
     check(params, kept)
+    if not jax.tree.leaves(kept):
+        raise ValueError("no leaf has a mask, expected one at least: every mask is None")
     weights, kept = named_leaves(params), named_leaves(kept)
     small = sum(jnp.sum((jnp.abs(weights[name]) < epsilon) & mask) for name, mask in kept.items())
     return jnp.float32(small) / sum(jnp.sum(mask) for mask in kept.values())

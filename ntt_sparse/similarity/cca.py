@@ -2,7 +2,8 @@
 
 Similarities are in [0, 1], and 1 for features that agree; a distance is 1 - similarity.
 Features are `(n, ...)` arrays of n examples, flattened behind the first axis and centred over
-the examples; computation is in float32 at least. All run under `jit` and `vmap`.
+the examples; computation is in float32 at least. All run under `jit` and `vmap`; where
+examples are split over devices, gather them first (`jax.lax.all_gather(x, axis, tiled=True)`).
 `ridge_cca` is made to differentiate; the others go through singular vectors, whose gradients
 are unbounded, and are made to measure with.
 

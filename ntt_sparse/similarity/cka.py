@@ -23,7 +23,7 @@ References:
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from jaxtyping import Array, Float, Float64
 from ntt_sparse._types import Scalar
 from ntt_sparse.similarity import grams
 from ntt_sparse.similarity.grams import Features
+
+_LEAST_FRACTION, _LARGEST_FRACTION = 1e-3, 1e6
 
 
 class HSICSums(NamedTuple):
@@ -142,10 +144,15 @@ def rbf_cka(
         The similarity, in [0, 1] unless debiased; 0 where features are constant.
 
     Raises:
-        ValueError: As for `linear_cka`, or a fraction that is not positive.
+        ValueError: As for `linear_cka`, or a fraction below 1e-3 (all examples are alike) or
+            above 1e6 (as `linear_cka`, but for rounding).
     """
-    if not fraction > 0:
-        raise ValueError(f"{fraction=}, expected a positive multiple of the median distance")
+    # The negated form also refuses NaN.
+    if not _LEAST_FRACTION <= fraction <= _LARGEST_FRACTION:
+        raise ValueError(
+            f"{fraction=}, expected a multiple of the median distance from {_LEAST_FRACTION} to "
+            f"{_LARGEST_FRACTION}"
+        )
     sides = _prepared([x, y], axis_name, debiased)
     units = [_rbf_unit(side, fraction, debiased) for side in sides]
     return grams.averaged(jnp.sum(units[0] * units[1]), axis_name)
@@ -182,21 +189,25 @@ def nhsic(
 def hsic_sums(
     features: Sequence[Features],
     others: Sequence[Features] | None = None,
+    *,
+    axis_name: str | None = None,
 ) -> HSICSums:
     """What one minibatch adds to minibatch CKA: unbiased HSIC of all pairs, and of each layer.
 
     Add the results of minibatches with `jax.tree.map(operator.add, ...)`, and give the sums
-    to `cka_of_sums`.
+    to `cka_of_sums`. Fourth powers of features must fit their dtype; `minibatch_cka` has no
+    such limit.
 
     Args:
         features: Features of L layers, `(n, ...)` each.
         others: Features of M layers of another network; by default the same ones.
+        axis_name: As for `linear_cka`.
 
     Raises:
         ValueError: No layers, different numbers of examples, or fewer than four.
     """
-    first = _prepared(features, None, debiased=True)
-    second = first if others is None else _prepared(others, None, debiased=True)
+    first = _prepared(features, axis_name, debiased=True)
+    second = first if others is None else _prepared(others, axis_name, debiased=True)
     n = len(first[0])
     if len(second[0]) != n:
         raise ValueError(f"the networks saw {n} and {len(second[0])} examples")
@@ -207,11 +218,12 @@ def hsic_sums(
     one = stacked(first)
     two = one if others is None else stacked(second)
     count = n * (n - 3)
-    return HSICSums(
+    sums = HSICSums(
         grams.matmul(one, two.T) / count,
         jnp.sum(one**2, axis=1) / count,
         jnp.sum(two**2, axis=1) / count,
     )
+    return jax.tree.map(lambda value: grams.averaged(value, axis_name), sums)
 
 
 def cka_of_sums(sums: HSICSums) -> Float[Array | np.ndarray, "l m"]:
@@ -225,7 +237,8 @@ def cka_of_sums(sums: HSICSums) -> Float[Array | np.ndarray, "l m"]:
 
 
 def minibatch_cka(
-    batches: Iterable[Sequence[Features] | tuple[Sequence[Features], Sequence[Features]]],
+    batches: Iterable[Sequence[Features]],
+    others: Iterable[Sequence[Features]] | None = None,
 ) -> Float64[np.ndarray, "l m"]:
     """CKA over a data set that does not fit into memory, one minibatch after another.
 
@@ -234,35 +247,65 @@ def minibatch_cka(
     the value converges to the debiased CKA of the whole set.
 
     Args:
-        batches: For each minibatch the features of L layers, `(n, ...)` each, or a `tuple`
-            of those of two networks. A last batch of fewer than four is left out.
+        batches: For each minibatch the features of L layers, `(n, ...)` each. A last batch of
+            fewer than four is left out.
+        others: The same of the M layers of another network, for the same minibatches; by
+            default those of the same network. Two generators are read in turn.
 
     Returns:
         Similarities `(L, L)`, or `(L, M)` of two networks.
 
     Raises:
-        ValueError: There is no batch of four examples or more.
+        ValueError: There is no batch of four examples or more, or batches differ in their
+            layers or number.
     """
     total: HSICSums | None = None
     small = False
-    sums = jax.jit(hsic_sums)
-    for batch in batches:
+    both = batches if others is None else zip(batches, others, strict=True)
+    for batch in both:
         if small:
             raise ValueError("a batch of fewer than four examples is not the last one")
-        pair = batch if isinstance(batch, tuple) else (batch,)
-        small = len(pair[0][0]) < 4
-        if not small:
-            terms = jax.tree.map(lambda s: np.asarray(s, np.float64), sums(*map(list, pair)))
-            total = terms if total is None else jax.tree.map(np.add, total, terms)
+        sides = [list(batch)] if others is None else [list(side) for side in batch]
+        for side, name in zip(sides, ("features", "others"), strict=False):
+            if not side:
+                raise ValueError(f"a batch of {name} holds no layer, expected one or more")
+        small = len(sides[0][0]) < 4
+        if small:
+            continue
+        sums, *scales = (jax.tree.map(_float64, part) for part in _scaled_sums(*sides))
+        one, two = scales[0], scales[-1]
+        sums = HSICSums(one[:, None] * sums.cross * two, one**2 * sums.first, two**2 * sums.second)
+        if total is not None and total.cross.shape != sums.cross.shape:
+            raise ValueError(
+                f"batches hold {total.cross.shape} and {sums.cross.shape} layers, expected the "
+                "same in each"
+            )
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
         raise ValueError("minibatch CKA needs a batch of four examples or more, there is none")
     return np.asarray(cka_of_sums(total))
+
+
+def _float64(x: Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+@jax.jit
+def _scaled_sums(*sides: list[Array]) -> tuple[Any, ...]:
+    """The sums of features of size one, and the squares of what they were divided by."""
+    scaled, scales = [], []
+    for side in sides:
+        largest = [jnp.max(jnp.abs(grams.flat(x)), initial=0) for x in side]
+        scales.append(jnp.stack([jnp.where(scale > 0, scale, 1) for scale in largest]))
+        scaled.append([grams.flat(x) / scale for x, scale in zip(side, scales[-1], strict=True)])
+    return hsic_sums(*scaled), *(scale**2 for scale in scales)
 
 
 def _prepared(
     features: Sequence[Features], axis_name: str | None, debiased: bool
 ) -> list[Float[Array, "_ _"]]:
     """Flat features of all examples, of one dtype, checked."""
+    grams.check_collection(features, "features")
     if not features:
         raise ValueError("there are no features to compare, expected those of one layer or more")
     counts = [len(x) for x in features]
@@ -331,5 +374,6 @@ def _rbf_unit(x: Float[Array, "n p"], fraction: float, debiased: bool) -> Float[
     apart = (squared > rounding) & ~zero
     median = jnp.nanmedian(jnp.where(apart, squared, jnp.nan))
     width = 2 * fraction**2 * jnp.where(zero, 1.0, median)
-    centred = grams.centre(jnp.exp(-squared / width))
+    # The constant that expm1 leaves off is taken off by centring, in fewer digits.
+    centred = grams.centre(jnp.expm1(-squared / width))
     return grams.unit(grams.u_centre(centred) if debiased else centred, zero)

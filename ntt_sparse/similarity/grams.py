@@ -5,7 +5,8 @@ room, and the sums over pairs that are minimised, is therefore made of one thing
 layer the vector $v = \tilde K / \|\tilde K\|_F$, or zero where features are constant.
 """
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,21 @@ ROUNDINGS = 16
 
 # Where less of the squared features than this is about their mean, they are centred first.
 _LEAST_SPREAD = 1 / 32
+
+
+def check_collection(features: Any, name: str) -> None:
+    """Checks that features of several layers are a sequence of arrays.
+
+    Raises:
+        ValueError: They are one array, whose rows would be taken for layers, or a mapping.
+    """
+    if isinstance(features, Mapping):
+        raise ValueError(f"{name} is a mapping, expected a sequence: pass list(its.values())")
+    if hasattr(features, "shape"):
+        raise ValueError(
+            f"{name} is an array of shape {features.shape}, expected a sequence of arrays, one "
+            "for each layer"
+        )
 
 
 def flat(x: Features, name: str = "features") -> Float[Array, "_ _"]:
@@ -41,10 +57,10 @@ def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."
     return jnp.matmul(a, b, precision="highest")
 
 
-def centre(k: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def centre(k: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """`H k H`, without a product: row and column means are taken off."""
-    k = k - jnp.mean(k, axis=0)
-    return k - jnp.mean(k, axis=1, keepdims=True)
+    k = k - jnp.mean(k, axis=-2, keepdims=True)
+    return k - jnp.mean(k, axis=-1, keepdims=True)
 
 
 class CentredGram(NamedTuple):
@@ -56,9 +72,39 @@ class CentredGram(NamedTuple):
     """The sum of all squared features, not centred; it has no derivative."""
 
     def is_constant(self) -> Bool[Array, ""]:
-        """Whether all examples have the same features, up to rounding."""
+        """Whether all examples have the same features, up to rounding.
+
+        Features so large that their squares overflow (1e16 and more in float32) are not: what
+        is made of them is NaN, and shows.
+        """
         eps = jnp.finfo(self.matrix.dtype).eps
-        return jnp.trace(self.matrix) <= (ROUNDINGS * eps) ** 2 * self.size
+        constant = jnp.trace(self.matrix) <= (ROUNDINGS * eps) ** 2 * self.size
+        return constant & jnp.isfinite(self.size)
+
+
+@jax.custom_batching.custom_vmap
+def _centred_products(x: Float[Array, "*batch n p"]) -> tuple[Array, Array]:
+    """`H x x^T H`, and the trace of `x x^T`."""
+    products = matmul(x, jnp.swapaxes(x, -1, -2))
+    size = jnp.trace(products, axis1=-2, axis2=-1)
+    centred = centre(products)
+
+    def centre_first():
+        around_mean = x - jnp.mean(x, axis=-2, keepdims=True)
+        around_mean = matmul(around_mean, jnp.swapaxes(around_mean, -1, -2))
+        return jnp.where(mean_dominates[..., None, None], around_mean, centred)
+
+    # Centring the product is one pass over the features less, but where the mean dominates it
+    # cancels their digits.
+    mean_dominates = jnp.trace(centred, axis1=-2, axis2=-1) < _LEAST_SPREAD * size
+    return jax.lax.cond(jnp.any(mean_dominates), centre_first, lambda: centred), size
+
+
+@_centred_products.def_vmap
+def _(axis_size: int, batched: list[bool], x: Array) -> tuple[Any, Any]:
+    # One condition for all members of a batch: of one for each, both branches would be run.
+    del axis_size, batched
+    return _centred_products(x), (True, True)
 
 
 @jax.custom_jvp
@@ -68,18 +114,7 @@ def centred_gram(x: Float[Array, "n p"]) -> CentredGram:
     The derivative has a rule because the automatic one takes two products of the size of the
     features, and this one takes one.
     """
-    products = matmul(x, x.T)
-    size = jnp.trace(products)
-    centred = centre(products)
-
-    def centre_first():
-        around_mean = x - jnp.mean(x, axis=0)
-        return matmul(around_mean, around_mean.T)
-
-    # Centring the product is one pass over the features less, but where the mean dominates it
-    # cancels their digits.
-    mean_dominates = jnp.trace(centred) < _LEAST_SPREAD * size
-    return CentredGram(jax.lax.cond(mean_dominates, centre_first, lambda: centred), size)
+    return CentredGram(*_centred_products(x))
 
 
 @centred_gram.defjvp
