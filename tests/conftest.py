@@ -2,13 +2,27 @@
 
 `NPROC` sizes XLA's CPU thread pool: with more forced devices than threads a
 collective waits for participants that never get a thread, and XLA aborts.
+
+Nearly all time goes into compiling programs that run once. So they are compiled without
+the optimisations of LLVM (`XLA_FLAGS= python -m pytest` tests with them), and the processes
+of a session share what they compile.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # By the first process, which outlives its workers.
+    compiled = tempfile.mkdtemp(prefix="ntt_sparse-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

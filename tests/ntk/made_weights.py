@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntt_sparse.ntk import empirical_ntk
+from ntt_sparse.ntk import empirical_ntk, structured
 
 LEAVES = {
     "first": (6, 5),
@@ -30,21 +30,32 @@ def as_flat(network, names):
     return lambda leaves, x: network(dict(zip(names, leaves, strict=True)), x)
 
 
-def assert_equals_jacobian_method(network, weights, x1, x2, **options):
-    """Value and gradient, half of the weights masked."""
-    masks = masks_like(weights)
+def value_and_grad(network, weights, x1, x2, **options):
+    def objective(w):
+        value = empirical_ntk(network, w, x1, x2, **options)
+        return jnp.sum(jnp.sin(value)), value
 
-    def value_and_grad(method):
-        def objective(w):
-            arguments = {"masks": masks, "method": method, **options}
-            value = empirical_ntk(network, w, x1, x2, **arguments)
-            return jnp.sum(jnp.sin(value)), value
+    (_, value), grad = jax.jit(jax.value_and_grad(objective, has_aux=True))(weights)
+    return value, grad
 
-        return jax.jit(jax.value_and_grad(objective, has_aux=True))(weights)
 
-    (_, value), grad = value_and_grad("structured")
-    (_, expected), expected_grad = value_and_grad("jacobian")
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+def assert_equal(actual, expected):
+    """Of values and gradients, each relative to its largest entry."""
+    (value, grad), (expected_value, expected_grad) = actual, expected
+    bound = 1e-12 * np.abs(expected_value).max()
+    np.testing.assert_allclose(value, expected_value, rtol=0, atol=bound)
     for name, leaf in expected_grad.items():
         bound = 1e-11 * np.abs(leaf).max()
         np.testing.assert_allclose(grad[name], leaf, rtol=0, atol=bound, err_msg=name)
+
+
+def assert_equals_jacobian_method(
+    network, weights, x1, x2, memory_limits=(structured.MEMORY_LIMIT,), **options
+):
+    """Value and gradient within each limit, half of the weights masked."""
+    arguments = network, weights, x1, x2
+    options = {"masks": masks_like(weights), **options}
+    expected = value_and_grad(*arguments, method="jacobian", **options)
+    for limit in memory_limits:
+        ours = value_and_grad(*arguments, method="structured", memory_limit=limit, **options)
+        assert_equal(ours, expected)

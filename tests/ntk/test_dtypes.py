@@ -3,6 +3,7 @@
 The reference is the Jacobian method, which reads no program.
 """
 
+import functools
 import inspect
 
 import jax
@@ -204,12 +205,14 @@ def test_the_dtype_of_the_kernel(x64, method):
     for leaf, inputs, outputs, expected in cases:
         w, x = draw(4, 3, dtype=leaf), jnp.ones((2, 4), inputs)
         for projections in (None, (jnp.ones((2, 1, 3), double), jnp.ones((2, 2, 3), single))):
-            kernel = empirical_ntk(
-                lambda w, x, outputs=outputs: (x @ w).astype(outputs),
-                *(w, x),
-                projections=projections,
-                method=method,
-            )
+            kernel = jax.jit(
+                functools.partial(
+                    empirical_ntk,
+                    lambda w, x, outputs=outputs: (x @ w).astype(outputs),
+                    projections=projections,
+                    method=method,
+                )
+            )(w, x)
             assert kernel.dtype == expected
             scale = 4.0 if projections is None else 12.0
             shape = (2, 2, 3, 3) if projections is None else (2, 2, 1, 2)
@@ -225,9 +228,9 @@ def test_batches_of_two_floating_dtypes_meet_in_the_wider(x64, method, one, two)
     weights = {"a": draw(6, 5), "b": draw(5, 2)}
     x1, x2 = draw(3, 6, dtype=one), draw(2, 6, seed=1, dtype=two)
     wide = jnp.promote_types(one, two)
+    kernel_of = jax.jit(functools.partial(empirical_ntk, perceptron, method=method))
     kernel, expected = (
-        empirical_ntk(perceptron, weights, *batches, method=method)
-        for batches in ((x1, x2), (x1.astype(wide), x2.astype(wide)))
+        kernel_of(weights, *batches) for batches in ((x1, x2), (x1.astype(wide), x2.astype(wide)))
     )
     np.testing.assert_array_equal(kernel, expected)
 

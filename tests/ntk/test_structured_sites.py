@@ -1,13 +1,19 @@
 """The structured kernel of convolutions and embeddings, and its bound on memory."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from made_weights import as_flat, assert_equals_jacobian_method
+from made_weights import as_flat, assert_equal, assert_equals_jacobian_method, value_and_grad
 
 from ntt_sparse.ntk import empirical_ntk, structured
+
+# Of `small_cnn`: height, width, channels in and channels out.
+KERNELS = {"deep": (3, 3, 2, 36), "wide": (2, 1, 1, 36), "last": (2, 2, 36, 2)}
+BIAS = (36,)
 
 
 def small_cnn(w, x):
@@ -20,44 +26,43 @@ def small_cnn(w, x):
     return jnp.mean(x, axis=(1, 2))
 
 
-@pytest.mark.parametrize("output", ["full", "trace"])
-@pytest.mark.parametrize("limit", [structured.MEMORY_LIMIT, 60_000])
-def test_deep_convolutions_in_blocks(x64, output, limit):
+# In bytes: all pairs of examples of `small_cnn` meet at once, or block after block.
+LIMITS = structured.MEMORY_LIMIT, 60_000
+
+
+@pytest.mark.parametrize(("output", "limits"), [("full", LIMITS), ("trace", LIMITS[1:])])
+def test_deep_convolutions_in_blocks(x64, output, limits):
     rng = np.random.default_rng(8)
-    shapes = {"deep": (3, 3, 2, 36), "b": (36,), "wide": (2, 1, 1, 36), "last": (2, 2, 36, 2)}
-    weights = {name: jnp.asarray(rng.normal(size=s) / s[2]) for name, s in shapes.items() if s[1:]}
-    weights["b"] = jnp.asarray(rng.normal(size=36))
+    # Drawn smaller where more channels come in.
+    weights = {
+        name: jnp.asarray(rng.normal(size=(*window, channels_in, channels_out)) / channels_in)
+        for name, (*window, channels_in, channels_out) in KERNELS.items()
+    }
+    weights["b"] = jnp.asarray(rng.normal(size=BIAS))
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (5, 3))
-    layout = structured.plan(as_flat(small_cnn, weights), [*weights.values()], x1, limit)
-    assert [list(weights)[leaf] for leaf in layout.shared] == ["deep", "wide", "last"]
-    block = structured._block(layout, [*weights.values()], [None] * 4, 5, 3, (2, 2), limit)
-    assert (block == (5, 3)) == (limit == structured.MEMORY_LIMIT)
-    assert_equals_jacobian_method(small_cnn, weights, x1, x2, output=output, memory_limit=limit)
+    leaves, not_masked = [*weights.values()], [None for _ in weights]
+    sensitivities = (2, 2)  # One per output, on either side.
+    for limit in limits:
+        layout = structured.plan(as_flat(small_cnn, weights), leaves, x1, limit)
+        assert [list(weights)[leaf] for leaf in layout.shared] == ["deep", "wide", "last"]
+        block = structured._block(layout, leaves, not_masked, 5, 3, sensitivities, limit)
+        assert (block == (5, 3)) == (limit == structured.MEMORY_LIMIT)
+    assert_equals_jacobian_method(small_cnn, weights, x1, x2, output=output, memory_limits=limits)
 
 
-@pytest.mark.parametrize("max_density", [0.01, 0.2, 1.0])
-@pytest.mark.parametrize("limit", [structured.MEMORY_LIMIT, 60_000])
-def test_a_promised_density_changes_nothing(x64, max_density, limit):
+def test_a_promised_density_changes_nothing(x64):
     """Kept as promised (by 0.2), or not (by 0.01): value and gradient are those of the mask."""
     rng = np.random.default_rng(10)
-    shapes = {"deep": (3, 3, 2, 36), "b": (36,), "wide": (2, 1, 1, 36), "last": (2, 2, 36, 2)}
+    shapes = KERNELS | {"b": BIAS}
     weights = {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}
     masks = {name: jnp.asarray(rng.random(s) < 0.15) for name, s in shapes.items()}
     masks["wide"] = jnp.zeros(shapes["wide"], bool).at[0, 0, 0, ::8].set(True)
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (3, 2))
-
-    def value_and_grad(**options):
-        def objective(w):
-            value = empirical_ntk(small_cnn, w, x1, x2, masks=masks, **options)
-            return jnp.sum(jnp.sin(value)), value
-
-        return jax.jit(jax.value_and_grad(objective, has_aux=True))(weights)
-
-    (_, value), grad = value_and_grad(max_density=max_density, memory_limit=limit)
-    (_, expected), expected_grad = value_and_grad(method="jacobian")
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
-    for name, leaf in expected_grad.items():
-        np.testing.assert_allclose(grad[name], leaf, rtol=0, atol=1e-11 * np.abs(leaf).max())
+    arguments = small_cnn, weights, x1, x2
+    expected = value_and_grad(*arguments, masks=masks, method="jacobian")
+    for max_density, limit in itertools.product((0.01, 0.2), LIMITS):
+        options = {"max_density": max_density, "memory_limit": limit}
+        assert_equal(value_and_grad(*arguments, masks=masks, **options), expected)
 
 
 def test_the_memory_limit_bounds_memory():

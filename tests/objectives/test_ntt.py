@@ -1,5 +1,6 @@
 """Neural Tangent Transfer against NumPy float64 references and hand-made cases."""
 
+import functools
 import itertools
 
 import jax
@@ -20,6 +21,13 @@ def net(params, x):
     """One hidden layer, tanh."""
     hidden = jnp.tanh(x @ params["in"]["kernel"] + params["in"]["bias"])
     return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+# Compiled once for all problems of a size.
+loss_of_net = jax.jit(functools.partial(ntt_loss, net), static_argnames=("wrt", "method"))
+gradient_of_net = jax.jit(
+    jax.grad(functools.partial(ntt_loss, net), has_aux=True), static_argnames=("wrt", "method")
+)
 
 
 def problem(n, seed=0, dtype=np.float64):
@@ -76,13 +84,12 @@ def reference_loss(student, masks, teacher, x, wrt="masked", kernel_weight=0.3, 
     return loss, (kernel_term, output_term, l2)
 
 
-@pytest.mark.parametrize("n", [2, 6, 7])
-@pytest.mark.parametrize("wrt", ["masked", "all"])
+@pytest.mark.parametrize(("n", "wrt"), [(2, "masked"), (6, "all"), (7, "masked"), (7, "all")])
 @pytest.mark.parametrize("method", METHODS)
 def test_value_and_terms(x64, method, wrt, n):
     arrays = problem(n)
     expected, expected_terms = reference_loss(*arrays, wrt)
-    loss, terms = ntt_loss(net, *to_jax(arrays), **WEIGHTS, wrt=wrt, method=method)
+    loss, terms = loss_of_net(*to_jax(arrays), **WEIGHTS, wrt=wrt, method=method)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     np.testing.assert_allclose(terms, expected_terms, rtol=1e-12)
     assert terms._fields == ("kernel", "output", "l2")
@@ -93,12 +100,9 @@ def test_value_and_terms(x64, method, wrt, n):
 def test_gradient_equals_difference_quotients(x64, method, wrt):
     student, masks, teacher, x = problem(7, seed=1)
     rng = np.random.default_rng(2)
-    jax_student, jax_masks, jax_teacher, jax_x = to_jax((student, masks, teacher, x))
-    grad = jax.grad(
-        lambda p: ntt_loss(
-            net, p, jax_masks, jax_teacher, jax_x, kernel_weight=1e4, wrt=wrt, method=method
-        )[0]
-    )(jax_student)
+    grad, _ = gradient_of_net(
+        *to_jax((student, masks, teacher, x)), kernel_weight=1e4, wrt=wrt, method=method
+    )
     step = 1e-5
     for _ in range(5):
         direction = jax.tree.map(lambda p: rng.normal(size=p.shape), student)
@@ -120,7 +124,7 @@ def test_gradient_equals_difference_quotients(x64, method, wrt):
 
 def test_no_gradient_reaches_the_teacher():
     student, masks, teacher, x = to_jax(problem(4, dtype=np.float32))
-    grad = jax.grad(lambda t: ntt_loss(net, student, masks, t, x, **WEIGHTS)[0])(teacher)
+    grad = jax.jit(jax.grad(lambda t: loss_of_net(student, masks, t, x, **WEIGHTS)[0]))(teacher)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grad))
 
 
@@ -219,12 +223,12 @@ def test_members_and_traced_weights(x64, method):
     values, grads = losses(*stacked, jnp.asarray(kernel_weights), jnp.asarray(l2_weights))
     np.testing.assert_allclose(values, expected, rtol=1e-12)
     for i, member in enumerate(members):
-        single = jax.grad(
-            lambda p, i=i, member=member: ntt_loss(
-                net, p, *to_jax(member[1:]),
-                kernel_weight=kernel_weights[i], l2_weight=l2_weights[i], method="jacobian",
-            )[0]
-        )(to_jax(member[0]))  # fmt: skip
+        single, _ = gradient_of_net(
+            *to_jax(member),
+            kernel_weight=kernel_weights[i],
+            l2_weight=l2_weights[i],
+            method="jacobian",
+        )
         for batched, alone in zip(*map(jax.tree.leaves, (grads, single)), strict=True):
             np.testing.assert_allclose(batched[i], alone, rtol=1e-10, atol=1e-12)
 
@@ -243,8 +247,13 @@ def test_new_masks_do_not_recompile():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(("dtype", "local"), [(np.float64, 1), (np.float64, 3), (np.float32, 2)])
-@pytest.mark.parametrize("wrap", ["shard_map", "shard_map_unchecked", "pmap"])
+@pytest.mark.parametrize(
+    ("wrap", "dtype", "local"),
+    [
+        *itertools.product(("shard_map", "shard_map_unchecked", "pmap"), [np.float64], (1, 3)),
+        ("shard_map", np.float32, 2),
+    ],
+)
 def test_devices_equal_one_device(wrap, dtype, local):
     """Value and gradient of a split batch.
 
@@ -257,7 +266,8 @@ def test_devices_equal_one_device(wrap, dtype, local):
         def loss(p, m, t, x, axis_name=None):
             return ntt_loss(net, p, m, t, x, **WEIGHTS, axis_name=axis_name)
 
-        expected, expected_grad = jax.value_and_grad(loss, has_aux=True)(student, masks, teacher, x)
+        one_device = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        expected, expected_grad = one_device(student, masks, teacher, x)
 
         def local_step(p, m, t, x):
             value, grad = jax.value_and_grad(loss, has_aux=True)(p, m, t, x, "data")
@@ -303,24 +313,29 @@ def test_precision(method, dtype):
     exact = jax.tree.map(lambda a: a if a.dtype == bool else a.astype(np.float64), arrays)
     expected, expected_terms = reference_loss(*exact)
     with jax.enable_x64(dtype == np.float64):
-        loss, terms = ntt_loss(
-            net, *to_jax(arrays if dtype == np.float32 else exact), **WEIGHTS, method=method
-        )
+        arrays = to_jax(arrays if dtype == np.float32 else exact)
+        loss, terms = loss_of_net(*arrays, **WEIGHTS, method=method)
     assert loss.dtype == dtype
     tolerance = 1e-4 if dtype == np.float32 else 1e-9
     np.testing.assert_allclose(loss, expected, rtol=tolerance)
     np.testing.assert_allclose(terms, expected_terms, rtol=tolerance)
 
 
+def relu_net(params, x):
+    hidden = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
+    return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+value_and_gradient_of_relu_net = jax.jit(
+    jax.value_and_grad(functools.partial(ntt_loss, relu_net), has_aux=True),
+    static_argnames="method",
+)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", ["empty_masks", "dead_layer", "constant_inputs", "same_network"])
 def test_degenerate_cases_stay_finite(case, method):
     student, masks, teacher, x = to_jax(problem(4, dtype=np.float32))
-
-    def relu_net(params, x):
-        hidden = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
-        return hidden @ params["out"]["kernel"] + params["out"]["bias"]
-
     if case == "empty_masks":
         masks = jax.tree.map(jnp.zeros_like, masks)
     elif case == "dead_layer":
@@ -329,12 +344,9 @@ def test_degenerate_cases_stay_finite(case, method):
         x = jnp.ones_like(x)
     else:
         student, masks = teacher, jax.tree.map(jnp.ones_like, masks)
-    (loss, terms), grad = jax.jit(
-        jax.value_and_grad(
-            lambda p, m: ntt_loss(relu_net, p, m, teacher, x, **WEIGHTS, method=method),
-            has_aux=True,
-        )
-    )(student, masks)
+    (loss, terms), grad = value_and_gradient_of_relu_net(
+        student, masks, teacher, x, **WEIGHTS, method=method
+    )
     assert np.isfinite(loss)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grad))
     if case == "empty_masks":

@@ -1,3 +1,5 @@
+"""Canonical correlations, SVCCA and PWCCA; and what all measures, ridge CCA too, have in common."""
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -5,92 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from cca_problems import (
+    ROUNDING,
+    arrays,
+    correlated,
+    eigen_cca,
+    eigen_pwcca,
+    invertible,
+    known,
+    leading,
+    precision,
+    signals,
+    x64,
+)
 
 from ntt_sparse.similarity import cca
-
-# Rounding of one operation. A condition number of about 10 in the features below and sums over
-# at most 64 examples bring it to about 64 * 10 roundings, to 1000 with the references' own.
-ROUNDING = {"float32": 1000 * 2.0**-24, "float64": 1000 * 2.0**-53}
-
-ridge_value = jax.jit(cca.ridge_cca, static_argnames="ridge")
-ridge_gradients = jax.jit(jax.value_and_grad(cca.ridge_cca, argnums=(0, 1)))
-
-precision = pytest.mark.parametrize("dtype", ["float32", "float64"])
-x64 = pytest.mark.usefixtures("x64")
-
-
-def correlated(seed=0, n=64, p1=5, p2=7):
-    """Features that share two directions, with noise; off centre."""
-    rng = np.random.default_rng(seed)
-    shared = rng.normal(size=(n, 2))
-    x = shared @ rng.normal(size=(2, p1)) + rng.normal(size=(n, p1)) + 0.5
-    y = shared @ rng.normal(size=(2, p2)) + rng.normal(size=(n, p2)) - 2.0
-    return x, y
-
-
-def signals(n, k, seed=0):
-    """k orthonormal n-vectors with mean 0, as columns."""
-    rng = np.random.default_rng(seed)
-    return np.linalg.qr(np.c_[np.ones(n), rng.normal(size=(n, k))])[0][:, 1:]
-
-
-def known(correlations, scales, n=64, seed=0):
-    """Features of one signal each, with given canonical correlations and scales of x."""
-    rho, k = np.array(correlations), len(correlations)
-    basis = signals(n, 2 * k, seed)
-    return basis[:, :k] * scales, basis[:, :k] * rho + basis[:, k:] * np.sqrt(1 - rho**2)
-
-
-def invertible(rng, p):
-    """A matrix of condition number at most 4."""
-    left, right = (np.linalg.qr(rng.normal(size=(p, p)))[0] for _ in range(2))
-    return left * rng.uniform(0.5, 2, p) @ right
-
-
-def arrays(dtype, *values):
-    return [jnp.asarray(value, dtype) for value in values]
-
-
-# References: the generalised eigenproblem of covariances, by general solvers.
-
-
-def eigen_cca(x, y):
-    """Canonical correlations, descending, and the coefficients of x, by S_x^-1 S_xy S_y^-1 S_yx."""
-    x, y = x - x.mean(0), y - y.mean(0)
-    operator = np.linalg.solve(x.T @ x, x.T @ y) @ np.linalg.solve(y.T @ y, y.T @ x)
-    squares, coefficients = np.linalg.eig(operator)
-    order = np.argsort(-squares.real)[: min(x.shape[1], y.shape[1])]
-    return np.sqrt(squares.real[order].clip(0)), coefficients.real[:, order]
-
-
-def eigen_pwcca(x, y):
-    rho, coefficients = eigen_cca(x, y)
-    variates = (x - x.mean(0)) @ coefficients
-    variates /= np.linalg.norm(variates, axis=0)
-    weights = [sum(abs(h @ feature) for feature in x.T) for h in variates.T]
-    return np.average(rho, weights=weights)
-
-
-def leading(x, threshold, power):
-    x = x - x.mean(0)
-    squares, vectors = np.linalg.eigh(x.T @ x)
-    shares = np.sqrt(squares.clip(0)) ** power
-    k = 1
-    while sum(shares[-k:]) < threshold * sum(shares):
-        k += 1
-    return x @ vectors[:, -k:]
-
-
-def cosine(a, b):
-    return np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
-
-
-def ridged(x, ridge):
-    n = len(x)
-    centring = np.eye(n) - np.ones((n, n)) / n
-    kernel = centring @ x @ x.T @ centring
-    return kernel @ np.linalg.inv(kernel + ridge * np.trace(kernel) / n * np.eye(n))
-
 
 # Canonical correlations
 
@@ -197,11 +128,17 @@ def test_constant_features_are_like_nothing(dtype):
         cca.ridge_cca,
         lambda x, y: cca.pwcca_similarity(x, y, symmetric=True),
     )
+
+    @jax.jit
+    def values(x, other):
+        pairs = ((x, other), (other, x), (x, x))
+        means = [function(*pair) for function in functions for pair in pairs]
+        return jnp.stack(means), cca.canonical_correlations(x, other)
+
     for value in (0.0, 0.1, 1e3 / 3, 1e-25, 1e25):
-        x, other = arrays(dtype, np.tile(columns, (49, 1)) * value, y)
-        for function in functions:
-            assert function(x, other) == function(other, x) == function(x, x) == 0
-        np.testing.assert_array_equal(cca.canonical_correlations(x, other), np.zeros(3))
+        means, correlations = values(*arrays(dtype, np.tile(columns, (49, 1)) * value, y))
+        np.testing.assert_array_equal(means, np.zeros(15))
+        np.testing.assert_array_equal(correlations, np.zeros(3))
 
 
 def test_features_that_are_not_finite_give_nan():
@@ -279,121 +216,6 @@ def test_pwcca_is_that_of_the_eigenproblem(dtype):
     np.testing.assert_allclose(cca.pwcca_similarity(y, x), back, rtol=0, atol=atol)
     both = cca.pwcca_similarity(x, y, symmetric=True)
     np.testing.assert_allclose(both, (forth + back) / 2, rtol=0, atol=atol)
-
-
-# Ridge CCA: features in p x p matrices (5), n x n (100), and one of each.
-
-sizes = pytest.mark.parametrize(("p1", "p2"), [(5, 7), (100, 80), (5, 100), (100, 5)])
-
-
-@x64
-@precision
-@sizes
-@pytest.mark.parametrize("ridge", [1e-2, 0.1, 10.0])
-def test_ridge_cca_by_its_formula(dtype, p1, p2, ridge):
-    x, y = correlated(p1=p1, p2=p2)
-    a, b = ridged(x, ridge), ridged(y, ridge)
-    features = arrays(dtype, x, y)
-    # The condition number of a ridged kernel is below n / ridge, of a tenth of n over 0.1 here.
-    tolerance = ROUNDING[dtype] * max(1, 0.1 / ridge)
-    kernel = cca.whitened_kernel(features[0], ridge=ridge)
-    np.testing.assert_allclose(kernel, a, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(kernel, kernel.T, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(np.sum(kernel, axis=0), 0, rtol=0, atol=64 * tolerance)
-    value = cca.ridge_cca(*features, ridge=ridge)
-    np.testing.assert_allclose(value, cosine(a, b), rtol=0, atol=tolerance)
-    itself = cca.ridge_cca(features[0], features[0], ridge=ridge)
-    np.testing.assert_allclose(itself, 1, rtol=0, atol=ROUNDING[dtype])
-
-
-@x64
-@pytest.mark.parametrize(("p1", "p2"), [(5, 5), (5, 7)])
-def test_ridge_cca_without_ridge_is_the_mean_square(p1, p2):
-    x, y = correlated(p1=p1, p2=p2)
-    ridge = 1e-9
-    value = cca.ridge_cca(*arrays("float64", x, y), ridge=ridge)
-    expected = np.sum(eigen_cca(x, y)[0] ** 2) / np.sqrt(p1 * p2)
-    # Each side is damped by k / (k + ridge * mean) in product and norm; k > mean / 100 here.
-    squares = [np.linalg.svd(z - z.mean(0), compute_uv=False) ** 2 for z in (x, y)]
-    damping = sum(2 * ridge * np.sum(k) / len(x) / k[-1] for k in squares)
-    np.testing.assert_allclose(value, expected, rtol=damping + ROUNDING["float64"])
-    if p1 == p2:
-        squared = cca.cca_similarity(*arrays("float64", x, y), squared=True)
-        np.testing.assert_allclose(value, squared, rtol=damping + ROUNDING["float64"])
-
-
-@x64
-@sizes
-def test_ridge_cca_with_a_large_ridge_is_linear_cka(p1, p2):
-    x, y = correlated(p1=p1, p2=p2)
-    ridge, n = 1e7, len(x)
-    kernels = [(z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y)]
-    value = cca.ridge_cca(*arrays("float64", x, y), ridge=ridge)
-    # 1 / (k + ridge) varies by k / ridge < n / ridge, in product and norm of either side.
-    np.testing.assert_allclose(value, cosine(*kernels), rtol=4 * n / ridge)
-
-
-@x64
-@sizes
-def test_ridge_gradient_by_finite_differences(p1, p2):
-    rng = np.random.default_rng(3)
-    x, y = arrays("float64", *correlated(n=12, p1=p1, p2=p2))
-    _, gradients = ridge_gradients(x, y)
-    step = 1e-4
-    for _ in range(5):
-        dx, dy = (jnp.asarray(rng.normal(size=z.shape) / np.sqrt(z.size)) for z in (x, y))
-        # Differences to fourth order: truncation of step^4 = 1e-16, rounding of 1e-15 / step.
-        ends = [float(ridge_value(x + t * dx, y + t * dy)) for t in step * np.array([-2, -1, 1, 2])]
-        difference = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * step)
-        slope = jnp.sum(gradients[0] * dx) + jnp.sum(gradients[1] * dy)
-        np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-10)
-
-
-@x64
-@sizes
-def test_ridge_gradient_in_single_precision(p1, p2):
-    features = correlated(p1=p1, p2=p2)
-    (_, (single, _)), (_, (double, _)) = (
-        ridge_gradients(*arrays(dtype, *features)) for dtype in ("float32", "float64")
-    )
-    assert single.dtype == jnp.float32
-    # The solve in the gradient has the condition number of the kernel once more.
-    atol = ROUNDING["float32"] * float(jnp.max(jnp.abs(double)))
-    np.testing.assert_allclose(single, double, rtol=0, atol=10 * atol)
-
-
-@x64
-@precision
-@pytest.mark.parametrize("shape", [(1, 3), (2, 3), (8, 3), (8, 30)])
-def test_nothing_to_compare_has_value_and_gradient_zero(dtype, shape):
-    rng = np.random.default_rng(0)
-    n = shape[0]
-    fills = (0.0, 0.1, 1e3 / 3) if n > 2 else (rng.normal(size=shape), 1.0)
-    for width in (2, 40) if n > 2 else (2,):
-        for fill in fills:
-            x, y = arrays(dtype, np.broadcast_to(fill, shape), rng.normal(size=(n, width)))
-            value, gradients = ridge_gradients(x, y)
-            assert value == 0
-            np.testing.assert_array_equal(gradients[0], np.zeros(x.shape))
-            np.testing.assert_array_equal(gradients[1], np.zeros(y.shape))
-            np.testing.assert_array_equal(cca.whitened_kernel(x), np.zeros((n, n)))
-
-
-def test_dead_unit_in_a_live_layer_has_finite_gradient():
-    x, y = arrays("float32", *correlated(n=16))
-    x = x.at[:, 1].set(0)
-    _, (gradient, _) = ridge_gradients(x, y)
-    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
-
-
-@pytest.mark.parametrize(("n", "p"), [(8, 4000), (16, 20000), (300, 20)])
-def test_a_ridge_below_rounding_gives_no_nan(n, p):
-    rng = np.random.default_rng(0)
-    rank_one = np.outer(rng.normal(size=n), rng.normal(size=p))
-    x, y = arrays("float32", rank_one, rng.normal(size=(n, 3)))
-    loss = jax.jit(jax.value_and_grad(lambda x: cca.ridge_cca(x, y, ridge=1e-30)))
-    value, gradient = loss(x)
-    assert 0 <= value <= 1 and np.all(np.isfinite(gradient))
 
 
 # Everything
@@ -485,13 +307,3 @@ def test_thresholds_are_shares(threshold):
 def test_svcca_needs_three_examples():
     with pytest.raises(ValueError, match="2 examples, expected 3 or more"):
         cca.svcca_similarity(jnp.ones((2, 2)), jnp.ones((2, 2)))
-
-
-@pytest.mark.parametrize("ridge", [0.0, -1.0, np.nan, np.inf])
-@pytest.mark.parametrize("width", [2, 20])
-def test_ridges_are_positive(ridge, width):
-    x = jnp.ones((6, width))
-    with pytest.raises(ValueError, match="expected a positive finite number"):
-        cca.ridge_cca(x, x, ridge=ridge)
-    with pytest.raises(ValueError, match="expected a positive finite number"):
-        cca.whitened_kernel(x, ridge=ridge)
