@@ -1,7 +1,6 @@
 """CKA-SR against the published loop over pairs in float64, and its own laws."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -161,14 +160,38 @@ def test_split_over_devices(x64, samples, options):
             np.testing.assert_allclose(device, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_cca_compares_averages_over_positions(x64):
+    """Channels are features, not pixels, of which there are more than examples."""
+    rng = np.random.default_rng(3)
+    features = [jnp.asarray(rng.normal(size=(12, *shape))) for shape in ((4, 4, 3), (2, 5, 4))]
+    pooled = [x.mean((1, 2)) for x in features]
+    value = aug_cka_sr(features, similarity="cca")
+    np.testing.assert_allclose(value, aug_cka_sr(pooled, similarity="cca"), rtol=1e-12)
+    assert 0 < value < 0.9
+
+
 def test_no_array_over_pairs_of_layers():
     """Cost and memory are linear in the number of layers."""
     layers = 40
-    text = str(jax.make_jaxpr(jax.grad(aug_cka_sr))([jnp.ones((8, 30))] * layers))
-    assert f"[{layers},{layers}]" not in text
-    products = len(re.findall(r"dot_general", text))
-    # One for each Gram matrix and its derivative, and one in the branch that centres first.
-    assert products == 3 * layers
+    jaxpr = jax.make_jaxpr(jax.grad(aug_cka_sr))([jnp.ones((8, 30))] * layers)
+    assert f"[{layers},{layers}]" not in str(jaxpr)
+    # One product for each Gram matrix and its derivative, and one in the branch that centres
+    # first.
+    assert len(list(products(jaxpr.jaxpr))) == 3 * layers
+
+
+def products(jaxpr):
+    """The matrix products of a program and of the programs in it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        inner = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        )
+        for value in inner:
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "eqns"):
+                yield from products(value)
 
 
 def test_batches_in_between_do_no_work():
@@ -224,7 +247,10 @@ def test_bad_input():
         (lambda: aug_cka_sr([x]), "AugCKA-SR has 1 feature maps, expected two or more"),
         (lambda: aug_cka_sr([x, y[:5]]), r"feature maps of \[10, 5\] examples"),
         (lambda: aug_cka_sr([x, y], samples=11), "samples=11 of each batch .* the batch has 10"),
-        (lambda: aug_cka_sr([x, y], samples=1), "samples=1: expected two examples or more"),
+        (lambda: aug_cka_sr([x, y], samples=2), "samples=2: expected three examples or more"),
+        (lambda: cka_sr([[x, y], [x[:5], y[:5]]]), r"stages have feature maps of \[10, 5\]"),
+        (lambda: cka_sr([x, y]), r"stage 1 is an array of shape \(10, 3\)"),
+        (lambda: aug_cka_sr(x), r"AugCKA-SR is an array of shape \(10, 3\)"),
         (lambda: aug_cka_sr([x, y], samples=3, debiased=True), "samples=3: .* four or more"),
         (lambda: aug_cka_sr([x[:3], y[:3]], debiased=True), "four examples or more, there are 3"),
         (

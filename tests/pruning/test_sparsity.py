@@ -66,7 +66,6 @@ def test_of_zeros_it_is_the_sparsity():
 def test_where_nothing_counts_it_is_nan():
     nothing = jax.tree.map(jnp.zeros_like, MASKS)
     assert np.isnan(epsilon_sparsity(PARAMS, 0.1, masks=nothing))
-    assert np.isnan(epsilon_sparsity(PARAMS, 0.1, masks=dict.fromkeys(PARAMS)))
 
 
 def test_members_and_traced_epsilons():
@@ -97,5 +96,10 @@ def test_what_does_not_fit_raises():
         epsilon_sparsity({"bias": jnp.zeros(3)}, 0.1)
     with pytest.raises(ValueError, match="mask of 'kernel' is"):
         epsilon_sparsity(PARAMS, 0.1, masks={**MASKS, "kernel": jnp.ones((3, 2), bool)})
+    for epsilon in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a positive number"):
+            epsilon_sparsity(PARAMS, epsilon)
+    with pytest.raises(ValueError, match="no leaf has a mask"):
+        epsilon_sparsity(PARAMS, 0.1, masks=jax.tree.map(lambda _: None, PARAMS))
     with pytest.raises(ValueError, match="structure of params"):
         epsilon_sparsity(PARAMS, 0.1, masks={"kernel": MASKS["kernel"]})

@@ -259,8 +259,17 @@ def test_rbf(x64):
     # A wide kernel is a linear one.
     value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=1e3)
     assert float(value) == pytest.approx(reference_cka(x, y), abs=1e-5)
-    with pytest.raises(ValueError, match=r"fraction=0\.0, expected a positive"):
-        cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=0.0)
+    for fraction in (0.0, -1.0, 1e-20, 1e7, float("nan")):
+        with pytest.raises(ValueError, match=r"fraction=.*, expected a multiple of the median"):
+            cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=fraction)
+
+
+def test_wide_kernels_keep_their_digits_in_float32():
+    """One less a small number would lose them."""
+    x, y = normal(16, 50).astype(np.float32), normal(16, 50, seed=1).astype(np.float32)
+    for fraction in (300.0, 1e4, 1e6):
+        value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=fraction)
+        assert float(value) == pytest.approx(reference_cka(x, y), rel=1e-4)
 
 
 def test_nhsic(x64):
@@ -282,7 +291,7 @@ def test_minibatches_average_hsic_before_the_ratio(x64):
     cross = [[sum(reference_hsic1(p[i], p[j]) for p in parts[:3]) for j in (0, 1)] for i in (0, 1)]
     expected = np.array(cross) / np.sqrt(np.outer(np.diag(cross), np.diag(cross)))
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
-    pair = cka.minibatch_cka([([b[0]], [b[1]]) for b in batches])
+    pair = cka.minibatch_cka([[b[0]] for b in batches], [[b[1]] for b in batches])
     np.testing.assert_allclose(pair, expected[:1, 1:], rtol=0, atol=1e-12)
     sums = [cka.hsic_sums(batch) for batch in batches[:3]]
     total = jax.tree.map(lambda *terms: sum(terms), *sums)
@@ -304,6 +313,48 @@ def test_one_minibatch_is_the_debiased_value_and_many_approach_it(x64):
     assert errors[1] < errors[0] < 0.1
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e8])
+def test_minibatches_of_any_scale(scale):
+    """Fourth powers of features do not fit float32."""
+    batches = [[normal(8, p, seed=p + s) for p in (3, 70)] for s in (0, 100)]
+    cross = [[sum(reference_hsic1(b[i], b[j]) for b in batches) for j in (0, 1)] for i in (0, 1)]
+    expected = np.array(cross) / np.sqrt(np.outer(np.diag(cross), np.diag(cross)))
+    scaled = [[jnp.asarray(scale * x, jnp.float32) for x in batch] for batch in batches]
+    np.testing.assert_allclose(cka.minibatch_cka(scaled), expected, atol=1e-5)
+
+
+def test_minibatches_that_do_not_fit():
+    x, y = (jnp.asarray(normal(5, p)) for p in (2, 3))
+    with pytest.raises(ValueError, match=r"batches hold \(2, 2\) and \(1, 1\) layers"):
+        cka.minibatch_cka([[x, y], [x]])
+    with pytest.raises(ValueError, match="a batch of features holds no layer"):
+        cka.minibatch_cka([[]])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        cka.minibatch_cka([[x], [x]], [[y]])
+
+
+def test_features_that_overflow_are_not_taken_for_constant():
+    """Infinite squares give NaN, which shows, and no silent zero."""
+    x, y = (jnp.asarray(1e25 * normal(6, p), jnp.float32) for p in (20, 30))
+    assert np.isnan(cka.linear_cka(x, y))
+
+
+def test_members_have_one_condition_together():
+    """Not both branches of one each: the mean dominates in the second member alone."""
+    x = jnp.asarray(np.stack([normal(6, 20), 100 + normal(6, 20, seed=1)]), jnp.float32)
+    batched = jax.vmap(lambda x: grams.centred_gram(x).matrix)
+    conditions = [e for e in jax.make_jaxpr(batched)(x).jaxpr.eqns if e.primitive.name == "cond"]
+    text = str(jax.make_jaxpr(batched)(x))
+    assert len(conditions) == 1 or text.count("cond[") == 1, text
+    for member, ours in enumerate(jax.jit(batched)(x)):
+        centred = np.asarray(x[member], float)
+        centred = centred - centred.mean(0)
+        np.testing.assert_allclose(ours, centred @ centred.T, rtol=1e-3, atol=1e-3)
+    # A member that needs it does not change the others.
+    alone = jax.jit(batched)(x[:1])
+    np.testing.assert_array_equal(jax.jit(batched)(x)[0], alone[0])
+
+
 def test_minibatches_that_are_too_small():
     small, large = [jnp.ones((3, 2))], [jnp.asarray(normal(4, 2))]
     with pytest.raises(ValueError, match="needs a batch of four examples or more, there is none"):
@@ -320,6 +371,10 @@ def test_bad_input():
         cka.cka_matrix([x], [jnp.ones((5, 3))])
     with pytest.raises(ValueError, match="the networks saw 4 and 5 examples"):
         cka.hsic_sums([x], [jnp.ones((5, 3))])
+    with pytest.raises(ValueError, match=r"features is an array of shape \(4, 3\), expected a"):
+        grams.check_collection(x, "features")
+    with pytest.raises(ValueError, match="features is a mapping"):
+        grams.check_collection({"a": x}, "features")
     with pytest.raises(ValueError, match="there are no features to compare"):
         cka.cka_matrix([])
     with pytest.raises(ValueError, match=r"features is of shape \(0, 3\), expected \(n, ...\)"):
