@@ -11,14 +11,12 @@ class SmokeRun(NamedTuple):
     arguments: tuple
     fields: dict
     workdir: object
-    cache: object
 
 
 @pytest.fixture(scope="session")
 def finished_smoke(tmp_path_factory):
     from test_cli import CONFIG, run
 
-    cache = tmp_path_factory.mktemp("compiled")
     workdir = tmp_path_factory.mktemp("smoke") / "work"
     # Checkpoints after every chunk, so that a kill finds one.
     fields = {
@@ -35,6 +33,6 @@ def finished_smoke(tmp_path_factory):
         f"--config={CONFIG}:digits_lenet300,smoke",
         *(f"--config.{field}={value}" for field, value in fields.items()),
     )
-    result = run(cache, *arguments, f"--workdir={workdir}")
+    result = run(*arguments, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-2000:]
-    return SmokeRun(arguments, fields, workdir, cache)
+    return SmokeRun(arguments, fields, workdir)

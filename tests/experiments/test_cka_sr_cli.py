@@ -8,18 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cka_sr_problems import get_config
 
 from experiments import cka_sr_checks, cka_sr_study
 from experiments.cli import UserError
 from experiments.configs import cka_sr as configs
 from ntt_sparse.data import images
-
-
-def get_config(name="digits_lenet300,smoke", **fields):
-    config = configs.get_config(name)
-    with config.unlocked():
-        config.update_from_flattened_dict(fields)
-    return config
 
 
 def made_data(shape, num_classes, n=2600):

@@ -27,19 +27,15 @@ def command(*arguments):
     return [sys.executable, "-m", "experiments.ntt", *arguments]
 
 
-def environment(tmp_path):
-    return os.environ | {
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment():
+    return os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
 
-def run(tmp_path, *arguments):
+def run(*arguments):
     return subprocess.run(
         command(*arguments),
         cwd=ROOT,
-        env=environment(tmp_path),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -54,35 +50,14 @@ def run(tmp_path, *arguments):
         (["--config.supervised.epochs=many"], 2, "invalid literal"),
         (["--bogus"], 2, "Unknown command line flag 'bogus'"),
         (["run"], 2, "unexpected arguments ['run']"),
-        (["--config.density=1.5"], 1, "expected a fraction in (0, 1]"),
-        (["--config.density=0.0"], 1, "expected a fraction in (0, 1]"),
-        (["--config.density=1e-9"], 1, "keeps none of"),
-        (["--config.methods=ntt,snap"], 1, "config.methods is 'ntt,snap'"),
-        (["--config.seeds=1,1"], 1, "expected different values"),
-        (["--config.seeds=4294967297"], 1, "2**32 - 1"),
         (["--config.density=abc"], 1, "expected a fraction in (0, 1]"),
-        (["--config.supervised.patience=-1"], 1, "config.supervised.patience is -1"),
-        (
-            ["--config.probe=3", "--config.methods=snip"],
-            1,
-            "config.methods must have ntt and dense",
-        ),
-        (["--config.transfer.validation_fraction=0.0007"], 1, "kernel pairs need two"),
-        (["--config.snip_batch_size=100000"], 1, "there are 1293 training images"),
-        (["--config.model.name=lenet_300"], 1, "unknown model 'lenet_300'"),
-        (["--config.model.name=lenet5_caffe"], 1, 'padding="SAME"'),
         (["--config.data.name=no_such_set", "--data_dir=/nowhere"], 1, "not prepared"),
-        (["--config.transfer.batch_size=1"], 1, "at least two examples"),
-        (["--config.supervised.batch_size=5000"], 1, "no batch can be filled"),
-        (["--config.transfer.wrt=some"], 1, "expected one of 'masked', 'all'"),
-        (["--config.supervised.validation_fraction=0.0001"], 1, "validation"),
-        (["--config.transfer.kernel_weight=-1"], 1, "config.transfer.kernel_weight is -1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, code, message):
     workdir = tmp_path / "work"
-    result = run(tmp_path, f"--workdir={workdir}", *arguments)
+    result = run(f"--workdir={workdir}", *arguments)
     assert result.returncode == code
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
@@ -90,8 +65,42 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, code, messag
     assert not workdir.exists()
 
 
-def test_help_explains_itself(tmp_path):
-    result = run(tmp_path, "--help")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"density": (1.5,)}, "expected a fraction in (0, 1]"),
+        ({"density": (0.0,)}, "expected a fraction in (0, 1]"),
+        ({"density": (1e-9,)}, "keeps none of"),
+        ({"methods": "ntt,snap"}, "config.methods is 'ntt,snap'"),
+        ({"seeds": (1, 1)}, "expected different values"),
+        ({"seeds": (4294967297,)}, "2**32 - 1"),
+        ({"supervised.patience": -1}, "config.supervised.patience is -1"),
+        ({"probe": 3, "methods": "snip"}, "config.methods must have ntt and dense"),
+        ({"transfer.validation_fraction": 0.0007}, "kernel pairs need two"),
+        ({"snip_batch_size": 100000}, "there are 1293 training images"),
+        ({"model.name": "lenet_300"}, "unknown model 'lenet_300'"),
+        ({"model.name": "lenet5_caffe"}, 'padding="SAME"'),
+        ({"transfer.batch_size": 1}, "at least two examples"),
+        ({"supervised.batch_size": 5000}, "no batch can be filled"),
+        ({"transfer.wrt": "some"}, "expected one of 'masked', 'all'"),
+        ({"supervised.validation_fraction": 0.0001}, "validation"),
+        ({"transfer.kernel_weight": -1.0}, "config.transfer.kernel_weight is -1"),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be_run_are_refused_before_any_work(tmp_path, fields, message):
+    """In this process; the command line prints such an error as that of a density above."""
+    config = configs.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError) as raised:
+        ntt_study.run(config, tmp_path / "w")
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_help_explains_itself():
+    result = run("--help")
     assert "Neural Tangent Transfer" in result.stdout
     for flag in ("config", "workdir", "data_dir"):
         assert re.search(rf"^  --{flag}: ", result.stdout, re.M), flag
@@ -139,27 +148,36 @@ def saved(directory):
     return {path.name for path in directory.glob("*") if path.name.isdigit()}
 
 
-@pytest.mark.parametrize("stage", ["transfer", "supervised"])
-def test_a_study_killed_in_either_stage_ends_bit_identical(tmp_path, finished_smoke, stage):
+def kill_in(stage, workdir, arguments):
+    """Starts the study, or goes on with it, and kills it at a checkpoint of the stage.
+
+    Returns:
+        What it had written to stderr.
+    """
+    log = workdir.parent / f"{stage}.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, env=environment(),
+            stderr=stderr, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not saved(workdir / "checkpoints" / stage):
+            assert process.poll() is None, "the run ended early"
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert not (workdir / "summary.json").exists()
+    return log.read_text()
+
+
+def test_a_study_killed_in_both_stages_ends_bit_identical(tmp_path, finished_smoke):
     """Between two checkpoints, with mask refreshes before and after."""
     workdir = tmp_path / "work"
     arguments = (*finished_smoke.arguments, f"--workdir={workdir}")
-    process = subprocess.Popen(
-        command(*arguments),
-        cwd=ROOT,
-        env=environment(finished_smoke.cache),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not saved(workdir / "checkpoints" / stage):
-        assert process.poll() is None, "the run ended early"
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (workdir / "summary.json").exists()
-    result = run(finished_smoke.cache, *arguments)
+    assert "goes on" not in kill_in("transfer", workdir, arguments)
+    assert "stage transfer goes on from step" in kill_in("supervised", workdir, arguments)
+    result = run(*arguments)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert f"stage {stage} goes on from step" in result.stderr
+    assert "stage supervised goes on from step" in result.stderr
     for name in ("summary.json", "transfer.jsonl", "supervised.jsonl"):
         assert (workdir / name).read_bytes() == (finished_smoke.workdir / name).read_bytes()
 
@@ -170,7 +188,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, finished_smoke):
     settings = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(settings | {"density": [0.04]}))
     arguments = [argument.replace("0.05", "0.04") for argument in finished_smoke.arguments]
-    result = run(finished_smoke.cache, *arguments, f"--workdir={workdir}")
+    result = run(*arguments, f"--workdir={workdir}")
     assert result.returncode == 1
     assert "belong to a run with other settings or data" in result.stderr
 
@@ -178,12 +196,8 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, finished_smoke):
 def test_eight_devices_end_where_one_does(tmp_path, finished_smoke):
     """In this process, which has eight: members and batches are both spread."""
     config = configs.get_config("digits_lenet300,smoke")
-    for field, value in finished_smoke.fields.items():
-        node = config
-        *parents, last = field.split(".")
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+    with config.unlocked():
+        config.update_from_flattened_dict(finished_smoke.fields)
     assert jax.device_count() == 8
     ntt_study.run(config, tmp_path / "w")
     for name in ("transfer", "supervised"):
@@ -202,7 +216,7 @@ def test_a_finished_study_is_only_drawn_again(finished_smoke):
     before = (finished_smoke.workdir / "summary.json").read_bytes()
     (finished_smoke.workdir / "report.md").unlink()
     arguments = (*finished_smoke.arguments, f"--workdir={finished_smoke.workdir}")
-    result = run(finished_smoke.cache, *arguments)
+    result = run(*arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (finished_smoke.workdir / "summary.json").read_bytes() == before
     assert "summary.json: " in result.stdout and "figures: " in result.stdout

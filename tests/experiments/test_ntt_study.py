@@ -142,9 +142,13 @@ def test_members_of_a_seed_start_from_the_same_draw(study):
     members = ntt_members.supervised_members(
         config, setup.module, setup.input_shape, setup.supervised.train, runs, students
     )
+    members = members._replace(key=jax.random.key_data(members.key))
+    members = jax.tree.map(np.asarray, members)
     by_run = {run: jax.tree.map(lambda leaf, i=i: leaf[i], members) for i, run in enumerate(runs)}
+    init = jax.jit(lambda key: models.init(setup.module, key, setup.input_shape))
+    dense_of = {seed: init(jax.random.key(seed)) for seed in config.seeds}
     for run, member in by_run.items():
-        dense = models.init(setup.module, jax.random.key(run.seed), setup.input_shape)
+        dense = dense_of[run.seed]
         density = masks.density(member.masks)
         layers = masks.layer_densities(member.masks)
         total = sum(row.total for row in layers.values())

@@ -26,8 +26,16 @@ def assert_close(ours, expected, rtol=1e-11):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-@pytest.mark.parametrize("cache", [structured._CACHE, 0], ids=["together", "one_by_one"])
-@pytest.mark.parametrize("options", [{"max_density": 0.2}, {"distance": "sketch"}], ids=str)
+# Derivatives of several examples together, or one by one.
+@pytest.mark.parametrize(
+    ("cache", "options"),
+    [
+        (structured._CACHE, {"max_density": 0.2}),
+        (0, {"max_density": 0.2}),
+        (0, {"distance": "sketch"}),
+    ],
+    ids=["together-full", "one_by_one-full", "one_by_one-sketch"],
+)
 def test_everywhere_the_same(x64, monkeypatch, cache, options):
     monkeypatch.setattr(structured, "_CACHE", cache)
     if "distance" in options:

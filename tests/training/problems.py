@@ -46,18 +46,18 @@ def init(key: Any) -> Any:
 optimizer = optax.adam(1e-2)
 
 
-def members(seeds: tuple[int, ...] = (0, 1, 2, 3), density: float = 0.5) -> state.Member:
-    """Randomly masked members, one per seed."""
+@jax.jit
+@jax.vmap
+def _member(key):
+    params = init(key)
+    scores = saliency.random(key, params)
+    kept = masks.from_counts(scores, masks.keep_counts(scores, 0.5, scope="layer"))
+    return state.create_member(masks.apply(params, kept), kept, optimizer, key)
 
-    def member(key):
-        params = init(key)
-        scores = saliency.random(key, params)
-        counts = masks.keep_counts(scores, density, scope="layer")
-        kept = masks.from_counts(scores, counts)
-        return state.create_member(masks.apply(params, kept), kept, optimizer, key)
 
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.jit(jax.vmap(member))(keys)
+def members(seeds: tuple[int, ...] = (0, 1, 2, 3)) -> state.Member:
+    """Randomly masked members of density 0.5, one per seed."""
+    return _member(jnp.stack([jax.random.key(seed) for seed in seeds]))
 
 
 def step_fn() -> step.StepFn:

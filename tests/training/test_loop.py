@@ -170,11 +170,9 @@ def test_plan_refuses_nothing_to_do(field):
         loop.Plan(**settings)
 
 
-def start(workdir, cache):
+def start(workdir):
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     script = Path(__file__).with_name("killed_run.py")
@@ -195,11 +193,11 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     unbroken.mkdir()
     killed.mkdir()
-    finish(start(unbroken, tmp_path / "cache"))
+    finish(start(unbroken))
     rng = random.Random(0)
     kills = 0
     for _ in range(3):
-        process = start(killed, tmp_path / "cache")
+        process = start(killed)
         # Somewhere after the first new checkpoint: in a chunk, a record or a save.
         before = set((killed / "checkpoints").glob("*"))
         while set((killed / "checkpoints").glob("*")) <= before and process.poll() is None:
@@ -208,7 +206,7 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()
-    finish(start(killed, tmp_path / "cache"))
+    finish(start(killed))
     assert kills >= 2, "the run ended before it could be killed"
     for name in ("fingerprint", "metrics.jsonl"):
         assert (killed / name).read_bytes() == (unbroken / name).read_bytes()

@@ -28,6 +28,17 @@ def run_chunks(program, members, stops, mesh=None):
     return state
 
 
+@jax.jit
+def gradient_by_hand(params, masks, x, y):
+    def loss_fn(params):
+        hidden = jnp.tanh(x @ (params["in"] * masks["in"]) + params["bias"])
+        logits = hidden @ (params["out"] * masks["out"])
+        logp = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
+        return -jnp.mean(logp[jnp.arange(16), y])
+
+    return jax.value_and_grad(loss_fn)(params)
+
+
 def by_hand(seed, num_steps):
     """Adam on softmax cross-entropy of the masked network, written out; no dropout."""
     member = jax.tree.map(lambda leaf: leaf[0], problems.members((seed,)))
@@ -38,14 +49,7 @@ def by_hand(seed, num_steps):
         key = jax.random.fold_in(jax.random.fold_in(member.key, 0), index // PER_EPOCH)
         order = jax.random.permutation(key, len(y))
         batch = order[(index % PER_EPOCH) * 16 :][:16]
-
-        def loss_fn(params, batch=batch):
-            hidden = jnp.tanh(x[batch] @ (params["in"] * member.masks["in"]) + params["bias"])
-            logits = hidden @ (params["out"] * member.masks["out"])
-            logp = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
-            return -jnp.mean(logp[jnp.arange(16), y[batch]])
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
+        loss, grads = gradient_by_hand(params, member.masks, x[batch], y[batch])
         updates, opt_state = problems.optimizer.update(grads, opt_state)
         params = optax.apply_updates(params, updates)
         losses.append(loss)
