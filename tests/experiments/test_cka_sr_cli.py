@@ -97,14 +97,21 @@ MISTAKES = [
     ({"coefficients": (math.inf,)}, "config.coefficients holds inf"),
     ({"coefficients": (0.1, 0.1)}, "expected different values"),
     ({"coefficients": ()}, "config.coefficients is ()"),
-    ({"coefficients": ("abc",)}, "config.coefficients holds abc"),
+    ({"coefficients": ("abc",)}, "config.coefficients holds 'abc'"),
     ({"density": (1.5,)}, "expected a fraction in (0, 1]"),
     ({"density": (1e-9,)}, "keeps none of"),
     ({"density": (1e-9,), "layer_densities": "snip"}, "keeps none of"),
     ({"seeds": (1, 1)}, "config.seeds"),
     ({"layer_densities": "magnitude"}, "config.layer_densities is 'magnitude'"),
     ({"samples": 65}, "config.samples is 65"),
-    ({"samples": 1, "regularisers": "cka_sr"}, "config.samples is 1"),
+    ({"samples": 2, "regularisers": "cka_sr"}, "config.samples is 2"),
+    ({"samples": 0, "supervised.batch_size": 3}, "config.supervised.batch_size is 3"),
+    ({"coefficients": (1e-60,)}, "config.coefficients holds 1e-60"),
+    ({"coefficients": (True,)}, "config.coefficients holds True"),
+    ({"supervised.milestones": (0.5, 0.5)}, "expected different fractions"),
+    ({"stages": ("Dense_0,",)}, "expected patterns of layers"),
+    ({"stages": ("Dense_0:input,Dense_1:input",)}, "inputs alone"),
+    ({"evaluated": -1}, "config.evaluated is -1"),
     ({"samples": 3}, "config.samples is 3"),
     ({"every": 0}, "config.every is 0"),
     ({"probe": 3}, "config.probe is 3"),
@@ -160,5 +167,5 @@ def test_the_command_line_refuses_what_is_no_number(tmp_path):
     )  # fmt: skip
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == 1 and len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: config.coefficients holds abc")
+    assert lines[0].startswith("error: config.coefficients holds 'abc'")
     assert not workdir.exists()

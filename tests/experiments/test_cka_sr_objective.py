@@ -13,7 +13,7 @@ from cka_sr_problems import get_config, hand_cka, member_of, tiny_mlp, tiny_spli
 from experiments import cka_sr_members, cka_sr_study
 from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
-from ntt_sparse.training import step as steps
+from ntt_sparse.training import program as programs
 from ntt_sparse.training.loop import Plan
 
 HAND = {
@@ -94,7 +94,8 @@ def train_by_program(**fields):
     setup = cka_sr_study.Setup(tiny_mlp(jnp.float64), data, Plan(4, 2, 4))
     handed = {}
 
-    def fit_stage(config, workdir, stage, names, members, step_fn, plan, train_data, *rest):
+    def fit_stage(*arguments, batch_size):
+        members, step_fn, _, train_data = arguments[4:8]
         handed.update(members=members, step_fn=step_fn, data=train_data)
         return members
 
@@ -102,7 +103,7 @@ def train_by_program(**fields):
         patch.setattr(cka_sr_study, "fit_stage", fit_stage)
         cka_sr_study.train(config, setup, Path("unused"))
     mesh = meshes.make_mesh()
-    program = steps.make_program(handed["step_fn"], batch_size=16, mesh=mesh)
+    program = programs.make_program(handed["step_fn"], batch_size=16, mesh=mesh)
     data = jax.device_put(jax.tree.map(jnp.asarray, handed["data"]), meshes.replicated(mesh))
     state = program.init(handed["members"], data)
     permutations = program.permutations(state, jnp.int32(0), data)
@@ -177,15 +178,18 @@ def equations(jaxpr):
 
 
 def skipping(jaxpr):
-    """How many conditionals have a branch that multiplies matrices and one that does not."""
+    """How many conditionals have a branch of several matrix products and one of none.
+
+    (One product is in the branch of a Gram matrix whose features are centred first.)
+    """
     count = 0
     for equation in equations(jaxpr):
         if equation.primitive.name == "cond":
             works = [
-                any(e.primitive.name == "dot_general" for e in equations(branch.jaxpr))
+                sum(e.primitive.name == "dot_general" for e in equations(branch.jaxpr))
                 for branch in equation.params["branches"]
             ]
-            count += sorted(works) == [False, True]
+            count += min(works) == 0 and max(works) > 1
     return count
 
 

@@ -31,7 +31,7 @@ def test_what_figures_show(tmp_path, monkeypatch):
     saved.clear()
     one = {"mean": 0.02, "low": 0.01, "high": 0.05}
     alone = {"mean": -0.03, "low": None, "high": None}
-    figures.difference_against_density(tmp_path / "d", {"x": [(0.5, alone), (0.1, one)]})
+    figures.paired_differences(tmp_path / "d", {"x": [(0.5, alone), (0.1, one)]})
     (axis,) = saved[0][1].axes
     ((line, _, (bars,)),) = axis.containers
     np.testing.assert_allclose(line.get_xydata(), [[0.1, 2.0], [0.5, -3.0]])

@@ -352,7 +352,7 @@ def test_members_have_one_condition_together():
         np.testing.assert_allclose(ours, centred @ centred.T, rtol=1e-3, atol=1e-3)
     # A member that needs it does not change the others.
     alone = jax.jit(batched)(x[:1])
-    np.testing.assert_array_equal(jax.jit(batched)(x)[0], alone[0])
+    np.testing.assert_allclose(jax.jit(batched)(x)[0], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_minibatches_that_are_too_small():
