@@ -2,6 +2,7 @@
 
     python benchmarks/cka.py                          # nine maps, 128 examples
     python benchmarks/cka.py --layers 27 --examples 16
+    python benchmarks/cka.py --layers 9 --examples 32 --members 4
     python benchmarks/cka.py --step                   # ResNet-20, batch 128
 
 Feature maps are thirds of 16x32x32, 32x16x16 and 64x8x8, as in the ResNets for small images.
@@ -33,7 +34,7 @@ from ntt_sparse.training.step import make_step
 _SHAPES = ((16, 32, 32), (32, 16, 16), (64, 8, 8))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the comparison that the flags ask for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,17 +42,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=9, help="feature maps (default 9)")
     parser.add_argument("--examples", type=int, default=128, help="rows of each (default 128)")
     parser.add_argument("--rounds", type=int, default=9, help="turns (default 9)")
+    parser.add_argument(
+        "--members", type=int, default=1, help="networks side by side, JAX alone (default 1)"
+    )
     parser.add_argument("--step", action="store_true", help="time a ResNet-20 training step")
-    options = parser.parse_args()
-    if min(options.layers - 2, options.examples - 4, options.rounds - 1) < 0:
-        parser.error("expected --layers of at least 2, --examples of 4 and --rounds of 1")
+    options = parser.parse_args(arguments)
+    least = {"layers": 2, "examples": 4, "rounds": 1, "members": 1}
+    if any(getattr(options, name) < value for name, value in least.items()):
+        parser.error(f"expected at least {least}")
     if options.step:
         training_step(options.rounds)
     else:
-        alone(options.layers, options.examples, options.rounds)
+        alone(options.layers, options.examples, options.rounds, options.members)
 
 
-def alone(layers: int, n: int, rounds: int) -> None:
+def alone(layers: int, n: int, rounds: int, members: int) -> None:
     """Value, and value with gradient, of AugCKA-SR."""
     rng = np.random.default_rng(0)
     shapes = [_SHAPES[layer * 3 // layers] for layer in range(layers)]
@@ -64,16 +69,20 @@ def alone(layers: int, n: int, rounds: int) -> None:
         for name, fn in _in_jax().items():
             transformed = fn if mode == "value" else jax.value_and_grad(fn)
             inputs = list(map(jnp.asarray, features))
+            if members > 1:
+                transformed = jax.vmap(transformed)
+                inputs = [jnp.stack([x] * members) for x in inputs]
             compiled = jax.jit(transformed).lower(inputs).compile()
             temporary[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
             candidates[name] = functools.partial(_blocked, compiled, inputs)
-        candidates |= _in_torch(features, gradient=mode != "value")
+        if members == 1:
+            candidates |= _in_torch(features, gradient=mode != "value")
         times = _in_turn(candidates, rounds)
-        print(f"\n{mode}: {layers} maps, {n} examples")
+        print(f"\n{mode}: {layers} maps, {n} examples, {members} networks side by side")
         print(f"{'':<22}{'median ms':>10}{'ratio':>8}{'error':>9}{'temp MiB':>10}")
         for name, seconds in times.items():
             value = candidates[name]()
-            value = float(value[0] if isinstance(value, tuple) else value)
+            value = float(np.ravel(value[0] if isinstance(value, tuple) else value)[0])
             ratio = statistics.median(
                 s / base for s, base in zip(seconds, times["ours"], strict=True)
             )
