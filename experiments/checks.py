@@ -41,7 +41,7 @@ def check_values(config: Any, field: str, least: float, most: float) -> None:
     _check_different(config, field)
     for value in config[field]:
         # The negated form also refuses NaN.
-        if not isinstance(value, int | float) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:
             raise ValueError(
                 f"config.{field} holds {value}, expected numbers from {least} to {most}"
             )

@@ -38,11 +38,6 @@ def check_config(config: Any) -> None:
     check_values(config, "ranks", 1, most)
     if any(type(rank) is not int for rank in config.ranks):
         raise ValueError(f"config.ranks is {config.ranks}, expected integers")
-    if config.task == "linear" and config.examples < config.dimension:
-        raise ValueError(
-            f"config.examples is {config.examples}, expected {config.dimension} or more, which "
-            "is config.dimension"
-        )
     for gate in config.gates.split(","):
         for initial in config.initials:
             # A gate that starts closed is an error here.

@@ -72,13 +72,13 @@ def autoencoder(config: Any, kind: Kind) -> Autoencoder:
 def make_data(config: Any, rank: int, key: PRNGKey) -> Float[Array, "n d"]:
     r"""Examples `(examples, dimension)` that `rank` independent normal factors make.
 
-    Of the linear task only what its loss depends on is kept, `dimension` examples: with
+    Of the linear task only what its loss depends on is kept, at most `dimension` examples: with
     $X = QR$, the mean squared error of a linear network is the same on $X$ and on
-    $\sqrt{d / N}\,R$, and so are all its derivatives.
+    $\sqrt{n / N}\,R$ for the n rows of R, and so are all its derivatives.
     """
     factors, weights = jax.random.split(key)
     omega = jax.random.normal(factors, (config.examples, rank))
-    module, d = decoder(config.task, config.dimension), config.dimension
+    module = decoder(config.task, config.dimension)
     params = module.init(weights, omega[:1])["params"]
     if config.generator == "normal":
         leaves, structure = jax.tree.flatten(params)
@@ -86,7 +86,10 @@ def make_data(config: Any, rank: int, key: PRNGKey) -> Float[Array, "n d"]:
         drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
         params = jax.tree.unflatten(structure, drawn)
     x: Any = module.apply({"params": params}, omega)
-    return jnp.linalg.qr(x, mode="r") * (d / len(x)) ** 0.5 if config.task == "linear" else x
+    if config.task != "linear":
+        return x
+    root = jnp.linalg.qr(x, mode="r")
+    return root * (len(root) / len(x)) ** 0.5
 
 
 def make_optimizer(config: Any, learning_rate: Any = 0.0) -> optax.GradientTransformation:
@@ -126,7 +129,7 @@ def start_members(config: Any, gate: str, runs: list[Run]) -> Member:
         stack([jax.random.key(run.seed) for run in runs]),
         stack([made[run.rank, run.seed] for run in runs]),
         *(
-            jnp.asarray([getattr(run, name) for run in runs])
+            jnp.asarray([getattr(run, name) for run in runs], float)
             for name in ("coefficient", "learning_rate", "initial")
         ),
     )

@@ -92,18 +92,13 @@ def _draw(
     runs: list[Run],
     rows: list[dict[str, Any]],
 ) -> None:
-    """Fig. 3 for each setting of one, and maps of all settings (Appendix C)."""
-    first = runs[0]
-    setting = [getattr(first, name) for name in _GRID]
+    """Fig. 3 at the first setting, and maps of all settings (Appendix C)."""
+    setting = [getattr(config, f"{name}s")[0] for name in _GRID]
+    chosen = [
+        index for index, run in enumerate(runs) if [getattr(run, name) for name in _GRID] == setting
+    ]
     lines = {
-        rank: bottleneck[
-            :,
-            [
-                index
-                for index, run in enumerate(runs)
-                if run.rank == rank and [getattr(run, name) for name in _GRID] == setting
-            ],
-        ]
+        rank: bottleneck[:, [index for index in chosen if runs[index].rank == rank]]
         for rank in config.ranks
     }
     figures.bottleneck_over_training(directory / f"bottleneck_{gate}", steps, lines)

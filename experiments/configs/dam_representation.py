@@ -30,8 +30,8 @@ _BASE: dict[str, Any] = {
     "name": "",
     # Of the decoder, and of what makes the data: linear, quadratic or neural.
     "task": "linear",
-    # Weights of what makes the data: "initial", those a decoder starts with (U(-1, 1) / sqrt(r));
-    # "normal", standard normal. The paper says both; the first gives its results.
+    # Weights of what makes the data: "initial", those a decoder starts with (U(-1, 1) / sqrt(r)),
+    # as the published notebooks; "normal", standard normal, as the paper says of the linear case.
     "generator": "initial",
     # The gates compared: dam, l1.
     "gates": "dam",

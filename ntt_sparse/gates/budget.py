@@ -9,12 +9,13 @@ from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from ntt_sparse.gates.dam import Dam
 
-Offsets: TypeAlias = Mapping[str, Float[ArrayLike, ""]]
+Offsets: TypeAlias = Mapping[str, Float[ArrayLike, "..."]]
 """The offset of each gated layer, by its path."""
 
 Cost: TypeAlias = Callable[[dict[str, Bool[Array, " n"]]], Real[Array, ""]]
@@ -35,8 +36,21 @@ class Budget(NamedTuple):
 
 
 def start(offsets: Offsets) -> Budget:
-    """The budget before the first step."""
+    """The budget before the first step.
+
+    Raises:
+        ValueError: There are no offsets, or one is no scalar of float32 or more.
+    """
     values = {path: jnp.asarray(beta) for path, beta in offsets.items()}
+    if not values:
+        raise ValueError("there are no offsets, expected one per gated layer")
+    for path, beta in values.items():
+        wide = jnp.issubdtype(beta.dtype, jnp.floating) and beta.dtype.itemsize >= 4
+        if beta.shape or not wide:
+            raise ValueError(
+                f"the offset of {path!r} is {beta.dtype}{beta.shape}, expected a scalar, float32 "
+                "or wider: channels of wide layers are less than a rounding of half precision apart"
+            )
     return Budget(values, dict.fromkeys(values, jnp.asarray(False)))
 
 
@@ -73,7 +87,8 @@ def hold(
         ranks: Orders of layers where they are not those of the index.
 
     Returns:
-        The budget with the offsets to go on from; put them into the params.
+        The budget with the offsets to go on from; put them into the params. An offset that is
+        not finite reaches nothing and is returned as it is.
 
     Raises:
         ValueError: Layers do not fit, or the target is not positive or no less than the cost
@@ -81,36 +96,29 @@ def hold(
     """
     kind = kind or Dam()
     _check_layers(budget, moved, sizes)
-    mus = _order_numbers(kind, sizes, ranks)
-    if not isinstance(target, Tracer):
-        whole = cost({path: jnp.ones(n, bool) for path, n in sizes.items()})
-        if not isinstance(whole, Tracer) and not 0 < cast(float, target) < cast(float, whole):
-            raise ValueError(
-                f"the target of the budget is {target}, expected more than 0 and less than "
-                f"{whole}, which is the cost of all channels"
-            )
-    names = list(sizes)
-    owner = jnp.concatenate([jnp.full(sizes[name], index) for index, name in enumerate(names)])
-    mu = jnp.concatenate([mus[name] for name in names])
-    before = jnp.stack([jnp.asarray(budget.offsets[name]) for name in names])
-    after = jnp.stack([jnp.asarray(moved[name]) for name in names])
-
-    def split(flat):
-        ends = [sum(list(sizes.values())[: index + 1]) for index in range(len(names) - 1)]
-        return dict(zip(names, jnp.split(flat, ends), strict=True))
+    if unknown := set(ranks or {}) - set(sizes):
+        raise ValueError(f"ranks are for {sorted(unknown)}, sizes for {sorted(sizes)}")
+    _check_target(target, cost, sizes)
+    names, widths = list(sizes), list(sizes.values())
+    owner = np.repeat(np.arange(len(names)), widths)
+    before = jnp.stack([budget.offsets[name] for name in names])
+    after = jnp.stack([jnp.asarray(moved[name], before.dtype) for name in names])
+    mu = jnp.concatenate([
+        kind.order_numbers(n, ranks=(ranks or {}).get(name)) for name, n in sizes.items()
+    ]).astype(before.dtype)  # fmt: skip
 
     was_open, is_open = mu + before[owner] > 0, mu + after[owner] > 0
     closing = was_open & ~is_open
-    # When an offset passes a channel, from 0 to 1; the others never.
+    # When an offset passes a channel, from 0 to 1; the others never. Of several at once those of
+    # low order come first.
     fall = jnp.where(before > after, before - after, 1.0)
     when = jnp.where(closing, (mu + before[owner]) / fall[owner], jnp.inf)
-    place = jnp.argsort(jnp.argsort(when, stable=True))
-
-    def open_after(count):
-        return is_open | (closing & (place >= count))
+    place = jnp.argsort(jnp.lexsort((mu, when)))
 
     def reached_after(count):
-        return cost(split(open_after(count))) <= target
+        flat = is_open | (closing & (place >= count))
+        layers = jnp.split(flat, np.cumsum(widths)[:-1])
+        return cost(dict(zip(names, layers, strict=True))) <= target
 
     # The smallest count of closed channels that reaches the target, by bisection.
     def halve(_, ends):
@@ -119,22 +127,37 @@ def hold(
         enough = reached_after(middle)
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    total = sum(sizes.values())
+    everything = jnp.sum(closing, dtype=jnp.int32)
     count, _ = jax.lax.fori_loop(
-        0, total.bit_length(), halve, (jnp.int32(0), jnp.sum(closing, dtype=jnp.int32))
+        0, sum(widths).bit_length(), halve, (jnp.zeros_like(everything), everything)
     )
-    # Where this step's closed channels of a layer end; its others stay open.
-    accepted = closing & (place < count)
-    last = jax.ops.segment_max(jnp.where(accepted, mu, -jnp.inf), owner, len(names))
-    kept_some = jax.ops.segment_sum((closing & ~accepted).astype(jnp.int32), owner, len(names)) > 0
-    stopped = jnp.where(kept_some, jnp.where(last > -jnp.inf, -last, before), after)
-    reaches = cost(split(is_open)) <= target
+    # Where the closed channels of a layer end; with none, it may have opened some.
+    accepted = jnp.where(closing & (place < count), mu, -jnp.inf)
+    last = jax.ops.segment_max(accepted, owner, len(names))
+    stopped = jnp.where(last > -jnp.inf, -last, jnp.maximum(before, after))
+    # What is not finite is left to be seen.
+    reaches = reached_after(everything) & jnp.all(jnp.isfinite(after))
     done = jnp.stack([budget.reached[name] for name in names]).all()
     values = jnp.where(done, before, jnp.where(reaches, stopped, after))
     return Budget(
         {name: values[index] for index, name in enumerate(names)},
         dict.fromkeys(names, done | reaches),
     )
+
+
+def _check_target(target: Real[ArrayLike, ""], cost: Cost, sizes: Mapping[str, int]) -> None:
+    if isinstance(target, Tracer):
+        return
+    # A compiled step may hold this: what is known is computed now.
+    with jax.ensure_compile_time_eval():
+        whole = cost({path: jnp.ones(n, bool) for path, n in sizes.items()})
+        # The negated form also refuses NaN.
+        wrong = not isinstance(whole, Tracer) and not (0 < cast(float, target) < cast(float, whole))
+    if wrong:
+        raise ValueError(
+            f"the target of the budget is {target}, expected more than 0 and less than "
+            f"{whole}, which is the cost of all channels"
+        )
 
 
 def hold_layers(
@@ -164,29 +187,22 @@ def hold_layers(
     _check_layers(budget, moved, sizes)
     if set(targets) != set(sizes):
         raise ValueError(f"targets are for {sorted(targets)}, expected {sorted(sizes)}")
-    mus = _order_numbers(kind, sizes, None)
     offsets, reached = {}, {}
     for name, n in sizes.items():
-        if not 1 <= targets[name] < n:
+        if not isinstance(targets[name], int) or not 1 <= targets[name] < n:
             raise ValueError(
                 f"the target of {name!r} is {targets[name]} channels, expected 1 to {n - 1}: it "
                 f"has {n}"
             )
+        before = budget.offsets[name]
+        after = jnp.asarray(moved[name], before.dtype)
         # At this offset the last channel to go is closed, and all after it are open.
-        stop = -mus[name][n - targets[name] - 1]
-        after, before = jnp.asarray(moved[name]), budget.offsets[name]
+        stop = -kind.order_numbers(n)[n - targets[name] - 1].astype(before.dtype)
         enough = after <= stop
         done = budget.reached[name]
         offsets[name] = jnp.where(done, before, jnp.where(enough, stop, after))
         reached[name] = done | enough
     return Budget(offsets, reached)
-
-
-def _order_numbers(
-    kind: Dam, sizes: Mapping[str, int], ranks: Mapping[str, ArrayLike] | None
-) -> dict[str, Float[Array, " n"]]:
-    ranks = ranks or {}
-    return {name: kind.order_numbers(n, ranks=ranks.get(name)) for name, n in sizes.items()}
 
 
 def _check_layers(budget: Budget, moved: Offsets, sizes: Mapping[str, int]) -> None:

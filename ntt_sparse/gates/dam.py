@@ -43,7 +43,7 @@ def order_numbers(
 
     Args:
         n: Channels, 2 or more.
-        k: Their range, positive.
+        k: Their range, a positive number, not traced.
         convention: `"paper"`: `k j / n` for `j = 1..n`; `"code"`, of the published code:
             `k j / n` for `j = 0..n-1`, so that a channel is closed at an offset of zero.
         ranks: Place of each channel in the order, a permutation of `0..n-1`, lowest closed
@@ -56,7 +56,7 @@ def order_numbers(
         ValueError: Too few channels, `k` or `convention` make no sense, or `ranks`, where
             they are known, are no permutation.
     """
-    if n < 2:
+    if not isinstance(n, int) or n < 2:
         raise ValueError(
             f"a gate on {n} channel: there is none to close without closing the layer, "
             "expected 2 channels or more"
@@ -64,16 +64,17 @@ def order_numbers(
     _check_positive("k", k)
     if convention not in _CONVENTIONS:
         raise ValueError(f"{convention=} is unknown: expected 'paper' or 'code'")
+    # Made on the host: a compiled program may round the same formula otherwise, and then an
+    # offset of exactly minus an order number would not close its channel.
+    places = np.arange(n) + (1 if convention == "paper" else 0)
+    numbers = jnp.asarray((float(k) * places / n).astype(jnp.result_type(float)))
     if ranks is None:
-        places = jnp.arange(n)
-    else:
-        places = jnp.asarray(ranks)
-        if places.shape != (n,):
-            raise ValueError(f"ranks have shape {places.shape}, expected ({n},): one per channel")
-        if not isinstance(places, Tracer) and sorted(places.tolist()) != list(range(n)):
-            raise ValueError(f"ranks are {places.tolist()}, expected a permutation of 0..{n - 1}")
-    first = 1 if convention == "paper" else 0
-    return k * (places + first).astype(jnp.result_type(float)) / n
+        return numbers
+    if jnp.shape(ranks) != (n,):
+        raise ValueError(f"ranks have shape {jnp.shape(ranks)}, expected ({n},): one per channel")
+    if not isinstance(ranks, Tracer) and sorted(np.asarray(ranks).tolist()) != list(range(n)):
+        raise ValueError(f"ranks are {ranks}, expected a permutation of 0..{n - 1}")
+    return numbers[jnp.asarray(ranks)]
 
 
 def gate(
@@ -101,8 +102,9 @@ def gate(
         ranks: See `order_numbers`.
 
     Returns:
-        `(n,)` values of at least 0, of which exactly `active(beta, n)` are not zero. Their
-        derivative by `beta` is zero where they are.
+        `(n,)` values of at least 0. Of the named shapes exactly `active(beta, n)` are not zero
+        (a function of small `z` may underflow). Their derivative by `beta` is zero where they
+        are zero.
 
     Raises:
         ValueError: An argument makes no sense, or `shape` never reaches zero.
@@ -125,8 +127,9 @@ def active(
 ) -> Int[Array, ""]:
     """How many gates of a layer are not zero (Eq. 3, which drops a minus sign).
 
-    Counted from the gates as they are in floating point. In exact arithmetic it is
-    `ceil(n (1 + beta / k))` in the paper's convention, between 0 and `n`.
+    Counted from the gates as they are in floating point, of any steepness. In exact arithmetic
+    it is `ceil(n (1 + beta / k))` in the paper's convention, between 0 and `n`. An offset that
+    is NaN has none.
 
     Args:
         beta: The offset of the layer.
@@ -163,7 +166,8 @@ def penalty(betas: Any, *, k: float = 5.0) -> Scalar:
     if shapes := [leaf.shape for leaf in leaves if leaf.shape]:
         raise ValueError(f"offsets have shapes {shapes}, expected scalars: one per layer")
     beta = jnp.stack([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves])
-    return jnp.mean(jnp.where(beta > -k, beta, -k))
+    # NaN stays.
+    return jnp.mean(jnp.where(beta < -k, -k, beta))
 
 
 @dataclasses.dataclass(frozen=True)

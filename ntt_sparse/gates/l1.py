@@ -44,8 +44,14 @@ class L1:
     def values(
         self, params: Mapping[str, Array], n: int, *, ranks: Int[ArrayLike, " n"] | None = None
     ) -> Float[Array, " n"]:
-        """The gates of a layer of `n` channels, `(n,)`; they know of no order."""
-        del n, ranks
+        """The gates of a layer of `n` channels, `(n,)`; they know of no order.
+
+        Raises:
+            ValueError: There are others than `n`.
+        """
+        del ranks
+        if params["scale"].shape != (n,):
+            raise ValueError(f"gates have shape {params['scale'].shape}, expected ({n},)")
         return jax.nn.relu(params["scale"])
 
     def penalty(self, layers: Sequence[Mapping[str, Array]]) -> Scalar:

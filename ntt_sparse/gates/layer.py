@@ -1,15 +1,19 @@
 """Gates inside networks: a Linen layer, and where its parameters are in a network's."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from ntt_sparse._types import Params, Scalar
 from ntt_sparse.gates.dam import Dam
+
+# Linen's own names of modules, or those of a field.
+_NAME = re.compile(r"gate(_?\d+)?", re.IGNORECASE)
 
 ORDER = "order"
 """The collection that holds the ranks of channels, where they are not those of the index."""
@@ -52,17 +56,19 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[ArrayLike, "... n"] | None = None, *, n: int | None = None
+        self, x: Real[ArrayLike, "... n"] | None = None, *, n: int | None = None
     ) -> Float[Array, "..."]:
         """The features `(..., n)` times their gates; without features, the gates `(n,)`.
 
         Raises:
-            ValueError: Neither or both of `x` and `n` are given, or the kind does not permit
-                the number of channels.
+            ValueError: Neither or both of `x` and `n` are given, features are no floating-point
+                numbers, or the kind does not permit the number of channels.
         """
         if (x is None) == (n is None):
             raise ValueError("expected features x, or the number of channels n for their gates")
         features = None if x is None else jnp.asarray(x)
+        if features is not None and not jnp.issubdtype(features.dtype, jnp.floating):
+            raise ValueError(f"features are {features.dtype}, expected floating-point numbers")
         width = cast(int, n) if features is None else features.shape[-1]
         start = self.kind.init(width)
         params = {
@@ -73,13 +79,11 @@ class Gate(nn.Module):
         return values if features is None else features * values.astype(features.dtype)
 
 
-def find(params: Params, name: str = "gate") -> dict[str, Any]:
-    """The parameters of the gates of a network.
+def find(params: Params) -> dict[str, Any]:
+    """The parameters of the gates of a network: of modules named `gate`, `gate1`, `Gate_0`, ...
 
     Args:
         params: Parameters, nested mappings.
-        name: What the names of gate modules begin with, in lower or upper case (Linen calls an
-            unnamed one `Gate_0`).
 
     Returns:
         The parameters of each gate by its path, such as `"stage1_block1/gate1"`, sorted as
@@ -93,14 +97,16 @@ def find(params: Params, name: str = "gate") -> dict[str, Any]:
     def visit(tree, path):
         for key, value in sorted(tree.items()):
             if isinstance(value, Mapping):
-                if key.lower().startswith(name.lower()):
+                if _NAME.fullmatch(key):
                     found["/".join((*path, key))] = value
                 else:
                     visit(value, (*path, key))
 
     visit(params, ())
     if not found:
-        raise ValueError(f"the parameters hold no module whose name begins with {name!r}")
+        raise ValueError(
+            "the parameters hold no gate: expected modules named gate, gate1, Gate_0 or the like"
+        )
     return found
 
 
@@ -108,19 +114,17 @@ def replace(params: Params, gates: Mapping[str, Any]) -> Params:
     """The parameters of a network with those of some gates, by path, in place of its own.
 
     Raises:
-        ValueError: A path is not there, or what it holds has another structure.
+        ValueError: A path is not there, or what it holds has another structure or shape.
     """
 
     def put(tree, keys, value, path):
-        if keys[0] not in tree:
+        if not isinstance(tree, Mapping) or keys[0] not in tree:
             raise ValueError(f"the parameters hold no {path!r}: expected paths as `find` has them")
         here = tree[keys[0]]
         if len(keys) > 1:
             value = put(here, keys[1:], value, path)
-        elif jax.tree.structure(here) != jax.tree.structure(value):
-            raise ValueError(
-                f"{path!r} holds {jax.tree.structure(here)}, got {jax.tree.structure(value)}"
-            )
+        elif (old := jax.tree.map(jnp.shape, here)) != (new := jax.tree.map(jnp.shape, value)):
+            raise ValueError(f"{path!r} holds arrays of shapes {old}, got {new}")
         return {**tree, keys[0]: value}
 
     for path, value in gates.items():

@@ -7,6 +7,7 @@ to the future): those that matter least should be closed first.
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from ntt_sparse._types import PRNGKey
@@ -51,9 +52,9 @@ def mutual_information(
 ) -> Float[Array, " n"]:
     """What the activation of each channel tells about the class of an example, in nats.
 
-    The plug-in estimate with the activations of a channel in `bins` classes of equal counts.
-    It is biased upwards by about `(bins - 1) (num_classes - 1) / (2 examples)`, by the same
-    amount for all channels, so their order is not affected.
+    The plug-in estimate with the activations of a channel in `bins` classes by their quantiles
+    (equal activations share one), less its bias to first order (Miller 1955), which differs
+    between channels that use more or fewer of the classes.
 
     Args:
         activations: `(examples, n)`, one number per example and channel, such as the mean of
@@ -63,10 +64,12 @@ def mutual_information(
         bins: Classes of activations, 2 to `examples`.
 
     Returns:
-        `(n,)`, each from 0 to `log(min(bins, num_classes))`; 0 for a constant channel.
+        `(n,)`, each up to `log(min(bins, num_classes))`; about 0, also a little below it, for
+        noise, 0 for a constant channel, NaN for one with an activation that is NaN.
 
     Raises:
-        ValueError: Shapes do not fit, or `bins` makes no sense.
+        ValueError: Shapes do not fit, `bins` makes no sense, or a label, where it is known, is
+            out of range.
     """
     activations, labels = jnp.asarray(activations), jnp.asarray(labels)
     if activations.ndim != 2 or labels.shape != activations.shape[:1]:
@@ -77,13 +80,23 @@ def mutual_information(
     examples = len(labels)
     if not 2 <= bins <= examples:
         raise ValueError(f"{bins=}, expected 2 to {examples}, the number of examples")
+    if not isinstance(labels, Tracer) and not 0 <= jnp.min(labels) <= jnp.max(labels) < num_classes:
+        raise ValueError(
+            f"labels are from {jnp.min(labels)} to {jnp.max(labels)}, expected 0 to "
+            f"{num_classes - 1}"
+        )
     edges = jnp.quantile(activations, jnp.linspace(0, 1, bins + 1)[1:-1], axis=0)
     # Equal activations share a bin, so a channel that is constant tells nothing.
     places = jnp.sum(activations[None] > edges[:, None], axis=0)
-    one_hot = jax.nn.one_hot(places, bins, axis=0) / examples
-    joint = jnp.einsum("ben,ec->nbc", one_hot, jax.nn.one_hot(labels, num_classes))
+    joint = jnp.einsum(
+        "ben,ec->nbc", jax.nn.one_hot(places, bins, axis=0), jax.nn.one_hot(labels, num_classes),
+        precision="highest",
+    ) / examples  # fmt: skip
     independent = jnp.sum(joint, 1, keepdims=True) * jnp.sum(joint, 2, keepdims=True)
     # 0 log 0 is 0.
     ratio = jnp.where(joint > 0, joint / jnp.where(independent > 0, independent, 1), 1)
-    # Never below zero but by rounding.
-    return jnp.maximum(jnp.sum(joint * jnp.log(ratio), axis=(1, 2)), 0)
+    value = jnp.sum(joint * jnp.log(ratio), axis=(1, 2))
+    used = [jnp.sum(joint > 0, (1, 2)), *(jnp.sum(jnp.sum(joint, i) > 0, 1) for i in (1, 2))]
+    bias = (used[0] - used[1] - used[2] + 1) / (2 * examples)
+    missing = jnp.any(jnp.isnan(activations), axis=0)
+    return jnp.where(missing, jnp.nan, value - bias)

@@ -177,7 +177,7 @@ def test_published_settings():
         ({"initials": (-5.0,)}, "config.initials holds -5.0 for dam: initial is -5.0, which"),
         ({"initials": (0.0,), "gates": "l1"}, "config.initials holds 0.0 for l1"),
         ({"bottleneck": 1, "ranks": (1,)}, "config.bottleneck is 1"),
-        ({"examples": 10}, "config.examples is 10"),
+        ({"examples": 1}, "config.examples is 1"),
         ({"seeds": (1, 1)}, "config.seeds"),
         ({"training.epochs": 0}, "config.training.epochs is 0"),
     ],

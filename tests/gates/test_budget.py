@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntt_sparse.gates import budget, dam, order
+from ntt_sparse.gates import budget, dam, layer, order
 
 SIZES = {"a": 8, "b": 5, "c": 16}
 
@@ -88,10 +88,10 @@ def test_other_costs_end_within_a_channel(target):
     open_ = open_channels(state.offsets)
     assert weights(open_) <= target and all(map(bool, state.reached.values()))
     more = []
-    for name, layer in open_.items():
-        closed = np.flatnonzero(~layer)
+    for name, channels in open_.items():
+        closed = np.flatnonzero(~channels)
         if len(closed):
-            again = layer.copy()
+            again = channels.copy()
             again[closed[-1]] = True
             more.append(int(weights({**open_, name: again})))
     assert max(more) > target
@@ -108,6 +108,58 @@ def test_orders_are_honoured():
     state = budget.hold(starting(), moved(-3.0, 1.0, 1.0), SIZES, 26, ranks=ranks)
     open_ = open_channels(state.offsets, ranks=ranks)
     assert np.flatnonzero(~open_["a"]).tolist() == np.flatnonzero(ranks["a"] < 3).tolist()
+
+
+@pytest.mark.parametrize("n", [50, 120, 300])
+def test_a_compiled_network_has_exactly_the_target(n):
+    """The gates of a compiled layer, with an order among its variables, after a compiled step."""
+    ranks = order.random(jax.random.key(1), n)
+    gate = layer.Gate()
+
+    @jax.jit
+    def width(target):
+        state = budget.start({"gate": jnp.float32(1)})
+        state = budget.hold(state, {"gate": jnp.float32(-6)}, {"gate": n}, target, ranks={
+            "gate": ranks
+        })  # fmt: skip
+        return state.offsets["gate"], state.reached["gate"]
+
+    @jax.jit
+    def open_gates(beta, ranks):
+        variables = {"params": {"beta": beta}, layer.ORDER: {"ranks": ranks}}
+        return jnp.sum(gate.apply(variables, n=n) > 0)
+
+    targets = list(range(1, n, 7))
+    for target in targets:
+        beta, reached = width(target)
+        assert reached and open_gates(beta, ranks) == target
+
+
+def test_ties_are_broken_by_the_order_of_channels():
+    """Offsets that jump: the lowest channel first, wherever it is."""
+    sizes, ranks = {"a": 4, "b": 4}, {"a": jnp.array([3, 2, 1, 0])}
+    state = budget.start(dict.fromkeys(sizes, jnp.float32(1)))
+    goal = {"a": jnp.float32(-1e30), "b": jnp.float32(1)}
+    state = budget.hold(state, goal, sizes, 6, ranks=ranks)
+    assert open_channels(state.offsets, sizes, ranks)["a"].tolist() == [True, True, False, False]
+
+
+def test_what_is_not_finite_is_left_to_be_seen():
+    state = budget.hold(starting(), moved(float("nan"), -3.0, -3.0), SIZES, 20)
+    assert np.isnan(state.offsets["a"]) and not any(map(bool, state.reached.values()))
+
+
+def test_a_budget_can_be_carried_by_a_loop(x64):
+    """In the dtype of the offsets, also where others are wider."""
+
+    def step(state, _):
+        goal = {name: beta - 0.3 for name, beta in state.offsets.items()}
+        state = budget.hold(state, goal, SIZES, 12)
+        return budget.hold_layers(state, state.offsets, SIZES, {"a": 1, "b": 1, "c": 1}), None
+
+    state, _ = jax.lax.scan(step, starting(), None, length=20)
+    assert state.offsets["a"].dtype == jnp.float32
+    assert count(state.offsets) == 12
 
 
 def test_members_of_one_program():
@@ -154,6 +206,17 @@ def test_budgets_of_layers(convention):
             lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 8, "b": 1, "c": 1}),
             "target of 'a' is 8 channels, expected 1 to 7",
         ),
+        (
+            lambda: jax.jit(lambda m: budget.hold(starting(), m, SIZES, 99))(moved(0, 0, 0)),
+            "is 99, expected more than 0 and less than 29",
+        ),
+        (
+            lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 9, ranks={"A": jnp.arange(8)}),
+            r"ranks are for \['A'\]",
+        ),
+        (lambda: budget.start({}), "no offsets"),
+        (lambda: budget.start({"a": jnp.zeros(2)}), "the offset of 'a' is"),
+        (lambda: budget.start({"a": jnp.bfloat16(1)}), "float32 or wider"),
         (
             lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 0}),
             "targets are for",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntt_sparse.gates import dam
+from ntt_sparse.gates import dam, order
 from ntt_sparse.gates.l1 import L1
 
 
@@ -45,6 +45,24 @@ def test_active_counts(n, beta, code, paper):
     assert int(dam.active(beta, n)) == paper == math.ceil(n * (1 + beta / 5))
     assert int(dam.active(beta, n, convention="code")) == code
     assert np.count_nonzero(dam.gate(beta, n)) == paper
+
+
+@pytest.mark.parametrize("n", [50, 120, 300])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_an_offset_of_minus_an_order_number_closes_it_in_compiled_programs(n, ordered):
+    """Where the formula may be rounded otherwise than outside of them."""
+    ranks = order.random(jax.random.key(n), n) if ordered else jnp.arange(n)
+    betas = -dam.order_numbers(n)
+
+    @jax.jit
+    def counts(betas, ranks):
+        def one(beta):
+            return jnp.sum(dam.gate(beta, n, ranks=ranks) > 0), dam.active(beta, n)
+
+        return jax.lax.map(one, betas)
+
+    gates, active = counts(betas, ranks)
+    assert gates.tolist() == active.tolist() == list(range(n - 1, -1, -1))
 
 
 @settings(max_examples=50, deadline=None)
@@ -102,11 +120,12 @@ def test_ranks_permute_the_gates():
 
 
 def test_the_penalty_and_its_derivative():
-    """lambda / L above -k and nothing below it."""
+    """lambda / L down to -k and nothing below it, as the derivative of PyTorch's clamp."""
     betas = {"a": {"beta": 1.0}, "b": {"beta": -4.9}, "c": {"beta": -7.0}, "d": {"beta": -5.0}}
     value, grads = jax.value_and_grad(dam.penalty)(betas)
     np.testing.assert_allclose(value, (1.0 - 4.9 - 5.0 - 5.0) / 4, rtol=1e-6)
-    assert [grads[name]["beta"].item() for name in "abcd"] == [0.25, 0.25, 0.0, 0.0]
+    assert [grads[name]["beta"].item() for name in "abcd"] == [0.25, 0.25, 0.0, 0.25]
+    assert np.isnan(dam.penalty([jnp.nan, 1.0]))
 
 
 def test_weight_decay_and_penalty_balance():
@@ -155,6 +174,7 @@ def test_l1_gates():
         (lambda: dam.gate(0.0, 4, shape=lambda z: jnp.zeros_like(z)), "expected positive"),
         (lambda: dam.gate(0.0, 4, ranks=jnp.array([0, 1, 2])), r"ranks have shape \(3,\)"),
         (lambda: dam.gate(0.0, 4, ranks=jnp.array([0, 1, 2, 2])), "a permutation of 0..3"),
+        (lambda: jax.jit(lambda b: dam.gate(b, 2, ranks=np.array([0, 0])))(0.0), "a permutation"),
         (lambda: dam.penalty({}), "no offsets"),
         (lambda: dam.penalty([jnp.zeros(3)]), "expected scalars"),
         (lambda: dam.Dam(initial=-5.0).init(8), "closes all 8 channels from the start"),
@@ -163,6 +183,7 @@ def test_l1_gates():
         (lambda: dam.Dam(shape="sigmoid"), "never exactly zero"),
         (lambda: L1(initial=0.0), "stays closed"),
         (lambda: L1().penalty([]), "no gates"),
+        (lambda: L1().values({"scale": jnp.ones(3)}, 6), r"shape \(3,\), expected \(6,\)"),
     ],
 )
 def test_bad_input(call, message):

@@ -59,7 +59,7 @@ def test_parameters_of_gates_are_found_and_replaced(network):
     dense = module.apply({"params": layer.replace(params, {"Gate_0": {"scale": jnp.ones(4)}})}, x)
     np.testing.assert_allclose(y, dense * jnp.array([1.0, 0, 0, 2]), rtol=1e-6)
     # The others are as they were.
-    assert closed["block"] is not None and closed["Dense_0"] is params["Dense_0"]
+    assert closed["block"] is params["block"] and closed["Dense_0"] is params["Dense_0"]
     assert params["Gate_0"]["scale"].tolist() == [0.5] * 4
 
 
@@ -90,8 +90,12 @@ def test_features_keep_their_dtype():
         (lambda: layer.Gate().init(jax.random.key(0), jnp.ones((2, 3)), n=3), "expected features"),
         (lambda: layer.Gate().init(jax.random.key(0), jnp.ones((2, 1))), "on 1 channel"),
         (lambda: layer.Gate(dam.Dam(initial=-5.0)).init(jax.random.key(0), n=4), "closes all 4"),
-        (lambda: layer.find({"Dense_0": {"kernel": jnp.ones(2)}}), "begins with 'gate'"),
+        (lambda: layer.find({"Dense_0": {"kernel": jnp.ones(2)}}), "hold no gate"),
+        (lambda: layer.find({"gated_conv": {"kernel": jnp.ones(2)}}), "hold no gate"),
+        (lambda: layer.Gate().init(jax.random.key(0), jnp.ones((2, 3), int)), "are int32"),
         (lambda: layer.replace({"a": {}}, {"b": {}}), "hold no 'b'"),
+        (lambda: layer.replace({"a": jnp.ones(3)}, {"a": jnp.ones(5)}), "'a' holds arrays"),
+        (lambda: layer.replace({"a": jnp.ones(3)}, {"a/b": jnp.ones(5)}), "hold no 'a/b'"),
         (lambda: layer.replace({"a": {"beta": jnp.ones(())}}, {"a": {}}), "'a' holds"),
     ],
 )

@@ -25,15 +25,14 @@ def test_weight_norms():
 
 
 def information_by_hand(places, labels):
-    """From counts, in float64."""
-    total = 0.0
-    for place in set(places):
-        for label in set(labels):
-            joint = np.mean((places == place) & (labels == label))
-            if joint:
-                alone = np.mean(places == place) * np.mean(labels == label)
-                total += joint * np.log(joint / alone)
-    return total
+    """From counts, in float64: the sum of entropies, each corrected by Miller (1955)."""
+
+    def entropy(*variables):
+        counts = np.unique(np.stack(variables), axis=1, return_counts=True)[1]
+        p = counts / len(labels)
+        return -np.sum(p * np.log(p)) + (len(p) - 1) / (2 * len(labels))
+
+    return entropy(places) + entropy(labels) - entropy(places, labels)
 
 
 def test_mutual_information():
@@ -48,9 +47,24 @@ def test_mutual_information():
         edges = np.quantile(column, [0.25, 0.5, 0.75])
         expected.append(information_by_hand((column[:, None] > edges).sum(1), labels))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.all(np.asarray(found) >= 0) and abs(found[2]) < 1e-6
+    assert abs(found[2]) < 1e-6
     # Noise tells less than a class does.
-    assert order.by_score(found).tolist()[2] == 0 and order.by_score(found).tolist()[1] == 1
+    assert found[0] > found[3] > found[1]
+    with_hole = activations.copy()
+    with_hole[3, 1] = np.nan
+    assert np.isnan(order.mutual_information(with_hole, labels, 3, bins=4)).tolist() == [
+        False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_noise_tells_nothing_whether_dense_or_sparse():
+    """The bias of the plug-in estimate is larger for channels that use all bins."""
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 10, 1000)
+    dense = rng.normal(size=(1000, 20))
+    sparse = np.where(rng.random((1000, 20)) < 0.85, 0, np.abs(dense))
+    found = order.mutual_information(np.concatenate([dense, sparse], 1), labels, 10)
+    assert np.max(np.abs(np.mean(np.reshape(found, (2, 20)), axis=1))) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,10 @@ def test_mutual_information():
         (lambda: order.by_score(jnp.ones((2, 2))), "one per channel"),
         (lambda: order.mutual_information(jnp.ones((4, 2)), jnp.zeros(3, int), 2), "shapes"),
         (lambda: order.mutual_information(jnp.ones((4, 2)), jnp.zeros(4, int), 2, bins=5), "2 to"),
+        (
+            lambda: order.mutual_information(jnp.ones((4, 2)), jnp.full(4, 2), 2, bins=2),
+            "labels are from 2 to 2, expected 0 to 1",
+        ),
     ],
 )
 def test_bad_input(call, message):
