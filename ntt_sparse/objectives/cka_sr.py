@@ -120,7 +120,8 @@ def every_nth_batch(
 
     Args:
         term: A function of the features.
-        features: A pytree of arrays.
+        features: A pytree of arrays, which enter the branch whole: cut them to the examples
+            that are compared (`x[:samples]`), or their derivative is made in every step.
         step: The step, counted from 0; those divisible by `every` count.
         every: 1 for every batch.
 
