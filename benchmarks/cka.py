@@ -221,9 +221,7 @@ def training_step(rounds: int) -> None:
             def value(features):
                 return inputs.context * aug_cka_sr(list(features.values()), samples=samples)
 
-            # Cut before the condition, whose derivative is as large as what it is given.
-            features = jax.tree.map(lambda x: x[:samples], inputs.outputs.features)
-            return every_nth_batch(value, features, inputs.step, every), {}
+            return every_nth_batch(value, inputs.outputs.features, inputs.step, every), {}
 
         return term
 
@@ -233,17 +231,21 @@ def training_step(rounds: int) -> None:
         return (inputs.context - inputs.context) * sum(ends[1:], start=ends[0]), {}
 
     extra = {
-        "plain": None,
-        "features alive": alive,
-        "all 128": similarity(None, 1),
-        "sample-8": similarity(8, 1),
-        "sample-8, batch-5": similarity(8, 5),
+        "plain": (None, None),
+        "features alive": (alive, None),
+        "all 128": (similarity(None, 1), None),
+        "sample-8": (similarity(8, 1), 8),
+        "sample-8, batch-5": (similarity(8, 5), 8),
     }
     candidates, temporary = {}, {}
-    for name, term in extra.items():
+    for name, (term, examples) in extra.items():
         used = {"task": terms.task()} | ({} if term is None else {"similarity": term})
         # The plain step knows of no features.
-        apply = _without_features(module) if term is None else capture(module, "stage*")
+        apply = (
+            _without_features(module)
+            if term is None
+            else capture(module, "stage*", examples=examples)
+        )
         step_fn = make_step(used, optimizer, forward=terms.masked_forward(apply))
 
         compiled = jax.jit(step_fn).lower(member, batch, jnp.int32(0)).compile()

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -96,8 +95,7 @@ def training_terms(config: Any) -> Mapping[str, Term]:
             ]
             return jnp.sum(jnp.stack(parts))
 
-        # Cut before the condition, whose derivative is as large as what it is given.
-        features = jax.tree.map(lambda x: x[:samples], inputs.outputs.features)
+        features = inputs.outputs.features
         return every_nth_batch(total, features, jnp.asarray(inputs.step), config.every), {}
 
     return {"task": terms.task(), "similarity": similarity}

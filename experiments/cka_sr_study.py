@@ -90,7 +90,9 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     step_fn = make_step(
         training_terms(config),
         optimizer,
-        forward=masked_forward(capture(setup.module, all_patterns(config))),
+        forward=masked_forward(
+            capture(setup.module, all_patterns(config), examples=config.samples or None)
+        ),
         augment=_augment if config.data.augment else None,
     )
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))

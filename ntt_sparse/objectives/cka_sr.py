@@ -120,8 +120,9 @@ def every_nth_batch(
 
     Args:
         term: A function of the features.
-        features: A pytree of arrays, which enter the branch whole: cut them to the examples
-            that are compared (`x[:samples]`), or their derivative is made in every step.
+        features: A pytree of arrays, which enter the branch whole, and so does their
+            derivative in every step: capture the examples alone that are compared
+            (`ntt_sparse.similarity.features.capture(..., examples=8)`).
         step: The step, counted from 0; those divisible by `every` count.
         every: 1 for every batch.
 

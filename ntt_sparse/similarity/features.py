@@ -19,7 +19,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -42,7 +42,9 @@ _SITE = "_captured_site"
 _RUNS = itertools.count()
 
 
-def capture(module: nn.Module, patterns: Sequence[str] | str) -> CaptureFn:
+def capture(
+    module: nn.Module, patterns: Sequence[str] | str, *, examples: int | None = None
+) -> CaptureFn:
     """A Linen model as a pure function that also returns features.
 
     The function is `apply(variables, *args, mutable=False, **kwargs)`; arguments go to
@@ -63,6 +65,8 @@ def capture(module: nn.Module, patterns: Sequence[str] | str) -> CaptureFn:
     Args:
         module: The model; it is not changed.
         patterns: What to capture; see the head of this file.
+        examples: How many of the first examples to capture; by default all. Their gradient is
+            then added in place, instead of to that of all examples; there is no forward mode.
 
     Returns:
         The function. While it is traced it raises ValueError where a pattern matches no call,
@@ -90,7 +94,7 @@ def capture(module: nn.Module, patterns: Sequence[str] | str) -> CaptureFn:
     def apply(
         variables: Any, *args: Any, mutable: bool | str | Sequence[str] = False, **kwargs: Any
     ) -> Any:
-        run = _Run(wanted)
+        run = _Run(wanted, examples)
 
         def interceptor(next_fun, args, kwargs, context):
             called = context.module
@@ -143,7 +147,9 @@ def capture(module: nn.Module, patterns: Sequence[str] | str) -> CaptureFn:
     return apply
 
 
-def capture_nnx(graphdef: Any, patterns: Sequence[str] | str) -> CaptureFn:
+def capture_nnx(
+    graphdef: Any, patterns: Sequence[str] | str, *, examples: int | None = None
+) -> CaptureFn:
     """An NNX model as a pure function that also returns features.
 
     The function is `apply(state, *args, mutable=False, **kwargs)`, other arguments going to the
@@ -160,6 +166,7 @@ def capture_nnx(graphdef: Any, patterns: Sequence[str] | str) -> CaptureFn:
             function, as a tuple where there are several.
         patterns: What to capture; see the head of this file. A module that can be reached on
             several paths has the one that `nnx.iter_modules` gives.
+        examples: As for `capture`.
 
     Returns:
         The function. It raises as that of `capture` does.
@@ -185,7 +192,7 @@ def capture_nnx(graphdef: Any, patterns: Sequence[str] | str) -> CaptureFn:
         # A copy, as jax.grad refuses changes of the variables that it is given.
         states = state if isinstance(state, tuple) else (state,)
         model = nnx.merge(graphdef, *states, copy=True)
-        run = _Run(wanted)
+        run = _Run(wanted, examples)
         for path, called in list(nnx.iter_modules(model)):
             if path and any("__call__" in vars(cls) for cls in type(called).__mro__):
                 # Being static, it goes through transforms, and being new, it misses their caches.
@@ -277,8 +284,10 @@ class _Run:
     name that is met again keeps its place.
     """
 
-    def __init__(self, patterns: tuple[str, ...]):
-        self.patterns = patterns
+    def __init__(self, patterns: tuple[str, ...], examples: int | None):
+        if examples is not None and not (isinstance(examples, int) and examples > 0):
+            raise ValueError(f"{examples=}, expected a number of examples, 1 or more, or None")
+        self.patterns, self.examples = patterns, examples
         self.matched: set[str] = set()
         self.active: set[str] = set()
         self.paths: dict[str, None] = {}
@@ -300,16 +309,24 @@ class _Run:
         self.paths.setdefault(path)
         self.active.add(path)
         try:
-            slot = self.slot(path, _INPUT, args[0] if args else None, stored)
+            slot, value = self.slot(path, _INPUT, args[0] if args else None, stored), None
+            if slot:
+                first, value = self.cut(args[0])
+                args = (first, *args[1:])
             output = fn(*args, **kwargs)
         finally:
             self.active.remove(path)
         # Only now: a transform inside would take it for a variable of its own.
         if slot:
-            store(slot, args[0])
+            store(slot, value)
         if slot := self.slot(path, "", output, stored):
-            store(slot, output)
+            output, value = self.cut(output)
+            store(slot, value)
         return output
+
+    def cut(self, x: Any) -> tuple[Any, Any]:
+        """An array, to go on with, and what is captured of it."""
+        return (x, x) if self.examples is None else _with_first(jnp.asarray(x), self.examples)
 
     def slot(self, path: str, kind: str, value: Any, stored: Callable[[str], bool]) -> str | None:
         """Where to store a value, if it is wanted; takes the next place in the order."""
@@ -340,6 +357,21 @@ class _Run:
                 "their modules run in: capture modules outside of it"
             )
         return {name: jnp.asarray(values[slot]) for name, slot in self.slots.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _with_first(x: Array, n: int) -> tuple[Array, Array]:
+    """An array and its first rows."""
+    return x, x[:n]
+
+
+def _with_first_backward(n: int, _: None, gradients: tuple[Array, Array]) -> tuple[Array]:
+    # In place. The automatic rule adds two arrays of the size of x.
+    whole, first = gradients
+    return (jax.lax.dynamic_update_slice_in_dim(whole, whole[:n] + first, 0, 0),)
+
+
+_with_first.defvjp(lambda x, n: ((x, x[:n]), None), _with_first_backward)
 
 
 class _Site:
