@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import ntt_sparse
-from experiments.configs import ntt as configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -81,17 +80,35 @@ def test_the_readme_example_runs(capsys):
     assert re.search(r"total\s+2,510\s+50,200\s+0\.05000", capsys.readouterr().out)
 
 
+def has_field(config, path):
+    for field in path.split("."):
+        if field not in config:
+            return False
+        config = config[field]
+    return True
+
+
 def test_the_readme_names_what_exists():
     for module in re.findall(r"^\| `(ntt_sparse\.[\w.]+)`", README, re.M):
         importlib.import_module(module)
-    for name in re.findall(r"ntt\.py:(\w+)", README):
-        configs.get_config(name)
-    fields = configs.get_config().to_dict()
+    configs = {
+        path.stem: importlib.import_module(f"experiments.configs.{path.stem}")
+        for path in ROOT.glob("experiments/configs/*.py")
+        if path.stem not in ("__init__", "common")
+    }
+    commands = re.findall(
+        r"--config=experiments/configs/(\w+)\.py(?::([\w,]+))?((?:[^\n]*\\\n)*[^\n]*)",
+        README,
+    )
+    assert {study for study, _, _ in commands} == set(configs)
+    for study, options, rest in commands:
+        config = configs[study].get_config(*[options] if options else [])
+        for path in re.findall(r"--config\.([\w.]+)=", rest):
+            assert has_field(config, path), (study, options, path)
+    # In the text around the commands a field is of any of the studies.
+    defaults = [module.get_config() for module in configs.values()]
     for path in re.findall(r"--config\.([\w.]+)=", README):
-        node = fields
-        for field in path.split("."):
-            assert field in node, path
-            node = node[field]
+        assert any(has_field(config, path) for config in defaults), path
 
 
 def test_no_private_jax_is_imported():
