@@ -288,3 +288,74 @@ def _band(axis: Any, x: np.ndarray, values: np.ndarray, label: str, color: str) 
     if values.shape[1] > 1:
         std = values.std(1, ddof=1)
         axis.fill_between(x, mean - std, mean + std, color=color, alpha=_SPREAD_ALPHA, linewidth=0)
+
+
+def accuracy_against_size(
+    path: Path,
+    ours: Sequence[tuple[float, Mapping[str, Any]]],
+    published: Sequence[tuple[float, float]],
+) -> None:
+    """Test accuracy against the fraction of parameters left.
+
+    Args:
+        path: Where to, without a suffix.
+        ours: `[(fraction, {"mean": ..., "std": ...}), ...]`.
+        published: `[(fraction, accuracy), ...]`; may be empty.
+    """
+    with _figure(path, figsize=(6.4, 4.2)) as axes:
+        axis = axes[0, 0]
+        points = sorted(ours, key=lambda point: point[0])
+        errors = [100 * (value["std"] or 0.0) for _, value in points]
+        axis.errorbar(
+            [size for size, _ in points], [100 * value["mean"] for _, value in points], errors,
+            label="ours", marker=_MARKERS[0], capsize=2,
+        )  # fmt: skip
+        if published:
+            sizes, accuracies = zip(*sorted(published), strict=True)
+            axis.plot(
+                sizes, 100 * np.array(accuracies), label="published",
+                marker=_MARKERS[1], linestyle="--",
+            )  # fmt: skip
+        # Where nothing is left there is no place on a logarithmic axis.
+        axis.set_xscale("log" if all(size > 0 for size, _ in points) else "linear")
+        axis.set_xlabel("fraction of parameters left")
+        axis.set_ylabel("test accuracy (%)")
+        axis.legend(fontsize="small", frameon=False)
+
+
+def channels_over_training(path: Path, steps: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
+    """Open channels of a network over steps.
+
+    Args:
+        path: Where to, without a suffix.
+        steps: `(r,)`.
+        lines: `{label: (r, members)}`.
+    """
+    with _figure(path, figsize=(6.4, 4.2)) as axes:
+        axis = axes[0, 0]
+        for index, (label, values) in enumerate(lines.items()):
+            _band(axis, steps, values, label, f"C{index % 10}")
+        axis.set_xlabel("training step")
+        axis.set_ylabel("open channels")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize="x-small", frameon=False, ncols=2)
+
+
+def layer_widths(path: Path, widths: Mapping[str, np.ndarray]) -> None:
+    """Open channels of each gated layer.
+
+    Args:
+        path: Where to, without a suffix.
+        widths: `{label: (layers,)}`.
+    """
+    with _figure(path, figsize=(7.2, 4.2)) as axes:
+        axis = axes[0, 0]
+        for index, (label, values) in enumerate(widths.items()):
+            axis.step(
+                np.arange(1, len(values) + 1), values, where="mid", label=label,
+                color=f"C{index % 10}", linewidth=1,
+            )  # fmt: skip
+        axis.set_xlabel("gated layer")
+        axis.set_ylabel("open channels")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize="x-small", frameon=False, ncols=2)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from ntt_sparse.gates.dam import Dam
 
@@ -164,7 +164,7 @@ def hold_layers(
     budget: Budget,
     moved: Offsets,
     sizes: Mapping[str, int],
-    targets: Mapping[str, int],
+    targets: Mapping[str, Int[ArrayLike, ""]],
     *,
     kind: Dam | None = None,
 ) -> Budget:
@@ -174,7 +174,7 @@ def hold_layers(
         budget: From the step before.
         moved: Offsets after this step of the optimiser.
         sizes: Channels of each layer.
-        targets: Open channels wanted of each layer.
+        targets: Open channels wanted of each layer; may be traced.
         kind: The gates; by default those of `Dam()`.
 
     Returns:
@@ -189,15 +189,16 @@ def hold_layers(
         raise ValueError(f"targets are for {sorted(targets)}, expected {sorted(sizes)}")
     offsets, reached = {}, {}
     for name, n in sizes.items():
-        if not isinstance(targets[name], int) or not 1 <= targets[name] < n:
+        target = targets[name]
+        whole = isinstance(target, Tracer) or isinstance(target, int)
+        if not whole or (isinstance(target, int) and not 1 <= target < n):
             raise ValueError(
-                f"the target of {name!r} is {targets[name]} channels, expected 1 to {n - 1}: it "
-                f"has {n}"
+                f"the target of {name!r} is {target} channels, expected 1 to {n - 1}: it has {n}"
             )
         before = budget.offsets[name]
         after = jnp.asarray(moved[name], before.dtype)
         # At this offset the last channel to go is closed, and all after it are open.
-        stop = -kind.order_numbers(n)[n - targets[name] - 1].astype(before.dtype)
+        stop = -kind.order_numbers(n)[n - target - 1].astype(before.dtype)
         enough = after <= stop
         done = budget.reached[name]
         offsets[name] = jnp.where(done, before, jnp.where(enough, stop, after))

@@ -11,7 +11,9 @@ from flax import linen as nn
 
 from ntt_sparse._types import Params, PRNGKey
 from ntt_sparse.models.lenet import LeNet
+from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.resnet import ResNet
+from ntt_sparse.models.vgg import Vgg
 
 
 class _Entry(NamedTuple):
@@ -24,6 +26,7 @@ class _Entry(NamedTuple):
 
 _DTYPES = ("dtype", "param_dtype")
 _RESNET = ("norm", "shortcut", *_DTYPES)
+_GATED = ("kind", *_DTYPES)
 _CONV4 = {"stages": ((64, 64), (128, 128)), "kernel_size": 3, "hidden": (512,)}
 
 _MODELS = {
@@ -36,13 +39,18 @@ _MODELS = {
     "lenet5": _Entry(
         LeNet,
         {"stages": ((6,), (16,)), "kernel_size": 5, "hidden": (120, 84), "field": 32},
-        ("padding", *_DTYPES),
+        ("padding", "activation", "gated", *_GATED),
     ),
     "conv4": _Entry(LeNet, _CONV4, ("padding", *_DTYPES)),
     "conv4_dropout": _Entry(LeNet, {**_CONV4, "dropout": True}, ("padding", *_DTYPES)),
     "resnet20": _Entry(ResNet, {"blocks_per_stage": 3}, _RESNET),
     "resnet32": _Entry(ResNet, {"blocks_per_stage": 5}, _RESNET),
     "resnet56": _Entry(ResNet, {"blocks_per_stage": 9}, _RESNET),
+    "preresnet20": _Entry(PreResNet, {"blocks_per_stage": 2}, _GATED),
+    "preresnet56": _Entry(PreResNet, {"blocks_per_stage": 6}, _GATED),
+    "preresnet110": _Entry(PreResNet, {"blocks_per_stage": 12}, _GATED),
+    "preresnet164": _Entry(PreResNet, {"blocks_per_stage": 18}, _GATED),
+    "vgg19": _Entry(Vgg, {}, _GATED),
 }
 
 
@@ -58,6 +66,11 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     `resnet20`        ResNet-20 for small images: 16, 32, 64
     `resnet32`        ResNet-32
     `resnet56`        ResNet-56
+    `preresnet20`     Pre-activation ResNet-20 of bottlenecks: 16, 32, 64, times four
+    `preresnet56`     Pre-activation ResNet-56
+    `preresnet110`    Pre-activation ResNet-110
+    `preresnet164`    Pre-activation ResNet-164
+    `vgg19`           VGG-19 for small images, with batch normalisation
     ================  ==========================================================
 
     Args:
@@ -65,7 +78,8 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
         num_outputs: Outputs of the last layer, 1 or more.
         **kwargs: `dtype` of the computation, `param_dtype`; of LeNets with convolutions,
             `padding` ("VALID" or "SAME"); of ResNets, `norm` ("batch", "group" or "none")
-            and `shortcut` ("A" or "B"). See `LeNet` and `ResNet`.
+            and `shortcut` ("A" or "B"); of pre-activation ResNets, VGG and `lenet5`, the
+            `kind` of gates. See `LeNet`, `ResNet`, `PreResNet` and `Vgg`.
 
     Returns:
         A Flax Linen module.

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.layer import Gate, Kind
+from ntt_sparse.models.gated import torch_bias_init, torch_kernel_init
 
 _ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
     "none": lambda x: x,
@@ -18,8 +18,6 @@ _ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
     "elu": nn.elu,
     "tanh": jnp.tanh,
 }
-# U(-1, 1) / sqrt(fan in), of kernels and biases, as PyTorch starts its layers.
-_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class QRes(nn.Module):
@@ -38,9 +36,13 @@ class QRes(nn.Module):
     def __call__(self, x: Float[ArrayLike, "n d"]) -> Float[Array, "n features"]:
         """The outputs `(n, features)`."""
         x = jnp.asarray(x)
-        linear = nn.Dense(self.features, use_bias=False, kernel_init=_kernel_init, name="linear")(x)
-        factor = nn.Dense(self.features, use_bias=False, kernel_init=_kernel_init, name="factor")(x)
-        bias = self.param("bias", _uniform(x.shape[-1]), (self.features,))
+        linear = nn.Dense(
+            self.features, use_bias=False, kernel_init=torch_kernel_init, name="linear"
+        )(x)
+        factor = nn.Dense(
+            self.features, use_bias=False, kernel_init=torch_kernel_init, name="factor"
+        )(x)
+        bias = self.param("bias", torch_bias_init(x.shape[-1]), (self.features,))
         return linear * factor + linear + bias
 
 
@@ -87,9 +89,12 @@ class Perceptron(nn.Module):
             if self.quadratic and index == len(self.widths) - 1:
                 y = QRes(width)(y)
             else:
-                bias_init = _uniform(y.shape[-1])
+                bias_init = torch_bias_init(y.shape[-1])
                 y = nn.Dense(
-                    width, use_bias=self.use_bias, kernel_init=_kernel_init, bias_init=bias_init
+                    width,
+                    use_bias=self.use_bias,
+                    kernel_init=torch_kernel_init,
+                    bias_init=bias_init,
                 )(y)
         return _ACTIVATIONS[self.last](y)
 
@@ -133,12 +138,3 @@ class Autoencoder(nn.Module):
         """The gated outputs of the encoder, `(n, bottleneck)`."""
         x = jnp.asarray(x)
         return self.gate(self.encoder(x.reshape(len(x), -1)))
-
-
-def _uniform(fan_in: int) -> Callable[..., Any]:
-    limit = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return init

@@ -1,19 +1,32 @@
 """LeNet and its kin: plain stacks of convolutions, pooling and dense layers."""
 
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
+from ntt_sparse.gates.channels import Channels, Layer, Network
+from ntt_sparse.gates.layer import Kind
+from ntt_sparse.models import gated
+
 _PADDINGS = ("VALID", "SAME")
+_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
+    "relu": nn.relu,
+    "tanh": jnp.tanh,
+    # Sitzmann et al. 2020, https://arxiv.org/abs/2006.09661, of frequency 1.
+    "sine": jnp.sin,
+}
 
 
 class LeNet(nn.Module):
-    """Stages of convolutions, each closed by 2x2 max pooling, then dense layers, with ReLU.
+    """Stages of convolutions, each closed by 2x2 max pooling, then dense layers.
 
     Kernels start from `glorot_normal`, biases from `normal(stddev=1e-2)`. The params are
-    named in order: `Conv_0`, ..., `Dense_0`, ..., each with a `kernel` and a `bias`.
+    named in order: `Conv_0`, ..., `Dense_0`, ..., each with a `kernel`, a `bias` and, where
+    channels are gated, a `gate`, which is before the activation.
 
     Attributes:
         num_outputs: Outputs of the last dense layer, 1 or more.
@@ -23,7 +36,10 @@ class LeNet(nn.Module):
         padding: "VALID" (the default, as in published code) or "SAME".
         field: Smaller images are centred on zeros, up to this height and width.
         dropout: With `train=True`, drops 0.25 after each pooling and 0.5 between each
-            hidden dense layer and its ReLU; takes `rngs={"dropout": key}`.
+            hidden dense layer and its activation; takes `rngs={"dropout": key}`.
+        activation: "relu", "tanh" or "sine".
+        kind: Of the gates; `None` for none.
+        gated: Hidden layers that are gated, counted from the input; `None` for all.
         dtype: Of the computation; by default that of inputs and params together.
         param_dtype: Of the parameters.
     """
@@ -35,6 +51,9 @@ class LeNet(nn.Module):
     padding: str = "VALID"
     field: int = 0
     dropout: bool = False
+    activation: str = "relu"
+    kind: Kind | None = None
+    gated: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -42,9 +61,19 @@ class LeNet(nn.Module):
         """Checks the fields.
 
         Raises:
-            ValueError: `padding` or `num_outputs` has no meaning.
+            ValueError: A field has no meaning.
         """
         super().__post_init__()
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
+            )
+        depth = sum(map(len, self.stages)) + len(self.hidden)
+        if self.gated is not None and not (self.kind and 1 <= self.gated <= depth):
+            raise ValueError(
+                f"gated is {self.gated}, expected None, or with a kind of gate 1 to {depth}, the "
+                "number of hidden layers"
+            )
         if self.padding not in _PADDINGS:
             raise ValueError(f"padding is {self.padding!r}, expected one of {', '.join(_PADDINGS)}")
         if self.num_outputs < 1:
@@ -66,7 +95,7 @@ class LeNet(nn.Module):
         Raises:
             ValueError: Not images, or images too small for the stages.
         """
-        x = jnp.asarray(x)
+        y: Any = jnp.asarray(x)
         layer = {
             "kernel_init": nn.initializers.glorot_normal(),
             "bias_init": nn.initializers.normal(stddev=1e-2),
@@ -74,21 +103,63 @@ class LeNet(nn.Module):
             "param_dtype": self.param_dtype,
         }
 
+        kinds = self._kinds()
+        activate = _ACTIVATIONS[self.activation]
+
         def drop(x, rate):
             return nn.Dropout(rate, deterministic=not train)(x) if self.dropout else x
 
         if self.stages:
-            self._check_images(x.shape)
-            x = pad_to_field(x, self.field)
+            self._check_images(y.shape)
+            y = pad_to_field(y, self.field)
         for stage in self.stages:
             for channels in stage:
-                size = (self.kernel_size, self.kernel_size)
-                x = nn.relu(nn.Conv(channels, size, padding=self.padding, **layer)(x))
-            x = drop(max_pool(x), 0.25)
-        x = x.reshape(x.shape[0], -1)
+                y = activate(
+                    gated.Conv(
+                        channels, self.kernel_size, padding=self.padding, kind=next(kinds), **layer
+                    )(y)
+                )
+            y = drop(max_pool(y), 0.25)
+        y = y.reshape(y.shape[0], -1)
         for width in self.hidden:
-            x = nn.relu(drop(nn.Dense(width, **layer)(x), 0.5))
-        return nn.Dense(self.num_outputs, **layer)(x)
+            y = activate(drop(gated.Dense(width, kind=next(kinds), **layer)(y), 0.5))
+        return gated.Dense(self.num_outputs, **layer)(y)
+
+    def network(self, input_shape: tuple[int, ...]) -> Network:
+        """Its channels and layers, for inputs of a shape, such as `(height, width, channels)`.
+
+        Raises:
+            ValueError: Not images, or images too small for the stages.
+        """
+        channels, layers = {"input": Channels(math.prod(input_shape))}, []
+        kinds = self._kinds()
+
+        def add(name, n, window=1, positions=1):
+            gate = f"{name}/gate" if next(kinds, None) else None
+            layers.append(Layer(list(channels)[-1], name, window, positions))
+            channels[name] = Channels(n, gate, parameters=1)
+
+        flattened = 1
+        if self.stages:
+            self._check_images((1, *input_shape))
+            channels["input"] = Channels(input_shape[-1])
+            height, width = (max(size, self.field) for size in input_shape[:2])
+            shrink = self.kernel_size - 1 if self.padding == "VALID" else 0
+            for stage in self.stages:
+                for n in stage:
+                    height, width = height - shrink, width - shrink
+                    add(f"Conv_{len(layers)}", n, self.kernel_size**2, height * width)
+                height, width = height // 2, width // 2
+            flattened = height * width
+        for index, n in enumerate((*self.hidden, self.num_outputs)):
+            add(f"Dense_{index}", n, 1 if index else flattened)
+        return Network(channels, tuple(layers))
+
+    def _kinds(self) -> Iterator[Kind | None]:
+        """The gate of each hidden layer, in order."""
+        depth = sum(map(len, self.stages)) + len(self.hidden)
+        count = depth if self.gated is None else self.gated
+        return iter([self.kind] * count + [None] * (depth - count))
 
     def _check_images(self, shape: tuple[int, ...]) -> None:
         """Follows the image size through the stages, before any of it is computed."""

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
+from ntt_sparse.models.norm import STABLE, batch_norm
+
 _SHORTCUTS = ("A", "B")
 _NORMS = ("batch", "group", "none")
 _GROUP_SIZE = 16
-_EPSILON = 1e-5
 
 
 class ResNet(nn.Module):
@@ -195,8 +196,6 @@ def _layers(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The convolution and the normalisation of a network, for use in `nn.compact` methods."""
     shared = {"dtype": dtype, "param_dtype": param_dtype}
-    # Two passes: the one-pass variance cancels for features that are nearly constant.
-    stable = {"epsilon": _EPSILON, "use_fast_variance": False}
 
     def convolve(x, channels, size, stride=1):
         # Symmetric, so that a strided kernel is centred on the pixels that the shortcut
@@ -213,20 +212,10 @@ def _layers(
 
     def normalise(x):
         if norm == "batch":
-            # Statistics are float32 at least; Flax keeps them in float64 only without this.
-            double = all(jnp.dtype(kind) == "float64" for kind in (param_dtype, dtype or "float64"))
-            layer = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                force_float32_reductions=not double,
-                **stable,
-                **shared,
-            )
-        elif norm == "group":
+            return batch_norm(x, train, dtype, param_dtype)
+        if norm == "group":
             groups, rest = divmod(x.shape[-1], _GROUP_SIZE)
-            layer = nn.GroupNorm(1 if rest else groups, **stable, **shared)
-        else:
-            return x
-        return layer(x)
+            return nn.GroupNorm(1 if rest else groups, **STABLE, **shared)(x)
+        return x
 
     return convolve, normalise

@@ -1,0 +1,156 @@
+"""The members of the structured pruning study: which networks there are and how each starts."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.study import stack
+from ntt_sparse import models
+from ntt_sparse._types import PRNGKey
+from ntt_sparse.gates import budget as budgets
+from ntt_sparse.gates import channels, order
+from ntt_sparse.gates import layer as gates
+from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.l1 import L1
+from ntt_sparse.gates.layer import Kind
+from ntt_sparse.gates.optimizer import cold_start, labels
+from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.state import Member, create_member
+from ntt_sparse.training.transforms import gradient_noise
+
+# Independent of the streams that training folds from a member's key.
+_NOISE_STREAM = 1001
+
+
+class Run(NamedTuple):
+    """One network of the study."""
+
+    coefficient: float
+    target: float
+    order: int
+    seed: int
+
+
+def runs_of(config: Any) -> list[Run]:
+    """Every combination of the settings."""
+    fields = (config.coefficients, config.targets, config.orders, config.seeds)
+    return [Run(*values) for values in itertools.product(*fields)]
+
+
+def member_names(runs: list[Run]) -> list[str]:
+    """Names such as `"c0.1-t1.0-o0-s1"`, fit for file names."""
+    return [f"c{r.coefficient!r}-t{r.target!r}-o{r.order}-s{r.seed}" for r in runs]
+
+
+def make_kind(config: Any) -> Kind:
+    """The gates of a study."""
+    if config.gate == "l1":
+        return L1(config.initial)
+    return Dam(config.initial, convention=config.convention)
+
+
+def make_model(config: Any, num_outputs: int) -> Any:
+    """The gated network of a study."""
+    fields = {name: config.model[name] for name in ("activation", "gated") if config.model[name]}
+    return models.create(
+        config.model.name, num_outputs=num_outputs, kind=make_kind(config), **fields
+    )
+
+
+def make_optimizer(
+    config: Any, plan: Plan, *, key: PRNGKey | None = None
+) -> optax.GradientTransformation:
+    """SGD with momentum, Adam or AdaBelief, with a schedule, after a cold start of the gates.
+
+    Args:
+        config: The settings.
+        plan: Of the training.
+        key: Of the noise on gradients, which is part of the optimiser's state.
+    """
+    settings = config.training
+    rate = optax.piecewise_constant_schedule(
+        settings.learning_rate,
+        {round(fraction * plan.total_steps): 0.1 for fraction in settings.milestones},
+    )
+    # Coupled with the step, as in the training it comes from.
+    decay = optax.add_decayed_weights(
+        settings.weight_decay, None if settings.decay_gates else _without_gates
+    )
+    scale = {
+        "sgd": lambda: optax.trace(settings.momentum),
+        "adam": optax.scale_by_adam,
+        "adabelief": optax.scale_by_belief,
+    }[settings.optimizer]()
+    steps = round(settings.cold_start * plan.steps_per_epoch)
+    # The rate is that of the run for gates too, so it comes after the cold start.
+    parts = [cold_start(optax.chain(decay, scale), steps), optax.scale_by_learning_rate(rate)]
+    if config.gradient_noise:
+        parts.insert(0, gradient_noise(config.gradient_noise, key))
+    return optax.chain(*parts)
+
+
+def _without_gates(params: Any) -> Any:
+    return jax.tree.map(lambda label: label == "network", labels(params))
+
+
+def start_members(
+    config: Any, module: Any, input_shape: tuple[int, ...], runs: list[Run], plan: Plan
+) -> Member:
+    """All networks at their start. A seed fixes weights and the order of the data.
+
+    The context of each is its `coefficient` and, with a budget, its `target` and where its
+    budget stands. An order other than that of the index is in the model state.
+
+    Args:
+        config: The settings.
+        module: The network.
+        input_shape: Of an example.
+        runs: Of each network.
+        plan: Of the training.
+    """
+    sizes = channels.sizes(module.network(input_shape))
+    init = jax.jit(lambda key: dict(module.init(key, jnp.zeros((1, *input_shape)))))
+    by_seed = {seed: init(jax.random.key(seed)) for seed in config.seeds}
+
+    def member(key, variables, coefficient, target, ranks):
+        variables = dict(variables)
+        params = variables.pop("params")
+        variables |= ranks
+        context = {"coefficient": coefficient}
+        if config.budget:
+            offsets = {path: gate["beta"] for path, gate in gates.find(params).items()}
+            context |= {"target": target, "budget": budgets.start(offsets)}
+        noise = jax.random.fold_in(key, _NOISE_STREAM)
+        optimizer = make_optimizer(config, plan, key=noise)
+        masks = jax.tree.map(lambda _: None, params)
+        return create_member(params, masks, optimizer, key, context, variables)
+
+    return jax.jit(jax.vmap(member))(
+        stack([jax.random.key(run.seed) for run in runs]),
+        stack([by_seed[run.seed] for run in runs]),
+        jnp.asarray([run.coefficient for run in runs], float),
+        jnp.asarray([run.target for run in runs], float),
+        stack([orders(config, sizes, run.order) for run in runs]),
+    )
+
+
+def orders(config: Any, sizes: Mapping[str, int], number: int) -> dict[str, Any]:
+    """The collection of variables that holds an order of the channels of each gated layer.
+
+    Empty where all orders of the study are those of the index, whose number is 0.
+    """
+    if not any(config.orders):
+        return {}
+    tree: dict[str, Any] = {}
+    key = jax.random.key(number)
+    for index, (path, n) in enumerate(sizes.items()):
+        drawn = order.random(jax.random.fold_in(key, index), n)
+        node = tree
+        for part in path.split("/"):
+            node = node.setdefault(part, {})
+        node["ranks"] = drawn if number else jnp.arange(n)
+    return {gates.ORDER: tree}

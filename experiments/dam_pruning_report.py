@@ -1,0 +1,209 @@
+"""The report of the structured pruning study: summary.json, report.md and the figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures
+from experiments.dam_pruning_members import runs_of
+from experiments.dam_pruning_published import Published, published
+from experiments.statistics import spread
+from ntt_sparse.gates.channels import Counts
+from ntt_sparse.training.files import write_text
+from ntt_sparse.training.metrics import MetricsLog
+
+_COUNTS = Counts._fields
+_SETTING = ("coefficient", "target", "order")
+
+
+def write(config: Any, workdir: Path, whole: Counts) -> dict[str, Any]:
+    """Writes everything from metrics and measurements alone, so that it can be repeated.
+
+    Args:
+        config: The settings.
+        workdir: Where the files are.
+        whole: What the network costs with all channels open.
+
+    Returns:
+        The summary.
+    """
+    log = MetricsLog(workdir / "training.jsonl", "training")
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, run in enumerate(runs_of(config)):
+        groups.setdefault(run[:-1], []).append(index)
+    rows = _rows(config, log, groups, whole)
+    if config.similarity:
+        _add_similarity(workdir / "similarities.npz", groups, rows)
+    summary = {
+        "config": json.loads(json.dumps(config.to_dict())),
+        "whole": whole._asdict(),
+        "networks": rows,
+        "published": [row._asdict() for row in published(config)],
+    }
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "report.md", _markdown(config, summary))
+    _draw(config, workdir, log, groups, rows)
+    return summary
+
+
+def _rows(
+    config: Any, log: MetricsLog, groups: dict[tuple[Any, ...], list[int]], whole: Counts
+) -> list[dict[str, Any]]:
+    """One entry per setting, over its seeds, of the last step."""
+    last = {
+        name: log.column(name)[1][-1]
+        for name in (*_COUNTS, "test/accuracy", "validation/accuracy", "widths")
+    }
+    rows = []
+    for setting, members in groups.items():
+        rows.append({
+            **dict(zip(_SETTING, setting, strict=True)),
+            "seeds": [runs_of(config)[index].seed for index in members],
+            "test_accuracy": spread(last["test/accuracy"][members]),
+            "validation_accuracy": spread(last["validation/accuracy"][members]),
+            **{name: spread(last[name][members]) for name in _COUNTS},
+            **{
+                f"pruned_{name}": spread(1 - last[name][members] / getattr(whole, name))
+                for name in _COUNTS
+            },
+            "widths": np.asarray(last["widths"])[members].astype(int).tolist(),
+        })  # fmt: skip
+    return rows
+
+
+def _add_similarity(
+    path: Path, groups: dict[tuple[Any, ...], list[int]], rows: list[dict[str, Any]]
+) -> None:
+    """Mean, spread and maximum of the similarity between different open channels (Table 7)."""
+    with np.load(path, allow_pickle=False) as arrays:
+        cka, open_ = arrays["cka"], arrays["open"]
+    for row, members in zip(rows, groups.values(), strict=True):
+        values = []
+        for index in members:
+            chosen = cka[index][np.ix_(open_[index], open_[index])]
+            values.append(chosen[~np.eye(len(chosen), dtype=bool)])
+        # With one open channel or none there is nothing to compare.
+        values = [each for each in values if each.size]
+        row["channel_similarity"] = {
+            name: spread([float(measure(each)) for each in values]) if values else None
+            for name, measure in (("mean", np.mean), ("std", np.std), ("max", np.max))
+        }
+
+
+def _markdown(config: Any, summary: dict[str, Any]) -> str:
+    whole = summary["whole"]
+    lines = [
+        f"# Structured pruning with gates: {config.name}",
+        "",
+        f"{config.model.name}: {whole['channels']:,} gated channels, {whole['parameters']:,} "
+        f"parameters, {whole['multiply_adds']:,} multiply-adds. Means and standard deviations "
+        f"over seeds {list(config.seeds)}, after the last step; nothing is chosen by the test "
+        "set. A parameter counts while something computed from the input reaches the output "
+        "through it.",
+        "",
+        "| lambda | target | order | accuracy (%) | parameters | pruned parameters (%) | "
+        "pruned channels (%) | pruned multiply-adds (%) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in summary["networks"]:
+        cells = (
+            f"{row['coefficient']:g}",
+            f"{row['target']:g}" if config.budget else "",
+            str(row["order"]),
+            _percent(row["test_accuracy"]),
+            f"{row['parameters']['mean']:,.0f}",
+            *(_percent(row[f"pruned_{name}"]) for name in ("parameters", "channels")),
+            _percent(row["pruned_multiply_adds"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    if summary["published"]:
+        lines += _published_lines(summary["published"])
+    if config.similarity:
+        lines += _similarity_lines(config, summary["networks"])
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: dict[str, Any]) -> str:
+    spread_ = "" if value["std"] is None else f" ± {100 * value['std']:.2f}"
+    return f"{100 * value['mean']:.2f}{spread_}"
+
+
+def _published_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "Published (Bu et al. 2021):",
+        "",
+        "| lambda | accuracy (%) | parameters | pruned parameters (%) | pruned channels (%) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in (Published(**each) for each in rows):
+        known = (row.parameters, row.pruned_parameters, row.pruned_channels)
+        formats = (",.0f", ".2f", ".2f")
+        cells = [f"{row.coefficient:g}", f"{row.accuracy:.2f}"]
+        cells += [
+            "" if value is None else format(value, spec)
+            for value, spec in zip(known, formats, strict=True)
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _similarity_lines(config: Any, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        f"Linear CKA between the maps of different open channels of {config.similarity}, on "
+        f"{config.probe} held-out images:",
+        "",
+        "| lambda | target | order | mean | standard deviation | maximum |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        values = row["channel_similarity"].values()
+        cells = [f"{row['coefficient']:g}", f"{row['target']:g}", str(row["order"])]
+        cells += ["" if value is None else f"{value['mean']:.3f}" for value in values]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _draw(
+    config: Any,
+    workdir: Path,
+    log: MetricsLog,
+    groups: dict[tuple[Any, ...], list[int]],
+    rows: list[dict[str, Any]],
+) -> None:
+    directory = workdir / "figures"
+    ours = [(1 - row["pruned_parameters"]["mean"], row["test_accuracy"]) for row in rows]
+    theirs = [
+        (1 - row.pruned_parameters / 100, row.accuracy / 100)
+        for row in published(config)
+        if row.pruned_parameters is not None
+    ]
+    figures.accuracy_against_size(directory / "accuracy_against_parameters", ours, theirs)
+    labels = {setting: _label(config, setting) for setting in groups}
+    steps, opened = log.column("channels")
+    figures.channels_over_training(
+        directory / "channels_over_training",
+        steps,
+        {labels[setting]: opened[:, members] for setting, members in groups.items()},
+    )
+    figures.layer_widths(
+        directory / "layer_widths",
+        {
+            labels[setting]: np.mean(row["widths"], axis=0)
+            for setting, row in zip(groups, rows, strict=True)
+        },
+    )
+
+
+def _label(config: Any, setting: tuple[Any, ...]) -> str:
+    """What tells a setting from the others of the study."""
+    coefficient, target, order = setting
+    parts = [f"λ = {coefficient:g}"]
+    if config.budget:
+        parts.append(f"target {target:g}")
+    if any(config.orders):
+        parts.append(f"order {order}")
+    return ", ".join(parts)
