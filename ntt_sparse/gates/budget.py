@@ -18,7 +18,7 @@ from ntt_sparse.gates.dam import Dam
 Offsets: TypeAlias = Mapping[str, Float[ArrayLike, "..."]]
 """The offset of each gated layer, by its path."""
 
-Cost: TypeAlias = Callable[[dict[str, Bool[Array, " n"]]], Real[Array, ""]]
+Cost: TypeAlias = Callable[[dict[str, Bool[Array, "_"]]], Real[Array, ""]]
 """What a network costs whose open channels are these: it must not grow when one is closed."""
 
 
@@ -54,7 +54,7 @@ def start(offsets: Offsets) -> Budget:
     return Budget(values, dict.fromkeys(values, jnp.asarray(False)))
 
 
-def channels(open_: Mapping[str, Bool[Array, " n"]]) -> Real[Array, ""]:
+def channels(open_: Mapping[str, Bool[Array, "_"]]) -> Real[Array, ""]:
     """The cost that counts open channels."""
     return jnp.sum(jnp.stack([jnp.sum(layer, dtype=jnp.int32) for layer in open_.values()]))
 
@@ -66,6 +66,7 @@ def hold(
     target: Real[ArrayLike, ""],
     *,
     cost: Cost = channels,
+    keep: int = 1,
     kind: Dam | None = None,
     ranks: Mapping[str, ArrayLike] | None = None,
 ) -> Budget:
@@ -83,6 +84,8 @@ def hold(
         sizes: Channels of each layer.
         target: The largest cost wanted; may be traced.
         cost: What counts, by default open channels.
+        keep: Channels of each layer that stay open whatever comes, those of the highest order;
+            a closed layer may cut the network in two, which costs nothing and is no target.
         kind: The gates; by default those of `Dam()`.
         ranks: Orders of layers where they are not those of the index.
 
@@ -91,14 +94,19 @@ def hold(
         not finite reaches nothing and is returned as it is.
 
     Raises:
-        ValueError: Layers do not fit, or the target is not positive or no less than the cost
-            of all channels, so that there is nothing to prune.
+        ValueError: Layers do not fit, a layer has no more channels than are kept, or the target
+            is not positive, below the cost of what is kept, or no less than the cost of all
+            channels, so that there is nothing to prune.
     """
     kind = kind or Dam()
     _check_layers(budget, moved, sizes)
     if unknown := set(ranks or {}) - set(sizes):
         raise ValueError(f"ranks are for {sorted(unknown)}, sizes for {sorted(sizes)}")
-    _check_target(target, cost, sizes)
+    if not 0 <= keep < min(sizes.values()):
+        raise ValueError(
+            f"keep is {keep}, expected 0 to {min(sizes.values()) - 1}: fewer than the channels of "
+            "the smallest layer"
+        )
     names, widths = list(sizes), list(sizes.values())
     owner = np.repeat(np.arange(len(names)), widths)
     before = jnp.stack([budget.offsets[name] for name in names])
@@ -106,6 +114,15 @@ def hold(
     mu = jnp.concatenate([
         kind.order_numbers(n, ranks=(ranks or {}).get(name)) for name, n in sizes.items()
     ]).astype(before.dtype)  # fmt: skip
+
+    # An offset at which all channels but those that are kept are closed.
+    lowest = jnp.stack([
+        -kind.order_numbers(n)[n - keep - 1] if keep else -jnp.inf for n in sizes.values()
+    ]).astype(before.dtype)  # fmt: skip
+    _check_target(target, cost, sizes, keep)
+    # What is not finite is left to be seen.
+    bounded = jnp.maximum(after, jnp.minimum(before, lowest))
+    after = jnp.where(jnp.isfinite(after), bounded, after)
 
     was_open, is_open = mu + before[owner] > 0, mu + after[owner] > 0
     closing = was_open & ~is_open
@@ -117,8 +134,7 @@ def hold(
 
     def reached_after(count):
         flat = is_open | (closing & (place >= count))
-        layers = jnp.split(flat, np.cumsum(widths)[:-1])
-        return cost(dict(zip(names, layers, strict=True))) <= target
+        return cost(_by_layer(flat, sizes)) <= target
 
     # The smallest count of closed channels that reaches the target, by bisection.
     def halve(_, ends):
@@ -135,7 +151,6 @@ def hold(
     accepted = jnp.where(closing & (place < count), mu, -jnp.inf)
     last = jax.ops.segment_max(accepted, owner, len(names))
     stopped = jnp.where(last > -jnp.inf, -last, jnp.maximum(before, after))
-    # What is not finite is left to be seen.
     reaches = reached_after(everything) & jnp.all(jnp.isfinite(after))
     done = jnp.stack([budget.reached[name] for name in names]).all()
     values = jnp.where(done, before, jnp.where(reaches, stopped, after))
@@ -145,19 +160,29 @@ def hold(
     )
 
 
-def _check_target(target: Real[ArrayLike, ""], cost: Cost, sizes: Mapping[str, int]) -> None:
+def _by_layer(flat: Bool[Array, "_"], sizes: Mapping[str, int]) -> dict[str, Bool[Array, "_"]]:
+    layers = jnp.split(flat, np.cumsum(list(sizes.values()))[:-1])
+    return dict(zip(sizes, layers, strict=True))
+
+
+def _check_target(
+    target: Real[ArrayLike, ""], cost: Cost, sizes: Mapping[str, int], keep: int
+) -> None:
     if isinstance(target, Tracer):
         return
     # A compiled step may hold this: what is known is computed now.
     with jax.ensure_compile_time_eval():
         whole = cost({path: jnp.ones(n, bool) for path, n in sizes.items()})
+        least = cost({path: jnp.arange(n) >= n - keep for path, n in sizes.items()})
+        if isinstance(whole, Tracer):
+            return
         # The negated form also refuses NaN.
-        wrong = not isinstance(whole, Tracer) and not (0 < cast(float, target) < cast(float, whole))
-    if wrong:
-        raise ValueError(
-            f"the target of the budget is {target}, expected more than 0 and less than "
-            f"{whole}, which is the cost of all channels"
-        )
+        above = cast(float, least) <= cast(float, target) < cast(float, whole)
+        if not (above and cast(float, target) > 0):
+            raise ValueError(
+                f"the target of the budget is {target}, expected more than 0, {least} or more, "
+                f"the cost of the channels that are kept, and less than {whole}, the cost of all"
+            )
 
 
 def hold_layers(

@@ -125,7 +125,7 @@ def sizes(network: Network) -> dict[str, int]:
     return found
 
 
-def used(network: Network, open_: Mapping[str, Bool[Array, " n"]]) -> dict[str, Bool[Array, " n"]]:
+def used(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> dict[str, Bool[Array, "_"]]:
     """Which channels count: those on a way from the input to the output.
 
     Args:
@@ -173,7 +173,7 @@ def _any(masks: list[Array]) -> Array:
     return functools.reduce(jnp.logical_or, masks, jnp.asarray(False))
 
 
-def count(network: Network, open_: Mapping[str, Bool[Array, " n"]]) -> Counts:
+def count(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> Counts:
     """What the network costs whose open channels are these. Works under `jit`.
 
     Args:
@@ -203,12 +203,12 @@ def whole(network: Network) -> Counts:
     return Counts(gated, _parameters(network, full), _multiply_adds(network, full))
 
 
-def parameters(network: Network) -> Callable[[dict[str, Bool[Array, " n"]]], Real[Array, ""]]:
+def parameters(network: Network) -> Callable[[dict[str, Bool[Array, "_"]]], Real[Array, ""]]:
     """The cost that counts parameters, for a budget (`ntt_sparse.gates.budget`)."""
     return lambda open_: count(network, open_).parameters
 
 
-def multiply_adds(network: Network) -> Callable[[dict[str, Bool[Array, " n"]]], Real[Array, ""]]:
+def multiply_adds(network: Network) -> Callable[[dict[str, Bool[Array, "_"]]], Real[Array, ""]]:
     """The cost that counts multiply-adds, for a budget (`ntt_sparse.gates.budget`)."""
     return lambda open_: count(network, open_).multiply_adds
 
