@@ -13,7 +13,6 @@ against float64, and (of JAX) temporary memory. PyTorch takes part if it is inst
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import blocked, in_turn, ratio
 
 from ntt_sparse import models
 from ntt_sparse.objectives.cka_sr import aug_cka_sr, every_nth_batch
@@ -74,22 +74,20 @@ def alone(layers: int, n: int, rounds: int, members: int) -> None:
                 inputs = [jnp.stack([x] * members) for x in inputs]
             compiled = jax.jit(transformed).lower(inputs).compile()
             temporary[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-            candidates[name] = functools.partial(_blocked, compiled, inputs)
+            candidates[name] = functools.partial(blocked, compiled, inputs)
         if members == 1:
             candidates |= _in_torch(features, gradient=mode != "value")
-        times = _in_turn(candidates, rounds)
+        times = in_turn(candidates, rounds)
         print(f"\n{mode}: {layers} maps, {n} examples, {members} networks side by side")
         print(f"{'':<22}{'median ms':>10}{'ratio':>8}{'error':>9}{'temp MiB':>10}")
         for name, seconds in times.items():
             value = candidates[name]()
             value = float(np.ravel(value[0] if isinstance(value, tuple) else value)[0])
-            ratio = statistics.median(
-                s / base for s, base in zip(seconds, times["ours"], strict=True)
-            )
+            to_ours = ratio(times, name, "ours")
             reference = exact["debiased" in name]
             memory = f"{temporary[name]:>10.1f}" if name in temporary else ""
             print(
-                f"{name:<22}{1e3 * statistics.median(seconds):>10.2f}{ratio:>8.2f}"
+                f"{name:<22}{1e3 * statistics.median(seconds):>10.2f}{to_ours:>8.2f}"
                 f"{abs(value / reference - 1):>9.0e}{memory}"
             )
 
@@ -242,7 +240,7 @@ def training_step(rounds: int) -> None:
         used = {"task": terms.task()} | ({} if term is None else {"similarity": term})
         # The plain step knows of no features.
         apply = (
-            _without_features(module)
+            terms.without_features(module)
             if term is None
             else capture(module, "stage*", examples=examples)
         )
@@ -251,16 +249,13 @@ def training_step(rounds: int) -> None:
         compiled = jax.jit(step_fn).lower(member, batch, jnp.int32(0)).compile()
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         candidates[name] = functools.partial(_five, compiled, member, batch)
-    times = _in_turn(candidates, rounds)
+    times = in_turn(candidates, rounds)
     print(
         "\nfive training steps of ResNet-20 at batch 128, density 0.05, AugCKA-SR over nine blocks"
     )
     print(f"{'':<22}{'median ms':>10}{'to plain':>10}{'to alive':>10}{'temp MiB':>10}")
     for name, seconds in times.items():
-        ratios = [
-            statistics.median(s / base for s, base in zip(seconds, times[other], strict=True))
-            for other in ("plain", "features alive")
-        ]
+        ratios = [ratio(times, name, other) for other in ("plain", "features alive")]
         print(
             f"{name:<22}{1e3 * statistics.median(seconds):>10.1f}{ratios[0]:>10.3f}"
             f"{ratios[1]:>10.3f}{temporary[name]:>10.0f}"
@@ -272,36 +267,6 @@ def _five(step_fn: Callable[..., Any], member: Any, batch: Any) -> Any:
     for step in range(5):
         member, _ = step_fn(member, batch, jnp.int32(step))
     return jax.block_until_ready(member.params)
-
-
-def _without_features(module: Any) -> Callable[..., Any]:
-    def apply(variables, x, *, mutable, **kwargs):
-        outputs, state = module.apply(variables, x, mutable=mutable, **kwargs)
-        return outputs, {}, state
-
-    return apply
-
-
-def _blocked(fn: Callable[..., Any], *arguments: Any) -> Any:
-    return jax.block_until_ready(fn(*arguments))
-
-
-def _in_turn(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; each round begins with another one."""
-    for candidate in candidates.values():
-        candidate()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for round_ in range(rounds):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            began, calls = time.perf_counter(), 0
-            # Short ones several times: a turn is a tenth of a second at least.
-            while calls == 0 or time.perf_counter() - began < 0.1:
-                candidates[name]()
-                calls += 1
-            times[name].append((time.perf_counter() - began) / calls)
-    return times
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.checks import LARGEST_INT, check_fields, check_seeds, check_values
 from experiments.dam_pruning_members import make_kind
 from ntt_sparse.data.images import ImageData
@@ -91,6 +93,8 @@ def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> N
             make_kind(config).init(n)
         except ValueError as error:
             raise ValueError(f"config.initial is {config.initial}: {error}") from error
+    if config.budget:
+        _check_targets(config, network)
     if config.similarity and f"{config.similarity}/gate" not in sizes:
         names = ", ".join(path.removesuffix("/gate") for path in sizes)
         raise ValueError(
@@ -112,3 +116,19 @@ def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> N
             f"config.training.cold_start is {config.training.cold_start} epochs, {cold} steps of "
             f"{plan.total_steps}: the gates would never move, expected fewer"
         )
+
+
+def _check_targets(config: Any, network: Network) -> None:
+    """A budget keeps a channel of each layer, whatever the target."""
+    sizes = channels.sizes(network)
+    if config.budget == "layers":
+        return
+    last = {path: jnp.arange(n) == n - 1 for path, n in sizes.items()}
+    least = channels.count(network, last)._asdict()[config.budget]
+    whole = channels.whole(network)._asdict()[config.budget]
+    for target in config.targets:
+        if target * whole < least:
+            raise ValueError(
+                f"config.targets holds {target}, which is {target * whole:,.0f} {config.budget}: "
+                f"one channel in each gated layer makes {int(least):,} of {whole:,}"
+            )

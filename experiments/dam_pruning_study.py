@@ -91,7 +91,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     step_fn = make_step(
         training_terms(config),
         make_optimizer(config, plan),
-        forward=terms.masked_forward(capture_nothing(setup.module)),
+        forward=terms.masked_forward(terms.without_features(setup.module)),
         augment=_augment if config.data.augment else None,
         after_update=hold_budget(config, setup.network),
     )
@@ -105,16 +105,6 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         tuple(data.train), evaluation(config, setup), (held_out, test), mode,
         batch_size=config.training.batch_size,
     )  # fmt: skip
-
-
-def capture_nothing(module: Any) -> Callable[..., Any]:
-    """The network as `masked_forward` takes it, without features."""
-
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs, state = module.apply(variables, *args, **kwargs)
-        return outputs, {}, state
-
-    return apply
 
 
 def _augment(key: Any, batch: Any) -> Any:

@@ -75,6 +75,16 @@ def masked_forward(apply: Callable[..., Any]) -> Forward:
     return forward
 
 
+def without_features(module: Any) -> Callable[..., Any]:
+    """A Linen network as `masked_forward` takes it, which gives no features."""
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs, state = module.apply(variables, *args, **kwargs)
+        return outputs, {}, state
+
+    return apply
+
+
 def task(*, loss: Loss = "cross_entropy") -> Term:
     """The mean loss of the outputs of a shared forward pass; logs the accuracy."""
 
