@@ -47,6 +47,34 @@ def check_values(config: Any, field: str, least: float, most: float) -> None:
             )
 
 
+def check_milestones(milestones: Sequence[float], field: str) -> None:
+    """Checks the fractions of a run at which its learning rate falls.
+
+    Raises:
+        ValueError: They are repeated or no fractions; the message names the field.
+    """
+    if len(set(milestones)) < len(milestones):
+        raise ValueError(f"{field} is {milestones}, expected different fractions")
+    for fraction in milestones:
+        if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+            raise ValueError(
+                f"{field} holds {fraction}, expected fractions of the run between 0 and 1"
+            )
+
+
+def check_augment(config: Any, input_shape: Sequence[int]) -> None:
+    """Checks that images are as large as `augment_images` needs them, which reflects four pixels.
+
+    Raises:
+        ValueError: They are not.
+    """
+    height, width, *_ = input_shape
+    if config.data.augment and min(height, width) < 5:
+        raise ValueError(
+            f"config.data.augment is True, images are {height} x {width}: it needs 5 x 5 or more"
+        )
+
+
 def _check_different(config: Any, field: str) -> None:
     if not config[field] or len(set(config[field])) < len(config[field]):
         raise ValueError(f"config.{field} is {config[field]}, expected different values")

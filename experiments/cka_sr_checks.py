@@ -5,7 +5,14 @@ from typing import Any
 
 import jax
 
-from experiments.checks import LARGEST_INT, check_fields, check_members, check_names
+from experiments.checks import (
+    LARGEST_INT,
+    check_augment,
+    check_fields,
+    check_members,
+    check_milestones,
+    check_names,
+)
 from experiments.cka_sr_members import layer_counts
 from experiments.cka_sr_stages import (
     REGULARISERS,
@@ -59,17 +66,7 @@ def check_config(config: Any) -> None:
                 f"config.coefficients holds {coefficient!r}, expected numbers above 0, from 1e-30 "
                 "to 1e30: the network without a regulariser is always there"
             )
-    if len(set(config.supervised.milestones)) < len(config.supervised.milestones):
-        raise ValueError(
-            f"config.supervised.milestones is {config.supervised.milestones}, expected different "
-            "fractions"
-        )
-    for fraction in config.supervised.milestones:
-        if not isinstance(fraction, int | float) or not 0 < fraction < 1:
-            raise ValueError(
-                f"config.supervised.milestones holds {fraction}, expected fractions of the run "
-                "between 0 and 1"
-            )
+    check_milestones(config.supervised.milestones, "config.supervised.milestones")
     chosen = [REGULARISERS[name] for name in config.regularisers.split(",")]
     needed = 4 if any(regulariser.debiased for regulariser in chosen) else 3
     batch_size = config.supervised.batch_size
@@ -106,12 +103,7 @@ def check_sizes(config: Any, module: Any, data: ImageData) -> None:
         if config[field] > size:
             raise ValueError(f"config.{field} is {config[field]}, there are {size} images")
 
-    # Those of `pad_crop_flip`, which reflects four pixels.
-    if config.data.augment and min(data.input_shape[:2]) < 5:
-        height, width, _ = data.input_shape
-        raise ValueError(
-            f"config.data.augment is True, images are {height} x {width}: it needs 5 x 5 or more"
-        )
+    check_augment(config, data.input_shape)
 
     def shapes(key):
         x = jax.numpy.zeros((2, *data.input_shape))

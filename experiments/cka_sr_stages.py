@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from experiments.study import decayed_rate
 from ntt_sparse.objectives.cka_sr import aug_cka_sr, cka_sr, every_nth_batch
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.pruning.sparsity import epsilon_sparsity
@@ -57,10 +58,7 @@ def block_patterns(config: Any) -> list[str]:
 def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransformation:
     """Adam, or SGD with Nesterov momentum and a schedule; pruned weights stay zero."""
     settings = config.supervised
-    rate = optax.piecewise_constant_schedule(
-        settings.learning_rate,
-        {round(fraction * total_steps): 0.1 for fraction in settings.milestones},
-    )
+    rate = decayed_rate(settings, total_steps)
     if settings.optimizer == "adam":
         inner = optax.adam(rate)
     else:

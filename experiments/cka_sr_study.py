@@ -19,10 +19,9 @@ from experiments.cka_sr_stages import (
     training_terms,
 )
 from experiments.cli import claim_workdir, user_errors
-from experiments.study import fit_stage, hold_out, make_plan, save_networks
+from experiments.study import augment_images, fit_stage, hold_out, make_plan, save_networks
 from ntt_sparse import models
 from ntt_sparse.data import images
-from ntt_sparse.data.augment import pad_crop_flip
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture
 from ntt_sparse.training import mesh as meshes
@@ -93,7 +92,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         forward=masked_forward(
             capture(setup.module, all_patterns(config), examples=config.samples or None)
         ),
-        augment=_augment if config.data.augment else None,
+        augment=augment_images if config.data.augment else None,
     )
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
     count = config.evaluated or None
@@ -111,11 +110,6 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
 def probe_of(config: Any, setup: Setup) -> Any:
     """The held-out images on which similarity is measured."""
     return jnp.asarray(setup.data.validation.x[: config.probe])
-
-
-def _augment(key: Any, batch: Any) -> Any:
-    x, y = batch
-    return pad_crop_flip(key, x), y
 
 
 def save_measurements(path: Path, config: Any, setup: Setup, members: Member) -> None:

@@ -5,8 +5,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.checks import LARGEST_INT, check_fields, check_seeds, check_values
-from experiments.dam_pruning_members import make_kind
+from experiments.checks import (
+    LARGEST_INT,
+    check_augment,
+    check_fields,
+    check_milestones,
+    check_seeds,
+    check_values,
+)
+from experiments.dam_pruning_members import make_kind, target_of
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates import channels
 from ntt_sparse.gates.channels import Network
@@ -33,7 +40,7 @@ _RANGES = {
     "training.cold_start": (0, LARGEST_INT),
     "training.batch_size": (2, LARGEST_INT),
     "training.learning_rate": (0, 1e30),
-    "training.momentum": (0, 1),
+    "training.momentum": (0, 0.9999),
     "training.weight_decay": (0, 1e30),
     "training.validation_fraction": (0, 0.9),
     "training.record_every": (0, LARGEST_INT),
@@ -64,6 +71,11 @@ def check_config(config: Any) -> None:
             f"config.targets is {config.targets} without a budget, expected (1.0,), or "
             f"config.budget to be one of {', '.join(_CHOICES['budget'][1:])}"
         )
+    if config.budget and not all(coefficient > 0 for coefficient in config.coefficients):
+        raise ValueError(
+            f"config.coefficients is {config.coefficients} with a budget, expected numbers above "
+            "0: what closes channels until the target is the penalty"
+        )
     if config.gate != "dam" and (config.budget or any(config.orders)):
         raise ValueError(
             f"config.gate is {config.gate!r}, but budgets and orders are of offsets: expected 'dam'"
@@ -72,12 +84,12 @@ def check_config(config: Any) -> None:
         raise ValueError(
             f"config.model.name is {config.model.name!r}: activation and gated are of 'lenet5'"
         )
-    milestones = config.training.milestones
-    if len(set(milestones)) < len(milestones) or not all(0 < each < 1 for each in milestones):
-        raise ValueError(
-            f"config.training.milestones is {milestones}, expected different fractions of the "
-            "run between 0 and 1"
-        )
+    check_milestones(config.training.milestones, "config.training.milestones")
+    # Gates that make no sense are an error here.
+    try:
+        make_kind(config)
+    except ValueError as error:
+        raise ValueError(f"config.initial is {config.initial}: {error}") from error
 
 
 def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> None:
@@ -104,11 +116,12 @@ def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> N
         raise ValueError(
             f"config.probe is {config.probe}, there are {len(data.validation.y)} images"
         )
-    # Those of `pad_crop_flip`, which reflects four pixels.
-    if config.data.augment and min(data.input_shape[:2]) < 5:
-        height, width, _ = data.input_shape
+    check_augment(config, data.input_shape)
+    steps = [round(fraction * plan.total_steps) for fraction in config.training.milestones]
+    if len(set(steps)) < len(steps):
         raise ValueError(
-            f"config.data.augment is True, images are {height} x {width}: it needs 5 x 5 or more"
+            f"config.training.milestones is {config.training.milestones}, which are steps {steps} "
+            f"of {plan.total_steps}: expected different ones"
         )
     cold = round(config.training.cold_start * plan.steps_per_epoch)
     if cold >= plan.total_steps:
@@ -119,16 +132,24 @@ def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> N
 
 
 def _check_targets(config: Any, network: Network) -> None:
-    """A budget keeps a channel of each layer, whatever the target."""
-    sizes = channels.sizes(network)
-    if config.budget == "layers":
-        return
+    """The targets lie between what the networks start with and one channel in each layer."""
+    kind, sizes = make_kind(config), channels.sizes(network)
+    started = {path: kind.values(kind.init(n), n) > 0 for path, n in sizes.items()}
     last = {path: jnp.arange(n) == n - 1 for path, n in sizes.items()}
-    least = channels.count(network, last)._asdict()[config.budget]
-    whole = channels.whole(network)._asdict()[config.budget]
     for target in config.targets:
-        if target * whole < least:
-            raise ValueError(
-                f"config.targets holds {target}, which is {target * whole:,.0f} {config.budget}: "
-                f"one channel in each gated layer makes {int(least):,} of {whole:,}"
+        limits = target_of(config, network, target)
+        if isinstance(limits, dict):
+            ends = [(1, int(jnp.sum(started[path])), limits[path]) for path in sizes]
+        else:
+            least, most = (
+                int(getattr(channels.count(network, open_), config.budget))
+                for open_ in (last, started)
             )
+            ends = [(least, most, limits)]
+        for least, most, limit in ends:
+            if not least <= limit < most:
+                raise ValueError(
+                    f"config.targets holds {target}, which is {limit:,} of {config.budget}: "
+                    f"expected {least:,} or more, one channel in each gated layer, and less than "
+                    f"the {most:,} that config.initial opens"
+                )

@@ -1,19 +1,22 @@
 """The members of the structured pruning study: which networks there are and how each starts."""
 
 import itertools
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.study import stack
+from experiments.study import decayed_rate, stack
 from ntt_sparse import models
 from ntt_sparse._types import PRNGKey
 from ntt_sparse.gates import budget as budgets
 from ntt_sparse.gates import channels, order
 from ntt_sparse.gates import layer as gates
+from ntt_sparse.gates.channels import Network
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.l1 import L1
 from ntt_sparse.gates.layer import Kind
@@ -72,10 +75,6 @@ def make_optimizer(
         key: Of the noise on gradients, which is part of the optimiser's state.
     """
     settings = config.training
-    rate = optax.piecewise_constant_schedule(
-        settings.learning_rate,
-        {round(fraction * plan.total_steps): 0.1 for fraction in settings.milestones},
-    )
     # Coupled with the step, as in the training it comes from.
     decay = optax.add_decayed_weights(
         settings.weight_decay, None if settings.decay_gates else _without_gates
@@ -87,6 +86,7 @@ def make_optimizer(
     }[settings.optimizer]()
     steps = round(settings.cold_start * plan.steps_per_epoch)
     # The rate is that of the run for gates too, so it comes after the cold start.
+    rate = decayed_rate(settings, plan.total_steps)
     parts = [cold_start(optax.chain(decay, scale), steps), optax.scale_by_learning_rate(rate)]
     if config.gradient_noise:
         parts.insert(0, gradient_noise(config.gradient_noise, key))
@@ -97,13 +97,23 @@ def _without_gates(params: Any) -> Any:
     return jax.tree.map(lambda label: label == "network", labels(params))
 
 
+def target_of(config: Any, network: Network, target: float) -> Any:
+    """The largest cost that meets a target, as an integer, or the channels of each layer."""
+    # Decimal fractions as they are written: 0.65 of 1,360 is 884.
+    fraction = Fraction(repr(target))
+    if config.budget == "layers":
+        sizes = channels.sizes(network)
+        return {path: min(max(round(fraction * n), 1), n - 1) for path, n in sizes.items()}
+    return math.floor(fraction * getattr(channels.whole(network), config.budget))
+
+
 def start_members(
     config: Any, module: Any, input_shape: tuple[int, ...], runs: list[Run], plan: Plan
 ) -> Member:
     """All networks at their start. A seed fixes weights and the order of the data.
 
-    The context of each is its `coefficient` and, with a budget, its `target` and where its
-    budget stands. An order other than that of the index is in the model state.
+    The context of each is its `coefficient` and, with a budget, its `target` as an integer and
+    where its budget stands. An order other than that of the index is in the model state.
 
     Args:
         config: The settings.
@@ -112,7 +122,9 @@ def start_members(
         runs: Of each network.
         plan: Of the training.
     """
-    sizes = channels.sizes(module.network(input_shape))
+    network = module.network(input_shape)
+    sizes = channels.sizes(network)
+    limits = [target_of(config, network, run.target) if config.budget else () for run in runs]
     init = jax.jit(lambda key: dict(module.init(key, jnp.zeros((1, *input_shape)))))
     by_seed = {seed: init(jax.random.key(seed)) for seed in config.seeds}
 
@@ -133,7 +145,7 @@ def start_members(
         stack([jax.random.key(run.seed) for run in runs]),
         stack([by_seed[run.seed] for run in runs]),
         jnp.asarray([run.coefficient for run in runs], float),
-        jnp.asarray([run.target for run in runs], float),
+        stack(limits),
         stack([orders(config, sizes, run.order) for run in runs]),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.dam_pruning_members import runs_of
-from experiments.dam_pruning_published import Published, published
+from experiments.dam_pruning_published import TABLE7, Published, published
 from experiments.statistics import spread
 from ntt_sparse.gates.channels import Counts
 from ntt_sparse.training.files import write_text
@@ -34,8 +34,9 @@ def write(config: Any, workdir: Path, whole: Counts) -> dict[str, Any]:
     for index, run in enumerate(runs_of(config)):
         groups.setdefault(run[:-1], []).append(index)
     rows = _rows(config, log, groups, whole)
+    matrices = []
     if config.similarity:
-        _add_similarity(workdir / "similarities.npz", groups, rows)
+        matrices = _add_similarity(workdir / "similarities.npz", groups, rows)
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
         "whole": whole._asdict(),
@@ -45,23 +46,37 @@ def write(config: Any, workdir: Path, whole: Counts) -> dict[str, Any]:
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, summary))
     _draw(config, workdir, log, groups, rows)
+    labelled = {
+        _label(config, setting): matrix for setting, matrix in zip(groups, matrices, strict=False)
+    }
+    if labelled := {label: matrix for label, matrix in labelled.items() if matrix.size}:
+        figures.heat_maps(workdir / "figures" / "channel_similarity", labelled, axis="channel")
     return summary
 
 
 def _rows(
     config: Any, log: MetricsLog, groups: dict[tuple[Any, ...], list[int]], whole: Counts
 ) -> list[dict[str, Any]]:
-    """One entry per setting, over its seeds, of the last step."""
-    last = {
-        name: log.column(name)[1][-1]
-        for name in (*_COUNTS, "test/accuracy", "validation/accuracy", "widths")
+    """One entry per setting, over its seeds, of the last step and of the best validation."""
+    names = (*_COUNTS, "test/accuracy", "validation/accuracy", "widths")
+    columns = {name: log.column(name)[1] for name in names}
+    last = {name: column[-1] for name, column in columns.items()}
+    # The first record of the best validation accuracy; the rest is only looked up there.
+    best = np.argmax(columns["validation/accuracy"], axis=0)
+    at_best = {
+        name: columns[name][best, np.arange(len(best))] for name in ("test/accuracy", "parameters")
     }
+    if config.budget:
+        last["reached"] = log.column("reached")[1][-1]
     rows = []
     for setting, members in groups.items():
         rows.append({
             **dict(zip(_SETTING, setting, strict=True)),
             "seeds": [runs_of(config)[index].seed for index in members],
+            **({"reached": int(np.sum(last["reached"][members]))} if config.budget else {}),
             "test_accuracy": spread(last["test/accuracy"][members]),
+            "test_accuracy_best_validation": spread(at_best["test/accuracy"][members]),
+            "parameters_best_validation": spread(at_best["parameters"][members]),
             "validation_accuracy": spread(last["validation/accuracy"][members]),
             **{name: spread(last[name][members]) for name in _COUNTS},
             **{
@@ -75,21 +90,25 @@ def _rows(
 
 def _add_similarity(
     path: Path, groups: dict[tuple[Any, ...], list[int]], rows: list[dict[str, Any]]
-) -> None:
-    """Mean, spread and maximum of the similarity between different open channels (Table 7)."""
+) -> list[np.ndarray]:
+    """Adds mean, spread and maximum of the similarity between different channels (Table 7).
+
+    Returns:
+        The matrix of the first seed of each setting.
+    """
     with np.load(path, allow_pickle=False) as arrays:
-        cka, open_ = arrays["cka"], arrays["open"]
+        cka, used = arrays["cka"], arrays["used"]
+    matrices = [each[np.ix_(places, places)] for each, places in zip(cka, used, strict=True)]
     for row, members in zip(rows, groups.values(), strict=True):
-        values = []
-        for index in members:
-            chosen = cka[index][np.ix_(open_[index], open_[index])]
-            values.append(chosen[~np.eye(len(chosen), dtype=bool)])
-        # With one open channel or none there is nothing to compare.
+        values = [matrices[index] for index in members]
+        values = [matrix[~np.eye(len(matrix), dtype=bool)] for matrix in values]
+        # With one channel or none there is nothing to compare.
         values = [each for each in values if each.size]
         row["channel_similarity"] = {
             name: spread([float(measure(each)) for each in values]) if values else None
             for name, measure in (("mean", np.mean), ("std", np.std), ("max", np.max))
         }
+    return [matrices[members[0]] for members in groups.values()]
 
 
 def _markdown(config: Any, summary: dict[str, Any]) -> str:
@@ -99,23 +118,26 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         "",
         f"{config.model.name}: {whole['channels']:,} gated channels, {whole['parameters']:,} "
         f"parameters, {whole['multiply_adds']:,} multiply-adds. Means and standard deviations "
-        f"over seeds {list(config.seeds)}, after the last step; nothing is chosen by the test "
-        "set. A parameter counts while something computed from the input reaches the output "
-        "through it.",
+        f"over seeds {list(config.seeds)}, after the last step, and accuracy and parameters at "
+        "the step of best validation accuracy; nothing is chosen by the test set. A parameter "
+        "counts while something computed from the input reaches the output through it.",
         "",
-        "| lambda | target | order | accuracy (%) | parameters | pruned parameters (%) | "
-        "pruned channels (%) | pruned multiply-adds (%) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| lambda | {'target, reached' if config.budget else 'target'} | order | accuracy (%) | "
+        "parameters | pruned parameters (%) | pruned channels (%) | pruned multiply-adds (%) | "
+        "best: accuracy (%) | parameters |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in summary["networks"]:
         cells = (
             f"{row['coefficient']:g}",
-            f"{row['target']:g}" if config.budget else "",
+            f"{row['target']:g}, {row['reached']}/{len(row['seeds'])}" if config.budget else "",
             str(row["order"]),
             _percent(row["test_accuracy"]),
             f"{row['parameters']['mean']:,.0f}",
             *(_percent(row[f"pruned_{name}"]) for name in ("parameters", "channels")),
             _percent(row["pruned_multiply_adds"]),
+            _percent(row["test_accuracy_best_validation"]),
+            f"{row['parameters_best_validation']['mean']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     if summary["published"]:
@@ -153,7 +175,7 @@ def _published_lines(rows: list[dict[str, Any]]) -> list[str]:
 def _similarity_lines(config: Any, rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "",
-        f"Linear CKA between the maps of different open channels of {config.similarity}, on "
+        f"Linear CKA between the maps of different channels of {config.similarity}, on "
         f"{config.probe} held-out images:",
         "",
         "| lambda | target | order | mean | standard deviation | maximum |",
@@ -164,6 +186,8 @@ def _similarity_lines(config: Any, rows: list[dict[str, Any]]) -> list[str]:
         cells = [f"{row['coefficient']:g}", f"{row['target']:g}", str(row["order"])]
         cells += ["" if value is None else f"{value['mean']:.3f}" for value in values]
         lines.append(f"| {' | '.join(cells)} |")
+    if (config.model.name, config.data.name) == ("preresnet164", "cifar10"):
+        lines += ["", f"Published (Table 7): {TABLE7}."]
     return lines
 
 

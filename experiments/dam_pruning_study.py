@@ -1,5 +1,6 @@
 """The structured pruning study: prepare, train all networks as one program, measure, report."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,9 +20,8 @@ from experiments.dam_pruning_members import (
     runs_of,
     start_members,
 )
-from experiments.study import fit_stage, hold_out, make_plan, save_networks
+from experiments.study import augment_images, fit_stage, hold_out, make_plan, save_networks
 from ntt_sparse.data import images
-from ntt_sparse.data.augment import pad_crop_flip
 from ntt_sparse.gates import budget as budgets
 from ntt_sparse.gates import channels, layer
 from ntt_sparse.gates.channels import Network
@@ -33,6 +33,8 @@ from ntt_sparse.training import terms
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Term, TermInputs, make_step
+
+_logger = logging.getLogger(__name__)
 
 
 class Setup(NamedTuple):
@@ -65,10 +67,22 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         setup = prepare(config, data_dir)
     with claim_workdir(workdir, config.to_dict()) as claimed:
         members = train(config, setup, claimed)
+        _warn_of_missed_targets(config, members)
         save_networks(claimed / "networks", member_names(runs_of(config)), members)
         if config.similarity:
             save_similarities(claimed / "similarities.npz", config, setup, members)
         return dam_pruning_report.write(config, claimed, channels.whole(setup.network))
+
+
+def _warn_of_missed_targets(config: Any, members: Member) -> None:
+    if not config.budget:
+        return
+    reached = np.stack([np.asarray(each) for each in members.context["budget"].reached.values()])
+    for name, there in zip(member_names(runs_of(config)), reached.all(0), strict=True):
+        if not there:
+            _logger.warning(
+                "%s did not reach its target: train longer, or with a larger coefficient", name
+            )
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:
@@ -92,7 +106,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         training_terms(config),
         make_optimizer(config, plan),
         forward=terms.masked_forward(terms.without_features(setup.module)),
-        augment=_augment if config.data.augment else None,
+        augment=augment_images if config.data.augment else None,
         after_update=hold_budget(config, setup.network),
     )
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
@@ -105,11 +119,6 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         tuple(data.train), evaluation(config, setup), (held_out, test), mode,
         batch_size=config.training.batch_size,
     )  # fmt: skip
-
-
-def _augment(key: Any, batch: Any) -> Any:
-    x, y = batch
-    return pad_crop_flip(key, x), y
 
 
 def training_terms(config: Any) -> Mapping[str, Term]:
@@ -137,7 +146,6 @@ def hold_budget(config: Any, network: Network) -> Callable[..., Member] | None:
     if not config.budget:
         return None
     kind, sizes = cast(Dam, make_kind(config)), channels.sizes(network)
-    whole = channels.whole(network)._asdict()
 
     def hold(member: Member, step: Any) -> Member:
         del step
@@ -145,12 +153,12 @@ def hold_budget(config: Any, network: Network) -> Callable[..., Member] | None:
         moved = {path: gate["beta"] for path, gate in gates.items()}
         if config.budget == "layers":
             budget = budgets.hold_layers(
-                context["budget"], moved, sizes, layer_targets(sizes, context["target"]), kind=kind
+                context["budget"], moved, sizes, context["target"], kind=kind
             )
         else:
             ranks = {path: _ranks(member, path) for path in sizes} if any(config.orders) else None
             budget = budgets.hold(
-                context["budget"], moved, sizes, context["target"] * whole[config.budget],
+                context["budget"], moved, sizes, context["target"],
                 cost=costs(config, network), kind=kind, ranks=ranks,
             )  # fmt: skip
         params = layer.replace(
@@ -159,14 +167,6 @@ def hold_budget(config: Any, network: Network) -> Callable[..., Member] | None:
         return member._replace(params=params, context={**context, "budget": budget})
 
     return hold
-
-
-def layer_targets(sizes: Mapping[str, int], fraction: Any) -> dict[str, Any]:
-    """Channels of each layer to keep: the fraction of them, rounded, 1 or more."""
-    return {
-        path: jnp.clip(jnp.round(fraction * n).astype(jnp.int32), 1, n - 1)
-        for path, n in sizes.items()
-    }
 
 
 def _ranks(member: Member, path: str) -> Any:
@@ -206,6 +206,9 @@ def evaluation(config: Any, setup: Setup) -> Callable[..., dict[str, Any]]:
             result |= {f"{name}/{key}": value for key, value in values.items()}
         open_ = open_channels(config, setup.network, member)
         result |= channels.count(setup.network, open_)._asdict()
+        if config.budget:
+            reached = jnp.stack(list(member.context["budget"].reached.values()))
+            result["reached"] = jnp.all(reached).astype(jnp.int32)
         result["widths"] = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in open_.values()])
         return result
 
@@ -216,10 +219,9 @@ def save_similarities(path: Path, config: Any, setup: Setup, members: Member) ->
     """Writes how alike the channels of one layer are after the last step (Table 7).
 
     `cka` `(M, C, C)` is the linear CKA between the maps of single channels, `(images, pixels)`
-    each, on held-out images; `open` `(M, C)` says which channels are.
+    each, on held-out images; `used` `(M, C)` says which channels are open and count.
     """
     apply = capture(setup.module, [config.similarity])
-    gate = f"{config.similarity}/gate"
     probe = jnp.asarray(setup.data.validation.x[: config.probe])
 
     def measure(member: Member):
@@ -227,8 +229,9 @@ def save_similarities(path: Path, config: Any, setup: Setup, members: Member) ->
         _, features = apply(variables, probe)
         (maps,) = features.values()
         maps = jnp.moveaxis(maps.reshape(len(probe), -1, maps.shape[-1]), -1, 0)
-        return cka_matrix(list(maps)), open_channels(config, setup.network, member)[gate]
+        used = channels.used(setup.network, open_channels(config, setup.network, member))
+        return cka_matrix(list(maps)), used[config.similarity]
 
-    cka, open_ = jax.jit(lambda members: jax.lax.map(measure, members))(members)
+    cka, used = jax.jit(lambda members: jax.lax.map(measure, members))(members)
     with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, cka=np.asarray(cka), open=np.asarray(open_))
+        np.savez_compressed(file, allow_pickle=False, cka=np.asarray(cka), used=np.asarray(used))

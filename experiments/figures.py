@@ -102,26 +102,27 @@ def paired_differences(
         axis.legend(fontsize="x-small", frameon=False, ncols=2)
 
 
-def heat_maps(path: Path, matrices: Mapping[str, np.ndarray]) -> None:
-    """Similarities between layers of several networks, on one colour scale.
+def heat_maps(path: Path, matrices: Mapping[str, np.ndarray], *, axis: str = "layer") -> None:
+    """Similarities between layers or channels of several networks, on one colour scale.
 
     Args:
         path: Where to, without a suffix.
         matrices: `{label: (L, L)}`.
+        axis: What is compared.
     """
     columns = min(5, len(matrices))
     rows = -(-len(matrices) // columns)
     lowest = min(0.0, *(float(np.min(matrix)) for matrix in matrices.values()))
     with _figure(path, rows, columns, figsize=(2.6 * columns + 0.6, 2.7 * rows)) as axes:
         image = None
-        for axis in axes.flat:
-            axis.grid(False)
-            axis.set_visible(False)
-        for axis, (label, matrix) in zip(axes.flat, matrices.items(), strict=False):
-            axis.set_visible(True)
-            image = axis.imshow(matrix, vmin=lowest, vmax=1.0, origin="lower", cmap="magma")
-            axis.set_title(label, fontsize="small")
-            axis.set_xlabel("layer")
+        for cell in axes.flat:
+            cell.grid(False)
+            cell.set_visible(False)
+        for cell, (label, matrix) in zip(axes.flat, matrices.items(), strict=False):
+            cell.set_visible(True)
+            image = cell.imshow(matrix, vmin=lowest, vmax=1.0, origin="lower", cmap="magma")
+            cell.set_title(label, fontsize="small")
+            cell.set_xlabel(axis)
         axes[0, 0].figure.colorbar(image, ax=axes, shrink=0.8)
 
 

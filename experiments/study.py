@@ -9,8 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from ntt_sparse._types import PRNGKey
 from ntt_sparse.data import images
+from ntt_sparse.data.augment import pad_crop_flip
 from ntt_sparse.data.batches import steps_per_epoch, total_steps
 from ntt_sparse.pruning.masks import LayerDensity, layer_densities
 from ntt_sparse.training import mesh as meshes
@@ -54,6 +57,20 @@ def make_plan(settings: Any, n: int, checkpoint_seconds: float) -> Plan:
     per_epoch = steps_per_epoch(n, settings.batch_size)
     steps = settings.max_steps or total_steps(n, settings.batch_size, settings.epochs)
     return Plan(steps, per_epoch, settings.record_every or per_epoch, checkpoint_seconds)
+
+
+def decayed_rate(settings: Any, total_steps: int) -> optax.Schedule:
+    """The learning rate of a stage, divided by ten at fractions of its steps."""
+    return optax.piecewise_constant_schedule(
+        settings.learning_rate,
+        {round(fraction * total_steps): 0.1 for fraction in settings.milestones},
+    )
+
+
+def augment_images(key: PRNGKey, batch: Any) -> Any:
+    """Pads, crops and mirrors the images of a batch `(x, y)`."""
+    x, y = batch
+    return pad_crop_flip(key, x), y
 
 
 def fit_stage(

@@ -1,7 +1,7 @@
 r"""Settings of structured pruning with gates (Bu et al. 2021, arXiv:2110.01684, Section 5).
 
-A name picks the settings. `,smoke` shrinks them, to see that all parts work (for a ResNet most
-of it is compilation, a minute or two on CPU):
+A name picks the settings. `,smoke` shrinks them, to see that all parts work (PreResNet-164
+and VGG-19 still take long on a CPU):
 
     python -m experiments.dam_pruning
     python -m experiments.dam_pruning --config=experiments/configs/dam_pruning.py:table5a,smoke
@@ -30,8 +30,11 @@ What decides how far offsets fall is their weight decay, as much as the data: wi
 an offset rests at `-coefficient / (layers * weight_decay)`. The published code decays them like
 all other parameters, and so do these settings (`--config.training.decay_gates=False` stops it).
 
-The paper says nothing on how LeNet-5 is trained, nor where its noise comes from: these
-settings are ours, and are the same for all coefficients.
+What is ours, the same for all coefficients: how LeNet-5 is trained, and its noise, of which the
+paper says nothing; of Tables 6 and 8 everything but AdaBelief and the epochs; augmentation, which
+continues images by their mirror image where the published code has zeros.
+
+Networks of one program share the memory of the device: split the coefficients of the deep ones.
 """
 
 from typing import Any
@@ -80,7 +83,7 @@ _BASE: dict[str, Any] = {
         # 0: epochs decide.
         "max_steps": 0,
     },
-    # Layer between whose open channels similarity is measured (Table 7), such as
+    # Layer between whose channels similarity is measured (Table 7), such as
     # stage1_block18/Conv_2, and on how many held-out images; empty for none.
     "similarity": "",
     "probe": 256,
@@ -174,8 +177,10 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "model.name": "preresnet110",
         "coefficients": _TABLE6,
     },
+    # With the epochs of CIFAR-100 (Appendix E.4).
     "table8": {
         **_ADABELIEF,
+        "training.epochs": 200,
         "coefficients": (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 2.0),
         "data.name": "tiny_imagenet.npz",
     },

@@ -76,7 +76,8 @@ def hold(
     the target. Then the channels are closed one by one in the order in which the offsets, on
     their straight ways from `budget.offsets` to `moved`, come by them, until the cost is no
     more than the target; all offsets are put to where exactly these channels are closed, and
-    stay. So without its last channel the cost is above the target.
+    stay. So without its last channel the cost is above the target, unless it was not from the
+    start.
 
     Args:
         budget: From the step before.
@@ -119,7 +120,7 @@ def hold(
     lowest = jnp.stack([
         -kind.order_numbers(n)[n - keep - 1] if keep else -jnp.inf for n in sizes.values()
     ]).astype(before.dtype)  # fmt: skip
-    _check_target(target, cost, sizes, keep)
+    _check_target(target, cost, sizes, keep, ranks or {})
     # What is not finite is left to be seen.
     bounded = jnp.maximum(after, jnp.minimum(before, lowest))
     after = jnp.where(jnp.isfinite(after), bounded, after)
@@ -144,15 +145,19 @@ def hold(
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     everything = jnp.sum(closing, dtype=jnp.int32)
-    count, _ = jax.lax.fori_loop(
-        0, sum(widths).bit_length(), halve, (jnp.zeros_like(everything), everything)
-    )
+    done = jnp.stack([budget.reached[name] for name in names]).all()
+    reaches = reached_after(everything) & jnp.all(jnp.isfinite(after))
+
+    def search():
+        ends = jnp.zeros_like(everything), everything
+        return jax.lax.fori_loop(0, sum(widths).bit_length(), halve, ends)[0]
+
+    # In the one step of a run that needs it.
+    count = jax.lax.cond(reaches & ~done, search, lambda: everything)
     # Where the closed channels of a layer end; with none, it may have opened some.
     accepted = jnp.where(closing & (place < count), mu, -jnp.inf)
     last = jax.ops.segment_max(accepted, owner, len(names))
     stopped = jnp.where(last > -jnp.inf, -last, jnp.maximum(before, after))
-    reaches = reached_after(everything) & jnp.all(jnp.isfinite(after))
-    done = jnp.stack([budget.reached[name] for name in names]).all()
     values = jnp.where(done, before, jnp.where(reaches, stopped, after))
     return Budget(
         {name: values[index] for index, name in enumerate(names)},
@@ -166,14 +171,21 @@ def _by_layer(flat: Bool[Array, "_"], sizes: Mapping[str, int]) -> dict[str, Boo
 
 
 def _check_target(
-    target: Real[ArrayLike, ""], cost: Cost, sizes: Mapping[str, int], keep: int
+    target: Real[ArrayLike, ""],
+    cost: Cost,
+    sizes: Mapping[str, int],
+    keep: int,
+    ranks: Mapping[str, ArrayLike],
 ) -> None:
-    if isinstance(target, Tracer):
+    if isinstance(target, Tracer) or any(isinstance(each, Tracer) for each in ranks.values()):
         return
     # A compiled step may hold this: what is known is computed now.
     with jax.ensure_compile_time_eval():
         whole = cost({path: jnp.ones(n, bool) for path, n in sizes.items()})
-        least = cost({path: jnp.arange(n) >= n - keep for path, n in sizes.items()})
+        least = cost({
+            path: jnp.asarray(ranks.get(path, np.arange(n))) >= n - keep
+            for path, n in sizes.items()
+        })  # fmt: skip
         if isinstance(whole, Tracer):
             return
         # The negated form also refuses NaN.
@@ -215,18 +227,19 @@ def hold_layers(
     offsets, reached = {}, {}
     for name, n in sizes.items():
         target = targets[name]
-        whole = isinstance(target, Tracer) or isinstance(target, int)
-        if not whole or (isinstance(target, int) and not 1 <= target < n):
+        whole = jnp.issubdtype(jnp.result_type(target), jnp.integer)
+        if not whole or (not isinstance(target, Tracer) and not 1 <= cast(int, target) < n):
             raise ValueError(
                 f"the target of {name!r} is {target} channels, expected 1 to {n - 1}: it has {n}"
             )
         before = budget.offsets[name]
         after = jnp.asarray(moved[name], before.dtype)
         # At this offset the last channel to go is closed, and all after it are open.
+        # An offset that starts beyond it stays: closed channels are not opened.
         stop = -kind.order_numbers(n)[n - target - 1].astype(before.dtype)
         enough = after <= stop
         done = budget.reached[name]
-        offsets[name] = jnp.where(done, before, jnp.where(enough, stop, after))
+        offsets[name] = jnp.where(done, before, jnp.where(enough, jnp.minimum(before, stop), after))
         reached[name] = done | enough
     return Budget(offsets, reached)
 

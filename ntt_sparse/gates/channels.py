@@ -3,8 +3,12 @@
 A network is described by its sets of channels and the layers between them, see `Network`. A
 channel counts if something that is computed from the input reaches the output through it. A
 closed gate therefore also takes away what only fed it or was only fed by it: the block whose
-last gate is closed whole, the layers behind a layer without an open channel. What such channels
-still add is a constant, which belongs in a bias.
+last gate is closed whole, the layers behind a layer without an open channel. The outputs count
+in any case, whose biases are all that is left of a network that is cut in two.
+
+What channels that do not count still add does not depend on the input, as a closed channel that
+is normalised afterwards is its shift. Behind 1x1 convolutions and dense layers that is a bias;
+behind a padded 3x3 convolution it differs at the borders. None of it is counted.
 """
 
 import functools
@@ -110,6 +114,12 @@ def check(network: Network) -> Network:
     gates = [channels.gate for channels in network.channels.values() if channels.gate]
     if len(set(gates)) < len(gates):
         raise ValueError(f"gates are {gates}, expected each on one set")
+    for name, channels in network.channels.items():
+        if channels.gate and channels.size < 2:
+            raise ValueError(
+                f"{name!r} has a gate on {channels.size} channel: there is none to close without "
+                "closing the layer, expected 2 channels or more"
+            )
     return network
 
 
@@ -126,7 +136,7 @@ def sizes(network: Network) -> dict[str, int]:
 
 
 def used(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> dict[str, Bool[Array, "_"]]:
-    """Which channels count: those on a way from the input to the output.
+    """Which channels count: those on a way from the input to the output, and the outputs.
 
     Args:
         network: Its description.
@@ -158,7 +168,7 @@ def used(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> dict[str, B
     readers: dict[str, list[Array]] = {name: [] for name in network.channels}
     for name in reversed(list(network.channels)):
         wanted = reached[name] if name == last else reached[name] & _any(readers[name])
-        counted[name] = wanted
+        counted[name] = jnp.ones_like(wanted) if name == last else wanted
         channels = network.channels[name]
         for source in channels.sources:
             readers[source].append(wanted)

@@ -17,7 +17,8 @@ from ntt_sparse._types import Scalar
 class L1:
     """Gates `max(m, 0)` of a learnable `m` per channel, see `ntt_sparse.gates.layer`.
 
-    The penalty is the mean gate. A gate that is zero stays zero.
+    The penalty is the mean gate. No gradient opens a gate that is zero (decay of an `m` below
+    zero may).
 
     Attributes:
         initial: Of each channel, positive.

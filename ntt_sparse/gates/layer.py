@@ -79,11 +79,6 @@ class Gate(nn.Module):
         return values if features is None else features * values.astype(features.dtype)
 
 
-def is_gate(name: str) -> bool:
-    """Whether a module of this name is a gate: `gate`, `gate1`, `Gate_0`, ..."""
-    return _NAME.fullmatch(name) is not None
-
-
 def find(params: Params) -> dict[str, Any]:
     """The parameters of the gates of a network: of modules named `gate`, `gate1`, `Gate_0`, ...
 
@@ -102,7 +97,7 @@ def find(params: Params) -> dict[str, Any]:
     def visit(tree, path):
         for key, value in sorted(tree.items()):
             if isinstance(value, Mapping):
-                if is_gate(key):
+                if _NAME.fullmatch(key):
                     found["/".join((*path, key))] = value
                 else:
                     visit(value, (*path, key))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ntt_sparse._types import Params
-from ntt_sparse.gates.layer import find, is_gate
+from ntt_sparse.gates.layer import find
 
 
 def labels(params: Params) -> Any:
@@ -16,10 +16,12 @@ def labels(params: Params) -> Any:
     Raises:
         ValueError: There is no gate.
     """
-    find(params)
+    gates = find(params)
 
     def label(path, _):
-        return "gate" if any(is_gate(getattr(key, "key", "")) for key in path) else "network"
+        names = [str(getattr(key, "key", "")) for key in path]
+        above = {"/".join(names[:depth]) for depth in range(1, len(names))}
+        return "gate" if above & gates.keys() else "network"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -35,7 +37,8 @@ def cold_start(
     a schedule of the learning rate after the wrapper,
     `optax.chain(cold_start(optax.trace(0.9), 100), optax.scale_by_learning_rate(schedule))`,
     for it to be the same for both. A transformation that joins all parameters, such as clipping
-    by the global norm, belongs before it.
+    by the global norm, belongs before it, and `ntt_sparse.pruning.transform.keep_masked` around
+    it.
 
     Args:
         inner: Any gradient transformation.

@@ -79,7 +79,8 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
         **kwargs: `dtype` of the computation, `param_dtype`; of LeNets with convolutions,
             `padding` ("VALID" or "SAME"); of ResNets, `norm` ("batch", "group" or "none")
             and `shortcut` ("A" or "B"); of pre-activation ResNets, VGG and `lenet5`, the
-            `kind` of gates. See `LeNet`, `ResNet`, `PreResNet` and `Vgg`.
+            `kind` of gates; of `lenet5`, `activation` and how many layers are `gated`. See
+            `LeNet`, `ResNet`, `PreResNet` and `Vgg`.
 
     Returns:
         A Flax Linen module.

@@ -23,9 +23,9 @@ class PreResNet(nn.Module):
     """A 3x3 convolution, stages of bottlenecks, normalisation, pooling, a dense layer.
 
     With `n` blocks in each of three stages it has `9 n + 2` layers. Every convolution but those
-    of shortcuts has a gate, between it and what normalises it (Bu et al. 2021, their code):
-    163 gates of 12,112 channels for 164 layers. The first block of each stage but the first
-    halves height and width.
+    of shortcuts has a gate on its outputs, before they are normalised or added (Bu et al. 2021,
+    their code): 163 gates of 12,112 channels for 164 layers. The first block of each stage but
+    the first halves height and width.
 
     The params are named `Conv_0`, `stage1_block1`, ..., `BatchNorm_0`, `Dense_0`; running
     statistics are in the collection `batch_stats`, which `train=True` updates with
@@ -104,7 +104,13 @@ class PreResNet(nn.Module):
         )(x.mean(axis=(1, 2)))
 
     def network(self, input_shape: tuple[int, ...]) -> Network:
-        """Its channels and layers, for images `(height, width, channels)`."""
+        """Its channels and layers, for images `(height, width, channels)`.
+
+        Raises:
+            ValueError: Not the shape of images.
+        """
+        if len(input_shape) != 3 or min(input_shape) < 1:
+            raise ValueError(f"images have shape {input_shape}, expected (height, width, channels)")
         height, width, inputs = input_shape
         first = self.channels[0]
         channels = {"input": Channels(inputs), "Conv_0": Channels(first, self._gate("Conv_0"))}

@@ -17,8 +17,8 @@ class Member(NamedTuple):
         masks: Masks of the structure of `params`.
         opt_state: State of the optimiser.
         key: Key of the member; data order and noise are folded from it, it never changes.
-        context: Whatever else the loss terms read and training leaves alone: a teacher,
-            coefficients, counts of weights to keep.
+        context: Whatever else the loss terms read: a teacher, coefficients, counts of weights
+            to keep. Nothing but the `after_update` of a step changes it.
         model_state: What the network itself carries from step to step besides parameters,
             such as `{"batch_stats": ...}`; the forward pass of a step returns it anew.
     """

@@ -12,7 +12,9 @@ from experiments import dam_pruning_study as study
 from experiments.cli import UserError
 from experiments.configs import dam_pruning as configs
 from experiments.dam_pruning_published import published
+from ntt_sparse import models
 from ntt_sparse.gates import channels, dam, layer
+from ntt_sparse.models.preresnet import PreResNet
 
 
 def small(**settings):
@@ -68,14 +70,14 @@ def test_the_report_holds_what_the_networks_are(orders):
 def test_similarity_is_of_open_channels(orders):
     _, workdir, summary = orders
     with np.load(workdir / "similarities.npz", allow_pickle=False) as file:
-        cka, open_ = file["cka"], file["open"]
+        cka, used = file["cka"], file["used"]
     assert cka.shape == (8, 16, 16)
     last = summary["networks"][-1]
-    assert [int(x.sum()) for x in open_[6:]] == [w[1] for w in last["widths"]]
+    assert [int(x.sum()) for x in used[6:]] == [w[1] for w in last["widths"]]
     for row, index in ((summary["networks"][0], 0), (last, 6)):
         values = []
         for member in (index, index + 1):
-            places = np.flatnonzero(open_[member])
+            places = np.flatnonzero(used[member])
             values.append(np.mean([cka[member][i, j] for i in places for j in places if i != j]))
         np.testing.assert_allclose(row["channel_similarity"]["mean"]["values"], values, rtol=1e-6)
 
@@ -84,7 +86,8 @@ def test_files(orders):
     _, workdir, _ = orders
     report = (workdir / "report.md").read_text()
     assert "| 30 |  | 3 |" in report and "142 gated channels" in report
-    for name in ("accuracy_against_parameters", "channels_over_training", "layer_widths"):
+    drawn = ("accuracy_against_parameters", "channels_over_training", "layer_widths")
+    for name in (*drawn, "channel_similarity"):
         assert (workdir / "figures" / f"{name}.png").stat().st_size > 1000
 
 
@@ -100,7 +103,7 @@ def test_a_random_order_closes_other_channels():
     assert members.orders(small(), sizes, 0) == {}
 
 
-@pytest.mark.parametrize("budget", ["channels", "parameters", "multiply_adds", "layers"])
+@pytest.mark.parametrize("budget", ["parameters", "layers"])
 def test_budgets_are_met_to_within_a_channel(tmp_path, budget):
     """Whatever the kind, without its last channel the network would still be too large."""
     config = small(
@@ -168,6 +171,62 @@ def test_gates_decay_if_asked(decays):
     np.testing.assert_allclose(updates["a"]["gate"]["beta"], -0.1 if decays else 0.0)
 
 
+def test_targets_are_integers_of_the_fractions_as_written():
+    config = small(budget="channels", targets=(0.65,))
+    network = models.create("preresnet20", kind=dam.Dam()).network((32, 32, 3))
+    # In float32 0.65 * 1360 is less than 884.
+    assert members.target_of(config, network, 0.65) == 884
+    config.budget = "layers"
+    assert members.target_of(config, network, 0.65)["Conv_0/gate"] == 10
+
+
+def test_a_target_that_is_missed_is_told(tmp_path, caplog):
+    settings = {"training.max_steps": 2, "training.record_every": 2, "training.batch_size": 4}
+    config = small(coefficients=(1e-6,), budget="channels", targets=(0.5,), evaluated=8, **settings)
+    with caplog.at_level("WARNING", logger=study.__name__):
+        (row,) = study.run(config, tmp_path)["networks"]
+    assert row["reached"] == 0 and "did not reach its target" in caplog.text
+    assert "| 0.5, 0/1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_optimiser_of_a_study():
+    """Cold start in epochs, coupled decay, momentum and milestones, against SGD written out."""
+    config = small(**{
+        "training.cold_start": 0.5, "training.learning_rate": 0.1, "training.weight_decay": 0.01,
+        "training.momentum": 0.9, "training.milestones": (0.5,),
+    })  # fmt: skip
+    transform = members.make_optimizer(config, study.Plan(8, 4, 4))
+    params = {"a": {"kernel": jnp.ones(1), "gate": {"beta": jnp.float32(1.0)}}}
+    state, values, buffers = transform.init(params), [1.0, 1.0], [0.0, 0.0]
+    for step in range(8):
+        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.2), params)
+        updates, state = transform.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for index in range(2):
+            if index == 0 or step >= 2:
+                buffers[index] = 0.9 * buffers[index] + 0.2 + 0.01 * values[index]
+                values[index] -= (0.1 if step < 4 else 0.01) * buffers[index]
+        found = params["a"]["kernel"][0], params["a"]["gate"]["beta"]
+        np.testing.assert_allclose(found, values, rtol=1e-5)
+
+
+def test_every_part_at_once(tmp_path, monkeypatch):
+    """Batch statistics, augmentation, noise, AdaBelief and L1 gates, on a small PreResNet."""
+    monkeypatch.setattr(
+        study, "make_model", lambda config, n: PreResNet(n, 1, (2,), members.make_kind(config))
+    )
+    config = configs.get_config("cifar10_preresnet20,smoke")
+    config.data.name, config.gate, config.gradient_noise = "digits", "l1", 0.05
+    config.seeds, config.coefficients, config.evaluated = (1,), (0.1,), 8
+    config.similarity, config.training.optimizer = "", "adabelief"
+    config.training.batch_size, config.training.max_steps = 4, 2
+    config.training.record_every, config.checkpoint_seconds = 1, 0.0
+    (row,) = study.run(config, tmp_path / "run")["networks"]
+    # Stem; norm, 1x1, norm, 3x3, norm, 1x1, shortcut; norm, dense.
+    count = 18 + (4 + 4 + 4 + 36 + 4 + 16 + 16) + 16 + 90
+    assert row["parameters"]["values"] == [count] and row["widths"] == [[2, 2, 2, 8]]
+
+
 def test_published_numbers():
     rows = published(configs.get_config("table5a"))
     assert len(rows) == 10
@@ -177,7 +236,8 @@ def test_published_numbers():
     assert len(published(configs.get_config("table2"))) == 5
     assert published(configs.get_config("table6_vgg19"))[1] == (0.5, 90.92, 264000, 89.17, 98.68)
     assert published(configs.get_config("table8"))[-1].pruned_channels == 68.52
-    assert published(configs.get_config("digits_lenet5")) == []
+    for name in ("digits_lenet5", "mnist_budget", "cifar10_budget"):
+        assert published(configs.get_config(name)) == []
 
 
 @pytest.mark.parametrize(
@@ -190,7 +250,16 @@ def test_published_numbers():
         ({"budget": "channels", "targets": (1.5,)}, "config.targets holds 1.5"),
         ({"targets": (0.5,)}, "without a budget"),
         ({"budget": "weights", "targets": (0.5,)}, "config.budget is 'weights'"),
-        ({"budget": "channels", "targets": (0.001,)}, "config.targets holds 0.001"),
+        (
+            {"budget": "channels", "targets": (0.01,), "coefficients": (1.0,)},
+            "which is 1 of channels: expected 3 or more",
+        ),
+        (
+            {"budget": "layers", "targets": (0.9,), "initial": -2.0, "coefficients": (1.0,)},
+            "that config.initial opens",
+        ),
+        ({"budget": "channels", "targets": (0.5,), "coefficients": (0.0,)}, "what closes channels"),
+        ({"gate": "l1", "initial": -1.0}, "config.initial is -1.0: initial is -1.0, expected"),
         ({"gate": "l1", "orders": (1,)}, "expected 'dam'"),
         ({"coefficients": (float("nan"),)}, "config.coefficients holds nan"),
         ({"coefficients": (-0.1,)}, "config.coefficients holds -0.1"),

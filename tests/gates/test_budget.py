@@ -84,6 +84,25 @@ def test_some_channels_of_each_layer_stay(keep):
     assert count(state.offsets) == 3 * keep and all(map(bool, state.reached.values()))
 
 
+def test_what_is_kept_costs_what_its_order_says():
+    """Channels of unequal cost: with the order turned round the cheap ones are kept."""
+    ranks = {"a": jnp.arange(SIZES["a"])[::-1]}
+
+    def cost(open_):
+        return jnp.sum(open_["a"] * jnp.arange(1, 9)) + jnp.sum(open_["b"]) + jnp.sum(open_["c"])
+
+    state = budget.hold(starting(), moved(-9, -9, -9), SIZES, 3, cost=cost, ranks=ranks)
+    assert all(map(bool, state.reached.values()))
+    with pytest.raises(ValueError, match=r"is 9, .* 10 or more"):
+        budget.hold(starting(), moved(-9, -9, -9), SIZES, 9, cost=cost)
+
+
+def test_an_offset_that_starts_beyond_its_target_stays():
+    state = budget.start(dict.fromkeys(SIZES, jnp.float32(-4.0)))
+    state = budget.hold_layers(state, moved(-4.1, -4.1, -4.1), SIZES, {"a": 7, "b": 4, "c": 15})
+    assert all(float(beta) == -4.0 for beta in state.offsets.values())
+
+
 def test_what_is_kept_depends_on_the_order():
     ranks = {"a": jnp.arange(SIZES["a"])[::-1]}
     state = budget.hold(starting(), moved(-9, -9, -9), SIZES, 4, keep=1, ranks=ranks)

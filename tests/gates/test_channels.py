@@ -138,8 +138,8 @@ HAND = Network(
         ([1, 0, 0], [0, 1, 1], 19 + 2 + 6 + 28, 5 * 18 + 5 * 2 + 24),
         # b is closed: nothing reads a for it, but the sum does.
         ([1, 1, 0], [0, 0, 0], 38 + 0 + 4 + 20, 5 * 36 + 16),
-        # Without a nothing reaches b, nor the output.
-        ([0, 0, 0], [1, 1, 1], 0, 0),
+        # Without a nothing reaches b, nor the output, which is its biases.
+        ([0, 0, 0], [1, 1, 1], 4, 0),
     ],
 )
 def test_by_hand(a, b, parameters, multiply_adds):
@@ -162,7 +162,8 @@ def test_closing_a_channel_never_costs_more(name):
         after = cost(open_)
         assert all(new <= old for new, old in zip(after, before, strict=True))
         before = after
-    assert before == (0, 0, 0)
+    # The biases of the outputs are left.
+    assert before == (0, 3, 0)
 
 
 def test_a_budget_of_parameters_and_multiply_adds():
@@ -180,7 +181,12 @@ def test_a_budget_of_parameters_and_multiply_adds():
         left = {path: Dam().values({"beta": beta}, sizes[path]) > 0 for path, beta in
                 state.offsets.items()}  # fmt: skip
         assert all(state.reached.values())
-        assert 0 < cost(left) <= 0.6 * whole
+        assert cost(left) <= 0.6 * whole
+        more = []
+        for path, open_ in left.items():
+            wider = {**left, path: open_.at[jnp.argmax(open_) - 1].set(True)}
+            more.append(int(cost(wider)))
+        assert max(more) > 0.6 * whole
 
 
 def _hold(network, target, cost, state, offset):
@@ -214,6 +220,10 @@ def test_numbers_beyond_int32():
         (
             HAND._replace(channels={**HAND.channels, "b": Channels(3, "a/gate")}),
             "each on one set",
+        ),
+        (
+            Network({"input": Channels(2), "a": Channels(1, "a/gate")}, (Layer("input", "a"),)),
+            "'a' has a gate on 1 channel",
         ),
     ],
 )

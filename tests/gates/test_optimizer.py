@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from ntt_sparse.gates import optimizer
+from ntt_sparse.pruning.transform import keep_masked
 
 PARAMS = {
     "Conv_0": {"kernel": jnp.array([1.0, -2.0]), "gate": {"beta": jnp.array(1.0)}},
@@ -76,6 +77,26 @@ def test_refusals():
         optimizer.cold_start(optax.sgd(0.1), -1)
     with pytest.raises(ValueError, match="hold no gate"):
         optimizer.cold_start(optax.sgd(0.1), 1).init({"Dense_0": {"kernel": jnp.ones(2)}})
+
+
+def test_pruned_weights_stay_zero_around_a_cold_start():
+    masks = {
+        "Conv_0": {"kernel": jnp.array([True, False]), "gate": {"beta": None}},
+        "Dense_0": {"kernel": None},
+    }
+    transform = keep_masked(optimizer.cold_start(optax.sgd(0.1, 0.9), 1))
+    params, state = PARAMS, transform.init(PARAMS)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = transform.update(grads, state, params, masks=masks)
+        params = optax.apply_updates(params, updates)
+    assert float(params["Conv_0"]["kernel"][1]) == 0.0
+    np.testing.assert_allclose(params["Conv_0"]["gate"]["beta"], 1 - 0.1 - 0.19, rtol=1e-6)
+
+
+def test_a_parameter_of_that_name_is_no_gate():
+    params = {"glu": {"gate": jnp.ones(2)}, "gate": {"beta": jnp.ones(())}}
+    assert optimizer.labels(params) == {"glu": {"gate": "network"}, "gate": {"beta": "gate"}}
 
 
 def test_labels():
