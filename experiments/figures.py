@@ -1,6 +1,6 @@
 """Figures, each as PNG and PDF, drawn without a display."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,24 +169,65 @@ def accuracy_over_training(
 
 
 def bottleneck_over_training(
-    path: Path, steps: np.ndarray, lines: Mapping[int, np.ndarray]
+    path: Path,
+    steps: np.ndarray,
+    lines: Mapping[str, np.ndarray],
+    dimensions: Mapping[str, int] | None = None,
 ) -> None:
-    """Open channels of a bottleneck over steps, beside the dimension of the data.
+    """Open channels of a bottleneck over steps, beside the dimension of the data, if known.
 
     Args:
         path: Where to, without a suffix.
         steps: `(r,)`.
-        lines: `{dimension: (r, members)}`.
+        lines: `{label: (r, members)}`.
+        dimensions: `{label: dimension}`.
     """
     with _figure(path, figsize=(6.4, 4.2)) as axes:
         axis = axes[0, 0]
-        for index, (rank, values) in enumerate(lines.items()):
-            _band(axis, steps, values, f"r = {rank}", f"C{index}")
-            axis.axhline(rank, color=f"C{index}", linestyle=":", linewidth=1)
+        for index, (label, values) in enumerate(lines.items()):
+            _band(axis, steps, values, label, f"C{index}")
+            if dimensions:
+                axis.axhline(dimensions[label], color=f"C{index}", linestyle=":", linewidth=1)
         axis.set_xlabel("training step")
         axis.set_ylabel("open channels")
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize="small", frameon=False)
+        axis.legend(fontsize="small", frameon=False, ncols=1 + len(lines) // 12)
+
+
+def trade_offs(
+    path: Path,
+    panels: Mapping[
+        tuple[str, str], Mapping[str, Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]]
+    ],
+    logarithmic: Collection[str] = (),
+) -> None:
+    """One quantity against another, a panel for each pair, means with standard deviations.
+
+    Args:
+        path: Where to, without a suffix.
+        panels: `{(x, y): {label: [(x spread, y spread), ...]}}`, each spread a mapping
+            `{"mean": ..., "std": ...}`; names label the axes.
+        logarithmic: Those on a logarithmic axis.
+    """
+    with _figure(path, 1, len(panels), figsize=(4.6 * len(panels), 3.8)) as axes:
+        for axis, ((x, y), curves) in zip(axes[0], panels.items(), strict=True):
+            for index, (label, unsorted_points) in enumerate(curves.items()):
+                points = sorted(unsorted_points, key=lambda point: point[0]["mean"])
+                mean, std = (
+                    np.array([[spread[name] or 0.0 for spread in point] for point in points]).T
+                    for name in ("mean", "std")
+                )
+                axis.errorbar(
+                    mean[0], mean[1], std[1], std[0], label=label, color=f"C{index}", capsize=2,
+                    marker=_MARKERS[index % len(_MARKERS)], markersize=4, linewidth=1,
+                )  # fmt: skip
+            for name, set_label, set_scale in (
+                (x, axis.set_xlabel, axis.set_xscale),
+                (y, axis.set_ylabel, axis.set_yscale),
+            ):
+                set_label(name)
+                set_scale("log" if name in logarithmic else "linear")
+        axes[0, 0].legend(fontsize="small", frameon=False)
 
 
 def grid_map(
