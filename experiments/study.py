@@ -18,7 +18,7 @@ from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
-from ntt_sparse.training.program import make_program
+from ntt_sparse.training.program import gather, make_program
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import StepFn
 
@@ -71,6 +71,7 @@ def fit_stage(
     *,
     batch_size: int,
     patience: int = 0,
+    pick: Callable[..., Any] = gather,
 ) -> Member:
     """Runs one stage over whatever devices there are, or goes on with it.
 
@@ -89,12 +90,13 @@ def fit_stage(
         batch_size: Examples per step and member.
         patience: Records without a better validation accuracy of any member after which the
             stage ends; 0 for never.
+        pick: How a step gets its batch, see `make_program`.
 
     Returns:
         The members at the end.
     """
     mesh = meshes.auto_mesh(len(names), batch_size)
-    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode)
+    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick)
     train_data, evaluation_data = jax.device_put(
         jax.tree.map(jnp.asarray, (train_data, evaluation_data)), meshes.replicated(mesh)
     )
