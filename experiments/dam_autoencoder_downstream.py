@@ -16,10 +16,10 @@ _HIDDEN = (50, 50)
 _SEED = 1
 
 
-class Codes(NamedTuple):
-    """Outputs of an encoder, and the classes of what they stand for."""
+class Examples(NamedTuple):
+    """Images as rows of pixels, or their codes, and their classes."""
 
-    x: Float[np.ndarray, "n channels"]
+    x: Float[np.ndarray, "n d"]
     y: Int[np.ndarray, " n"]
 
 
@@ -28,7 +28,7 @@ def evenly(n: int, count: int) -> Int64[np.ndarray, " count"]:
     return np.linspace(0, n - 1, count or n).round().astype(np.int64)
 
 
-def macro_f1(train: Codes, test: Codes, epochs: int) -> float:
+def macro_f1(train: Examples, test: Examples, epochs: int) -> float:
     """The macro-averaged F1 score on test codes, of a classifier trained on others.
 
     Args:
@@ -54,7 +54,7 @@ def macro_f1(train: Codes, test: Codes, epochs: int) -> float:
     return float(f1_score(test.y, predicted, average="macro"))
 
 
-def score_codes(path: Path, train: Codes, test: Codes, epochs: int) -> None:
+def score_codes(path: Path, train: Examples, test: Examples, epochs: int) -> None:
     """Writes `macro_f1` into a file, unless that holds the score of the same codes."""
     fingerprint = digest((train, test, np.int64(epochs))).tobytes().hex()
     try:

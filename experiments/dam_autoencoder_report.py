@@ -23,14 +23,15 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     Returns:
         The summary.
     """
-    rows = []
+    rows, steps = [], 0
     for gate in config.gates.split(","):
         log = MetricsLog(workdir / f"{gate}.jsonl", gate)
         rows += _rows(config, gate, log, workdir / "downstream")
+        steps = int(log.column("bottleneck")[0][-1])
         _draw_training(workdir / "figures" / f"bottleneck_{gate}", config, gate, log)
     summary = {"config": json.loads(json.dumps(config.to_dict())), "networks": rows}
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows))
+    write_text(workdir / "report.md", _markdown(config, rows, steps))
     _draw(workdir / "figures" / "gates_compared", rows)
     return summary
 
@@ -60,16 +61,17 @@ def _by_coefficient(config: Any, gate: str) -> dict[float, list[int]]:
     return groups
 
 
-def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
+def _markdown(config: Any, rows: list[dict[str, Any]], steps: int) -> str:
     examples = config.downstream.examples or "all"
     widths = "-".join(map(str, (*config.model.hidden, config.model.bottleneck)))
     lines = [
         f"# Autoencoders with gates: {config.name}",
         "",
-        f"Encoders inputs-{widths} on {config.data.name}, after the last step, mean ± standard "
-        f"deviation over seeds {list(config.seeds)}: open channels of {config.model.bottleneck}, "
-        "mean squared error of test images with pixels from -1 to 1, and macro-F1 on test images "
-        f"of a classifier on the codes of {examples} training images.",
+        f"Encoders inputs-{widths} on {config.data.name}, after {steps} steps of "
+        f"{config.training.batch_size} images, mean ± standard deviation over seeds "
+        f"{list(config.seeds)}: open channels of {config.model.bottleneck}, mean squared error of "
+        "test images with pixels from -1 to 1, and macro-F1 on test images of a classifier on the "
+        f"codes of {examples} training images.",
         "",
         "| gate | lambda | open channels | of each seed | test error | macro-F1 |",
         "| --- | --- | --- | --- | --- | --- |",

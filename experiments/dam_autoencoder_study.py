@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from experiments import dam_autoencoder_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_autoencoder_checks import check_config, check_sizes
-from experiments.dam_autoencoder_downstream import Codes, evenly, score_codes
+from experiments.dam_autoencoder_downstream import Examples, evenly, score_codes
 from experiments.dam_autoencoder_members import (
     autoencoder,
     kind_of,
@@ -36,9 +36,8 @@ _CHUNK = 500
 class Setup(NamedTuple):
     """Everything that is known before training starts."""
 
-    train: Codes
-    """Images as rows of pixels from -1 to 1, and their classes."""
-    test: Codes
+    train: Examples
+    test: Examples
     plan: Plan
 
 
@@ -75,7 +74,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     check_sizes(config, data)
     plan = make_plan(config.training, len(data.train.y), config.checkpoint_seconds)
     x_train, x_test = pixels(data)
-    return Setup(Codes(x_train, data.train.y), Codes(x_test, data.test.y), plan)
+    return Setup(Examples(x_train, data.train.y), Examples(x_test, data.test.y), plan)
 
 
 def train(config: Any, setup: Setup, gate: str, workdir: Path) -> Member:
@@ -136,17 +135,17 @@ def classify(config: Any, setup: Setup, gate: str, members: Member, directory: P
     kind = kind_of(config, gate)
     module = autoencoder(config, kind, setup.train.x.shape[1])
     chosen = evenly(len(setup.train.y), config.downstream.examples)
-    splits = (Codes(setup.train.x[chosen], setup.train.y[chosen]), setup.test)
+    splits = (Examples(setup.train.x[chosen], setup.train.y[chosen]), setup.test)
 
     @jax.jit
     def encode(params, x):
         return module.apply({"params": params}, x, method="encode")
 
-    names = member_names(runs_of(config, gate))
+    names, trained = member_names(runs_of(config, gate)), jax.device_get(members.params)
     for index, name in enumerate(tqdm(names, f"{gate} classifiers", mininterval=30.0)):
-        params = jax.tree.map(lambda leaf, i=index: leaf[i], members.params)
+        params = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), trained)
         channels = np.asarray(kind.values(params["gate"], config.model.bottleneck)) > 0
         learned, tested = (
-            Codes(np.asarray(encode(params, x))[:, channels], y) for x, y in splits
+            Examples(np.asarray(encode(params, x))[:, channels], y) for x, y in splits
         )  # fmt: skip
         score_codes(directory / f"{name}.json", learned, tested, config.downstream.epochs)

@@ -137,7 +137,7 @@ def out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
 def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:
     """Writes each trained network, as it was after the last step, under its name."""
     directory.mkdir(exist_ok=True)
-    trees = (members.params, members.masks, members.model_state)
+    trees = jax.device_get((members.params, members.masks, members.model_state))
     for index, name in enumerate(names):
-        params, masks, state = jax.tree.map(lambda leaf, i=index: leaf[i], trees)
+        params, masks, state = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), trees)
         save_network(directory / f"{name}.npz", params, masks, state)

@@ -18,7 +18,7 @@ from experiments import dam_autoencoder_checks, dam_autoencoder_downstream, dam_
 from experiments import dam_autoencoder_study as study
 from experiments.cli import UserError
 from experiments.configs import dam_autoencoder as configs
-from experiments.dam_autoencoder_downstream import Codes, evenly, macro_f1, score_codes
+from experiments.dam_autoencoder_downstream import Examples, evenly, macro_f1, score_codes
 from ntt_sparse.data import images
 from ntt_sparse.training.export import load_network
 
@@ -56,18 +56,18 @@ def gates_by_hand(params, n=20):
 
 
 def test_members_differ_by_seed_and_coefficient_alone():
-    config = get_config(dam_coefficients=(0.1, 2.0), l1_coefficients=(5.0,), seeds=(3, 8))
+    config = get_config()
     dam, l1 = (dam_autoencoder_members.start_members(config, gate, 64) for gate in ("dam", "l1"))
-    np.testing.assert_allclose(dam.context, [0.1, 0.1, 2.0, 2.0])
-    np.testing.assert_allclose(l1.context, [5.0, 5.0])
+    np.testing.assert_allclose(dam.context, [0.01, 0.01, 0.05, 0.05])
+    np.testing.assert_allclose(l1.context, [0.01, 0.01, 0.1, 0.1])
     assert dam_autoencoder_members.member_names(dam_autoencoder_members.runs_of(config, "dam")) == [
-        "dam-c0.1-s3", "dam-c0.1-s8", "dam-c2.0-s3", "dam-c2.0-s8"
+        "dam-c0.01-s1", "dam-c0.01-s2", "dam-c0.05-s1", "dam-c0.05-s2"
     ]  # fmt: skip
     for name in ("encoder", "decoder"):
         for layer, leaf in dam.params[name].items():
             kernel = np.asarray(leaf["kernel"])
             np.testing.assert_array_equal(kernel[:2], kernel[2:])
-            np.testing.assert_array_equal(kernel[:2], l1.params[name][layer]["kernel"])
+            np.testing.assert_array_equal(kernel, l1.params[name][layer]["kernel"])
             assert not np.allclose(kernel[0], kernel[1])
     widths = [
         dam.params[name][f"Dense_{i}"]["kernel"].shape[1:]
@@ -76,7 +76,7 @@ def test_members_differ_by_seed_and_coefficient_alone():
     ]
     assert widths == [(64, 48), (48, 32), (32, 20), (20, 32), (32, 48), (48, 64)]
     np.testing.assert_array_equal(dam.params["gate"]["beta"], np.ones(4))
-    np.testing.assert_array_equal(l1.params["gate"]["scale"], np.ones((2, 20)))
+    np.testing.assert_array_equal(l1.params["gate"]["scale"], np.ones((4, 20)))
 
 
 def test_pixels_are_those_of_the_published_code():
@@ -96,41 +96,47 @@ def test_pixels_are_those_of_the_published_code():
 
 
 @pytest.mark.parametrize(
-    ("gate", "params", "penalty", "opened"),
+    ("gate", "params", "coefficient", "penalty", "opened"),
     [
-        ("dam", {"beta": -1.2}, -1.2, 16),
-        ("l1", {"scale": np.linspace(-0.5, 1.4, 20)}, np.linspace(0, 1.4, 15).sum() / 20, 14),
+        ("dam", {"beta": -1.2}, 0.05, -1.2, 16),
+        ("l1", {"scale": np.linspace(-0.5, 1.4, 20)}, 0.1, np.linspace(0, 1.4, 15).sum() / 20, 14),
     ],
 )
-def test_the_objective_by_hand(monkeypatch, gate, params, penalty, opened):
+def test_the_objective_by_hand(monkeypatch, gate, params, coefficient, penalty, opened):
     """Mean squared error plus the coefficient times the penalty, and what is measured."""
     # Seven images in chunks of three: one is left over.
     monkeypatch.setattr(study, "_CHUNK", 3)
-    config = get_config(seeds=(4,), dam_coefficients=(0.3,), l1_coefficients=(0.3,))
-    start = dam_autoencoder_members.start_members(config, gate, 9)
-    member = jax.tree.map(lambda leaf: leaf[0], start)
+    config = get_config()
+    start = dam_autoencoder_members.start_members(config, gate, 64)
+    member = jax.tree.map(lambda leaf: leaf[-1], start)
     gates = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
     member = member._replace(params={**member.params, "gate": gates})
-    x = np.random.default_rng(1).uniform(-1, 1, (7, 9)).astype(np.float32)
+    x = np.random.default_rng(1).uniform(-1, 1, (7, 64)).astype(np.float32)
     _, made = reconstruct(member.params, gates_by_hand(member.params), x)
     error = np.mean((made - x) ** 2)
-    inputs = study.TermInputs(member.params, member.masks, member.context, x, jax.random.key(0))
-    terms = study.training_terms(config, gate, 9)
-    found = {name: float(term(inputs)[0]) for name, term in terms.items()}
+    terms = study.training_terms(config, gate, 64)
+
+    @jax.jit
+    def measure(member, x):
+        key = jax.random.key(0)
+        inputs = study.TermInputs(member.params, member.masks, member.context, x, key)
+        contributions = {name: term(inputs)[0] for name, term in terms.items()}
+        return contributions, study.evaluate(config, gate, member, x)
+
+    found, values = measure(member, x)
     np.testing.assert_allclose(found["reconstruction"], error, rtol=1e-5)
-    np.testing.assert_allclose(found["gate"], 0.3 * penalty, rtol=1e-5)
-    values = study.evaluate(config, gate, member, jnp.asarray(x))
+    np.testing.assert_allclose(found["gate"], coefficient * penalty, rtol=1e-5)
     np.testing.assert_allclose(values["reconstruction"], error, rtol=1e-5)
     np.testing.assert_allclose(values["penalty"], penalty, rtol=1e-5)
     assert int(values["bottleneck"]) == opened
 
 
 def clusters(n=60):
-    """Codes of three classes, far apart."""
+    """Examples of three classes, far apart."""
     rng = np.random.default_rng(0)
     y = np.arange(n) % 3
     x = 10 * np.eye(3)[y] + rng.normal(size=(n, 3))
-    return Codes(x.astype(np.float32), y.astype(np.int32))
+    return Examples(x.astype(np.float32), y.astype(np.int32))
 
 
 def test_f1_of_known_codes():
@@ -142,8 +148,8 @@ def test_f1_of_known_codes():
 
 def test_f1_without_channels():
     """Always 2, the most frequent: precision 1/2 and recall 1 there, nothing elsewhere."""
-    train = Codes(np.zeros((5, 0), np.float32), np.array([0, 2, 2, 1, 2], np.int32))
-    test = Codes(np.zeros((4, 0), np.float32), np.array([2, 0, 2, 1], np.int32))
+    train = Examples(np.zeros((5, 0), np.float32), np.array([0, 2, 2, 1, 2], np.int32))
+    test = Examples(np.zeros((4, 0), np.float32), np.array([2, 0, 2, 1], np.int32))
     np.testing.assert_allclose(macro_f1(train, test, 10), (2 / 3) / 3)
 
 
@@ -171,18 +177,45 @@ def test_examples_are_spread_over_the_set():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """A study that was stopped at the fourth classifier, and then went on."""
     config = get_config(**{"downstream.epochs": 3})
     workdir = tmp_path_factory.mktemp("dam") / "w"
-    return config, workdir, study.run(config, workdir)
+    trained = []
+
+    def stopping(*arguments):
+        if len(trained) == 3:
+            trained.append(None)
+            raise KeyboardInterrupt
+        trained.append(macro_f1(*arguments))
+        return trained[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dam_autoencoder_downstream, "macro_f1", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            study.run(config, workdir)
+        first = {path.name: path.read_text() for path in (workdir / "downstream").iterdir()}
+        assert not (workdir / "summary.json").exists()
+        summary = study.run(config, workdir)
+    return workdir, summary, trained, first
+
+
+def test_a_study_stopped_between_classifiers_goes_on(finished):
+    workdir, _, trained, first = finished
+    assert sorted(first) == ["dam-c0.01-s1.json", "dam-c0.01-s2.json", "dam-c0.05-s1.json"]
+    for name, text in first.items():
+        assert (workdir / "downstream" / name).read_text() == text
+    # One that was stopped, and eight networks.
+    assert trained[3] is None and len(trained) == 1 + 8
 
 
 def test_the_report_follows_from_the_records(finished):
-    _, workdir, summary = finished
+    workdir, summary, _, _ = finished
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert [(row["gate"], row["coefficient"]) for row in summary["networks"]] == [
         ("dam", 0.01), ("dam", 0.05), ("l1", 0.01), ("l1", 0.1)
     ]  # fmt: skip
     report = (workdir / "report.md").read_text()
+    assert "after 20 steps of 128 images" in report and "codes of 200 training" in report
     for index, row in enumerate(summary["networks"]):
         last = json.loads((workdir / f"{row['gate']}.jsonl").read_text().splitlines()[-1])
         assert last["step"] == 20
@@ -204,7 +237,7 @@ def test_the_report_follows_from_the_records(finished):
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 def test_scores_are_those_of_saved_networks(finished):
     """From the files of a network, by hand and scikit-learn."""
-    _, workdir, summary = finished
+    workdir, summary, _, _ = finished
     data = images.load("digits", validation_fraction=0.0)
     x_train, x_test = dam_autoencoder_members.pixels(data)
     chosen = np.round(np.linspace(0, 1436, 200)).astype(int)
@@ -223,37 +256,6 @@ def test_scores_are_those_of_saved_networks(finished):
         )
         # Codes differ by rounding, which may move an image over a border.
         np.testing.assert_allclose(found["macro_f1"]["values"][1], expected, atol=0.02)
-
-
-def test_a_finished_study_is_only_drawn_again(finished, monkeypatch):
-    config, workdir, summary = finished
-    monkeypatch.setattr(dam_autoencoder_downstream, "macro_f1", None)
-    (workdir / "report.md").unlink()
-    assert study.run(config, workdir) == summary
-    assert (workdir / "report.md").exists()
-
-
-def test_a_study_stopped_between_classifiers_goes_on(finished, tmp_path, monkeypatch):
-    config, _, summary = finished
-    train, scored = macro_f1, []
-
-    def stopped(*arguments):
-        if len(scored) == 3:
-            raise KeyboardInterrupt
-        scored.append(train(*arguments))
-        return scored[-1]
-
-    monkeypatch.setattr(dam_autoencoder_downstream, "macro_f1", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        study.run(config, tmp_path / "w")
-    assert len(list((tmp_path / "w" / "downstream").iterdir())) == 3
-    assert not (tmp_path / "w" / "summary.json").exists()
-    again = []
-    monkeypatch.setattr(
-        dam_autoencoder_downstream, "macro_f1", lambda *a: again.append(train(*a)) or again[-1]
-    )
-    assert study.run(config, tmp_path / "w") == summary
-    assert len(again) == 8 - 3
 
 
 def test_published_settings():
