@@ -15,6 +15,7 @@ from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _COUNTS = Counts._fields
+_AXES = ("parameters left", "test accuracy (%)")
 _SETTING = ("coefficient", "target", "order")
 
 
@@ -152,6 +153,10 @@ def _percent(value: dict[str, Any]) -> str:
     return f"{100 * value['mean']:.2f}{spread_}"
 
 
+def _in_percent(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: value[name] and 100 * value[name] for name in ("mean", "std")}
+
+
 def _published_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "",
@@ -199,13 +204,17 @@ def _draw(
     rows: list[dict[str, Any]],
 ) -> None:
     directory = workdir / "figures"
-    ours = [(1 - row["pruned_parameters"]["mean"], row["test_accuracy"]) for row in rows]
+    ours = [(row["parameters"], _in_percent(row["test_accuracy"])) for row in rows]
     theirs = [
-        (1 - row.pruned_parameters / 100, row.accuracy / 100)
+        ({"mean": row.parameters, "std": None}, {"mean": row.accuracy, "std": None})
         for row in published(config)
-        if row.pruned_parameters is not None
+        if row.parameters is not None
     ]
-    figures.accuracy_against_size(directory / "accuracy_against_parameters", ours, theirs)
+    figures.trade_offs(
+        directory / "accuracy_against_parameters",
+        {_AXES: {"ours": ours} | ({"published": theirs} if theirs else {})},
+        logarithmic=_AXES[:1],
+    )
     labels = {setting: _label(config, setting) for setting in groups}
     steps, opened = log.column("channels")
     figures.channels_over_training(

@@ -103,31 +103,39 @@ def make_optimizer(config: Any, learning_rate: Any = 0.0) -> optax.GradientTrans
     )(learning_rate=learning_rate)
 
 
-def start_members(config: Any, gate: str, runs: list[Run]) -> Member:
-    """The networks of one gate at their start.
-
-    A seed and a rank fix data and weights. The context of each is its `coefficient` and data.
-    """
+def make_sets(config: Any) -> Float[Array, "sets n d"]:
+    """The data of every rank and seed, each once, see `set_of`."""
     data_of = jax.jit(
         lambda rank, key: make_data(config, rank, jax.random.fold_in(key, _DATA_STREAM)),
         static_argnums=0,
     )
-    made = {
-        (rank, seed): data_of(rank, jax.random.key(seed))
-        for rank, seed in {(run.rank, run.seed) for run in runs}
-    }
+    pairs = itertools.product(config.ranks, config.seeds)
+    return jnp.stack([data_of(rank, jax.random.key(seed)) for rank, seed in pairs])
 
-    def member(key, x, coefficient, learning_rate, initial):
+
+def set_of(config: Any, run: Run) -> int:
+    """The index among `make_sets` of the data that a network is trained on."""
+    return list(itertools.product(config.ranks, config.seeds)).index((run.rank, run.seed))
+
+
+def start_members(config: Any, gate: str, runs: list[Run]) -> Member:
+    """The networks of one gate at their start.
+
+    A seed and a rank fix data and weights. The context of each is its `coefficient` and `set`,
+    the index of its data.
+    """
+
+    def member(key, index, coefficient, learning_rate, initial):
         module = autoencoder(config, KINDS[gate]())
-        params = module.init(key, x[:1])["params"]
+        params = module.init(key, jnp.zeros((1, config.dimension)))["params"]
         params = {**params, "gate": jax.tree.map(lambda leaf: 0 * leaf + initial, params["gate"])}
         masks = jax.tree.map(lambda _: None, params)
-        context = {"coefficient": coefficient, "x": x}
+        context = {"coefficient": coefficient, "set": index}
         return create_member(params, masks, make_optimizer(config, learning_rate), key, context)
 
     return jax.jit(jax.vmap(member))(
         stack([jax.random.key(run.seed) for run in runs]),
-        stack([made[run.rank, run.seed] for run in runs]),
+        jnp.asarray([set_of(config, run) for run in runs]),
         *(
             jnp.asarray([getattr(run, name) for run in runs], float)
             for name in ("coefficient", "learning_rate", "initial")

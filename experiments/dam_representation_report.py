@@ -98,10 +98,11 @@ def _draw(
         index for index, run in enumerate(runs) if [getattr(run, name) for name in _GRID] == setting
     ]
     lines = {
-        rank: bottleneck[:, [index for index in chosen if runs[index].rank == rank]]
+        f"r = {rank}": bottleneck[:, [index for index in chosen if runs[index].rank == rank]]
         for rank in config.ranks
     }
-    figures.bottleneck_over_training(directory / f"bottleneck_{gate}", steps, lines)
+    dimensions = {f"r = {rank}": rank for rank in config.ranks}
+    figures.channels_over_training(directory / f"bottleneck_{gate}", steps, lines, dimensions)
     for x, y in itertools.combinations(_GRID, 2):
         if min(len(getattr(config, f"{name}s")) for name in (x, y)) < 2:
             continue

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Float
 
 from experiments import dam_representation_report
 from experiments.cli import claim_workdir, user_errors
@@ -15,6 +15,7 @@ from experiments.dam_representation_members import (
     KINDS,
     autoencoder,
     make_optimizer,
+    make_sets,
     member_names,
     runs_of,
     start_members,
@@ -49,7 +50,6 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         for gate in config.gates.split(","):
             runs = [run for run in runs_of(config) if run.gate == gate]
             members = train(config, gate, claimed)
-            # Without the data of each.
             save_networks(claimed / "networks", member_names(runs), members)
         return dam_representation_report.write(config, claimed)
 
@@ -61,12 +61,18 @@ def train(config: Any, gate: str, workdir: Path) -> Member:
     steps = config.training.max_steps or config.training.epochs
     plan = Plan(steps, steps, config.training.record_every, config.checkpoint_seconds)
     step_fn = make_step(training_terms(config, kind), make_optimizer(config))
-    # Every step is on all examples, which are the member's own: the engine's batch is empty.
-    batches = np.zeros((1,), np.float32)
+    sets = make_sets(config)
     return fit_stage(
         config, workdir, gate, member_names(runs), start_members(config, gate, runs), step_fn,
-        plan, batches, functools.partial(evaluate, config, kind), (), "vmap", batch_size=1,
+        plan, sets, functools.partial(evaluate, config, kind), (sets,), "vmap", batch_size=1,
+        pick=own_set,
     )  # fmt: skip
+
+
+def own_set(member: Member, sets: Float[Array, "sets n d"], indices: Any) -> Float[Array, "n d"]:
+    """The batch of every step: all examples of the member's own set."""
+    del indices
+    return sets[member.context["set"]]
 
 
 def training_terms(config: Any, kind: Kind) -> dict[str, Term]:
@@ -74,7 +80,7 @@ def training_terms(config: Any, kind: Kind) -> dict[str, Term]:
     module = autoencoder(config, kind)
 
     def reconstruction(inputs: TermInputs):
-        x = inputs.context["x"]
+        x = inputs.batch
         return jnp.mean((module.apply({"params": inputs.params}, x) - x) ** 2), {}
 
     def gate(inputs: TermInputs):
@@ -84,12 +90,15 @@ def training_terms(config: Any, kind: Kind) -> dict[str, Term]:
     return {"reconstruction": reconstruction, "gate": gate}
 
 
-def evaluate(config: Any, kind: Kind, member: Member) -> dict[str, jax.Array]:
+def evaluate(
+    config: Any, kind: Kind, member: Member, sets: Float[Array, "sets n d"]
+) -> dict[str, jax.Array]:
     """Width of the bottleneck, reconstruction error and what it is relative to."""
-    x = member.context["x"]
+    x = own_set(member, sets, None)
     module = autoencoder(config, kind)
     gates = kind.values(member.params["gate"], config.bottleneck)
-    error = jnp.mean((module.apply({"params": member.params}, x) - x) ** 2)
+    reconstruction: Any = module.apply({"params": member.params}, x)
+    error = jnp.mean((reconstruction - x) ** 2)
     return {
         "bottleneck": jnp.sum(gates > 0, dtype=jnp.int32),
         "reconstruction": error,

@@ -1,6 +1,6 @@
 """Figures, each as PNG and PDF, drawn without a display."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,25 +169,66 @@ def accuracy_over_training(
         axis.legend(fontsize="small", frameon=False)
 
 
-def bottleneck_over_training(
-    path: Path, steps: np.ndarray, lines: Mapping[int, np.ndarray]
+def channels_over_training(
+    path: Path,
+    steps: np.ndarray,
+    lines: Mapping[str, np.ndarray],
+    dimensions: Mapping[str, int] | None = None,
 ) -> None:
-    """Open channels of a bottleneck over steps, beside the dimension of the data.
+    """Open channels over steps, of a bottleneck beside the dimension of the data, if known.
 
     Args:
         path: Where to, without a suffix.
         steps: `(r,)`.
-        lines: `{dimension: (r, members)}`.
+        lines: `{label: (r, members)}`.
+        dimensions: `{label: dimension}`.
     """
     with _figure(path, figsize=(6.4, 4.2)) as axes:
         axis = axes[0, 0]
-        for index, (rank, values) in enumerate(lines.items()):
-            _band(axis, steps, values, f"r = {rank}", f"C{index}")
-            axis.axhline(rank, color=f"C{index}", linestyle=":", linewidth=1)
+        for index, (label, values) in enumerate(lines.items()):
+            _band(axis, steps, values, label, f"C{index}")
+            if dimensions:
+                axis.axhline(dimensions[label], color=f"C{index}", linestyle=":", linewidth=1)
         axis.set_xlabel("training step")
         axis.set_ylabel("open channels")
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize="small", frameon=False)
+        axis.legend(fontsize="small", frameon=False, ncols=1 + len(lines) // 12)
+
+
+def trade_offs(
+    path: Path,
+    panels: Mapping[
+        tuple[str, str], Mapping[str, Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]]
+    ],
+    logarithmic: Collection[str] = (),
+) -> None:
+    """One quantity against another, a panel for each pair, means with standard deviations.
+
+    Args:
+        path: Where to, without a suffix.
+        panels: `{(x, y): {label: [(x spread, y spread), ...]}}`, each spread a mapping
+            `{"mean": ..., "std": ...}`; names label the axes.
+        logarithmic: Those on a logarithmic axis.
+    """
+    with _figure(path, 1, len(panels), figsize=(4.6 * len(panels), 3.8)) as axes:
+        for axis, ((x, y), curves) in zip(axes[0], panels.items(), strict=True):
+            for index, (label, unsorted_points) in enumerate(curves.items()):
+                points = sorted(unsorted_points, key=lambda point: point[0]["mean"])
+                mean, std = (
+                    np.array([[spread[name] or 0.0 for spread in point] for point in points]).T
+                    for name in ("mean", "std")
+                )
+                axis.errorbar(
+                    mean[0], mean[1], std[1], std[0], label=label, color=f"C{index}", capsize=2,
+                    marker=_MARKERS[index % len(_MARKERS)], markersize=4, linewidth=1,
+                )  # fmt: skip
+            for name, set_label, set_scale in (
+                (x, axis.set_xlabel, axis.set_xscale),
+                (y, axis.set_ylabel, axis.set_yscale),
+            ):
+                set_label(name)
+                set_scale("log" if name in logarithmic else "linear")
+        axes[0, 0].legend(fontsize="small", frameon=False)
 
 
 def grid_map(
@@ -289,57 +330,6 @@ def _band(axis: Any, x: np.ndarray, values: np.ndarray, label: str, color: str) 
     if values.shape[1] > 1:
         std = values.std(1, ddof=1)
         axis.fill_between(x, mean - std, mean + std, color=color, alpha=_SPREAD_ALPHA, linewidth=0)
-
-
-def accuracy_against_size(
-    path: Path,
-    ours: Sequence[tuple[float, Mapping[str, Any]]],
-    published: Sequence[tuple[float, float]],
-) -> None:
-    """Test accuracy against the fraction of parameters left.
-
-    Args:
-        path: Where to, without a suffix.
-        ours: `[(fraction, {"mean": ..., "std": ...}), ...]`.
-        published: `[(fraction, accuracy), ...]`; may be empty.
-    """
-    with _figure(path, figsize=(6.4, 4.2)) as axes:
-        axis = axes[0, 0]
-        points = sorted(ours, key=lambda point: point[0])
-        errors = [100 * (value["std"] or 0.0) for _, value in points]
-        axis.errorbar(
-            [size for size, _ in points], [100 * value["mean"] for _, value in points], errors,
-            label="ours", marker=_MARKERS[0], capsize=2,
-        )  # fmt: skip
-        if published:
-            sizes, accuracies = zip(*sorted(published), strict=True)
-            axis.plot(
-                sizes, 100 * np.array(accuracies), label="published",
-                marker=_MARKERS[1], linestyle="--",
-            )  # fmt: skip
-        # Where nothing is left there is no place on a logarithmic axis.
-        axis.set_xscale("log" if all(size > 0 for size, _ in points) else "linear")
-        axis.set_xlabel("fraction of parameters left")
-        axis.set_ylabel("test accuracy (%)")
-        axis.legend(fontsize="small", frameon=False)
-
-
-def channels_over_training(path: Path, steps: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
-    """Open channels of a network over steps.
-
-    Args:
-        path: Where to, without a suffix.
-        steps: `(r,)`.
-        lines: `{label: (r, members)}`.
-    """
-    with _figure(path, figsize=(6.4, 4.2)) as axes:
-        axis = axes[0, 0]
-        for index, (label, values) in enumerate(lines.items()):
-            _band(axis, steps, values, label, f"C{index % 10}")
-        axis.set_xlabel("training step")
-        axis.set_ylabel("open channels")
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize="x-small", frameon=False, ncols=2)
 
 
 def layer_widths(path: Path, widths: Mapping[str, np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
-from ntt_sparse.training.program import make_program
+from ntt_sparse.training.program import gather, make_program
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import StepFn
 
@@ -88,6 +88,7 @@ def fit_stage(
     *,
     batch_size: int,
     patience: int = 0,
+    pick: Callable[..., Any] = gather,
 ) -> Member:
     """Runs one stage over whatever devices there are, or goes on with it.
 
@@ -106,12 +107,13 @@ def fit_stage(
         batch_size: Examples per step and member.
         patience: Records without a better validation accuracy of any member after which the
             stage ends; 0 for never.
+        pick: How a step gets its batch, see `make_program`.
 
     Returns:
         The members at the end.
     """
     mesh = meshes.auto_mesh(len(names), batch_size)
-    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode)
+    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick)
     train_data, evaluation_data = jax.device_put(
         jax.tree.map(jnp.asarray, (train_data, evaluation_data)), meshes.replicated(mesh)
     )
@@ -152,7 +154,7 @@ def out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
 def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:
     """Writes each trained network, as it was after the last step, under its name."""
     directory.mkdir(exist_ok=True)
-    trees = (members.params, members.masks, members.model_state)
+    trees = jax.device_get((members.params, members.masks, members.model_state))
     for index, name in enumerate(names):
-        params, masks, state = jax.tree.map(lambda leaf, i=index: leaf[i], trees)
+        params, masks, state = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), trees)
         save_network(directory / f"{name}.npz", params, masks, state)

@@ -7,7 +7,9 @@ from typing import Any
 import ml_collections
 
 # Fields that span the members of a study.
-_CUT = ("density", "coefficients", "learning_rates", "initials")
+_CUT = (
+    "density", "coefficients", "dam_coefficients", "l1_coefficients", "learning_rates", "initials",
+)  # fmt: skip
 
 
 def build(

@@ -51,8 +51,19 @@ class _Carry(NamedTuple):
     permutation: Array
 
 
+def gather(member: Member, data: Any, indices: Array) -> Any:
+    """The batch of these examples, `indices` of the leading axis of every array of `data`."""
+    del member
+    return jax.tree.map(lambda leaf: leaf[indices], data)
+
+
 def make_program(
-    step_fn: StepFn, *, batch_size: int, mesh: Mesh, mode: MemberMode = "vmap"
+    step_fn: StepFn,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    mode: MemberMode = "vmap",
+    pick: Callable[[Member, Any, Array], Any] = gather,
 ) -> Program:
     """Compiles a step into chunks over all members.
 
@@ -64,15 +75,16 @@ def make_program(
         batch_size: Examples per step and member.
         mesh: From `ntt_sparse.training.mesh`.
         mode: How the members of one device ride.
+        pick: `(member, data, indices) -> batch`, where members have data of their own.
     """
     shardings = state_shardings(mesh)
-    advance = _advance(step_fn, batch_size)
+    advance = _advance(step_fn, batch_size, pick)
     chunks = _dispatched if mode == "dispatch" and mesh.size == 1 else _compiled
 
     def init(members, data):
         def logs_of(member):
             # Shapes and dtypes alone: the batch is never gathered.
-            batch = jax.tree.map(lambda leaf: leaf[:batch_size], data)
+            batch = pick(member, data, jnp.zeros(batch_size, jnp.int32))
             return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
 
         shapes = jax.eval_shape(jax.vmap(logs_of), members)
@@ -96,12 +108,14 @@ def make_program(
     )
 
 
-def _advance(step_fn: StepFn, batch_size: int) -> Callable[[_Carry, Array, Any], _Carry]:
+def _advance(
+    step_fn: StepFn, batch_size: int, pick: Callable[..., Any]
+) -> Callable[[_Carry, Array, Any], _Carry]:
     """One step of one member: `(carry, step, data) -> carry`."""
 
     def advance(carry, step, data):
         indices = batch_indices(carry.permutation, step, batch_size)
-        batch = spread_examples(jax.tree.map(lambda leaf: leaf[indices], data))
+        batch = spread_examples(pick(carry.member, data, indices))
         member, logs = step_fn(carry.member, batch, step)
         bad_step = dict(carry.bad_step)
         for name, value in logs.items():

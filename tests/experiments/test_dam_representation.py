@@ -97,12 +97,14 @@ def test_the_summary_follows_from_the_records(finished):
 def test_the_objective_by_hand():
     """Mean squared error and lambda beta, in the terms and what is measured."""
     config = get_config()
-    runs = [dam_representation_members.Run("dam", 2, 0.3, 0.01, -1.2, 7)]
+    runs = [dam_representation_members.Run("dam", 4, 0.3, 0.01, -1.2, 2)]
     members = dam_representation_members.start_members(config, "dam", runs)
     member = jax.tree.map(lambda leaf: leaf[0], members)
     kind = dam.Dam()
-    values = study.evaluate(config, kind, member)
-    x = np.asarray(member.context["x"], float)
+    sets = dam_representation_members.make_sets(config)
+    values = study.evaluate(config, kind, member, sets)
+    key = jax.random.fold_in(jax.random.key(2), dam_representation_members._DATA_STREAM)
+    x = np.asarray(dam_representation_members.make_data(config, 4, key), float)
     encoder, decoder = (
         np.asarray(member.params[name]["Dense_0"]["kernel"], float)
         for name in ("encoder", "decoder")
@@ -112,14 +114,27 @@ def test_the_objective_by_hand():
     np.testing.assert_allclose(values["reconstruction"], error, rtol=1e-4)
     np.testing.assert_allclose(values["relative_error"], error / np.mean(x**2), rtol=1e-4)
     assert int(values["bottleneck"]) == 8
-    inputs = study.TermInputs(
-        member.params, member.masks, member.context, jnp.zeros(1), jax.random.key(0)
-    )
+    batch = study.own_set(member, sets, None)
+    inputs = study.TermInputs(member.params, member.masks, member.context, batch, jax.random.key(0))
     contributions = {
         name: float(term(inputs)[0]) for name, term in study.training_terms(config, kind).items()
     }
     np.testing.assert_allclose(contributions["reconstruction"], error, rtol=1e-4)
     np.testing.assert_allclose(contributions["gate"], 0.3 * -1.2, rtol=1e-6)
+
+
+def test_members_share_data():
+    """A member holds the index of its data, and no data, which checkpoints would repeat."""
+    config = get_config(coefficients=(0.1, 0.2), ranks=(2, 5), seeds=(3, 8))
+    runs = dam_representation_members.runs_of(config)
+    context = dam_representation_members.start_members(config, "dam", runs).context
+    assert {leaf.shape for leaf in jax.tree.leaves(context)} == {(8,)}
+    # By rank, coefficient and seed.
+    assert context["set"].tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    sets = np.asarray(dam_representation_members.make_sets(config))
+    assert sets.shape == (4, 20, 20)
+    assert [np.linalg.matrix_rank(x, tol=1e-4) for x in sets] == [2, 2, 5, 5]
+    assert not np.allclose(sets[0], sets[1])
 
 
 def test_every_setting_has_a_member_of_its_own(tmp_path):

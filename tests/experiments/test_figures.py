@@ -38,3 +38,26 @@ def test_what_figures_show(tmp_path, monkeypatch):
     heights = [segment[:, 1].tolist() for segment in bars.get_segments()]
     np.testing.assert_allclose(heights, [[1.0, 5.0], [-3.0, -3.0]])
     assert axis.get_xscale() == "log"
+
+    saved.clear()
+    points = [
+        ({"mean": 4.0, "std": 1.0}, {"mean": 0.2, "std": 0.1}),
+        ({"mean": 1.0, "std": None}, {"mean": 0.5, "std": 0.2}),
+    ]
+    figures.trade_offs(tmp_path / "t", {("a", "b"): {"x": points}, ("b", "c"): {}}, ("b",))
+    axis, other = saved[0][1].axes
+    ((line, _, (across, along)),) = axis.containers
+    np.testing.assert_allclose(line.get_xydata(), [[1.0, 0.5], [4.0, 0.2]])
+    ends = [segment[:, 0].tolist() for segment in across.get_segments()]
+    np.testing.assert_allclose(ends, [[1.0, 1.0], [3.0, 5.0]])
+    ends = [segment[:, 1].tolist() for segment in along.get_segments()]
+    np.testing.assert_allclose(ends, [[0.3, 0.7], [0.1, 0.3]])
+    assert (axis.get_xscale(), axis.get_yscale()) == ("linear", "log")
+    assert (other.get_xscale(), other.get_xlabel(), other.get_ylabel()) == ("log", "b", "c")
+
+    saved.clear()
+    opened = {"few": np.array([[9, 9], [3, 5]]), "many": np.array([[9, 9], [8, 8]])}
+    figures.channels_over_training(tmp_path / "o", np.array([0, 10]), opened, {"few": 3, "many": 7})
+    (axis,) = saved[0][1].axes
+    drawn = [line.get_ydata() for line in axis.lines]
+    np.testing.assert_allclose(drawn, [[9, 4], [3, 3], [9, 8], [7, 7]])
