@@ -84,7 +84,8 @@ def make_program(
     def init(members, data):
         def logs_of(member):
             # Shapes and dtypes alone: the batch is never gathered.
-            batch = pick(member, data, jnp.zeros(batch_size, jnp.int32))
+            arrays = jax.tree.map(jnp.asarray, data)
+            batch = pick(member, arrays, jnp.zeros(batch_size, jnp.int32))
             return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
 
         shapes = jax.eval_shape(jax.vmap(logs_of), members)

@@ -9,6 +9,7 @@ import pytest
 
 from ntt_sparse.pruning import masks
 from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import program as programs
 from ntt_sparse.training import state as states
 from ntt_sparse.training import step as steps
 from ntt_sparse.training import terms
@@ -187,3 +188,25 @@ def test_a_term_cannot_hide_another_entry_of_the_logs(name):
 def test_loss_without_terms_raises():
     with pytest.raises(ValueError, match="at least one term"):
         steps.make_step({}, problems.optimizer)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop"])
+def test_members_with_data_of_their_own(mode):
+    """Shared by index: each descends to the mean of its own set, by hand."""
+    sets = np.array([[1.0, 3.0], [10.0, 20.0]], np.float32)
+    optimizer = optax.sgd(0.25)
+    step_fn = steps.make_step(
+        {"distance": lambda inputs: (jnp.mean((inputs.params - inputs.batch) ** 2), {})}, optimizer
+    )
+    program = programs.make_program(
+        step_fn, batch_size=1, mesh=meshes.make_mesh(), mode=mode,
+        pick=lambda member, data, indices: data[member.context],
+    )  # fmt: skip
+    members = jax.vmap(
+        lambda key, index: states.create_member(jnp.zeros(()), None, optimizer, key, index)
+    )(jax.random.split(jax.random.key(0), 3), jnp.array([1, 0, 1]))
+    state = program.init(members, sets)
+    permutations = program.permutations(state, jnp.int32(0), sets)
+    state = program.chunk(state, sets, permutations, jnp.int32(2))
+    # Each step halves the distance to the mean.
+    np.testing.assert_allclose(state.members.params, [0.75 * 15, 0.75 * 2, 0.75 * 15], rtol=1e-6)
