@@ -149,9 +149,13 @@ def used(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> dict[str, B
         ValueError: Gates are missing, unknown or of another size.
     """
     expected = sizes(network)
-    given = {path: len(channels) for path, channels in open_.items()}
-    if given != expected:
-        raise ValueError(f"open channels are of gates {given}, expected {expected}")
+    given = {path: jnp.shape(channels) for path, channels in open_.items()}
+    if given != {path: (n,) for path, n in expected.items()}:
+        raise ValueError(
+            f"open channels are of gates and shapes {given}, expected {expected} channels"
+        )
+    if kinds := {str(jnp.result_type(each)) for each in open_.values()} - {"bool"}:
+        raise ValueError(f"open channels are {', '.join(kinds)}, expected booleans")
     writer = {layer.outputs: layer.inputs for layer in network.layers}
     reached: dict[str, Array] = {}
     for name, channels in network.channels.items():

@@ -2,36 +2,39 @@
 
 Similarities are in [0, 1], and 1 for features that agree; a distance is 1 - similarity.
 Features are `(n, ...)` arrays of n examples, flattened behind the first axis and centred over
-the examples; computation is in float32 at least. All run under `jit` and `vmap`; where
-examples are split over devices, gather them first (`jax.lax.all_gather(x, axis, tiled=True)`).
+the examples; computation is in float32 at least. All run under `jit` and `vmap`.
 `ridge_cca` is made to differentiate; the others go through singular vectors, whose gradients
-are unbounded, and are made to measure with.
+are unbounded, and are made to measure with. With an `axis_name`, inside `jax.pmap` or
+`jax.shard_map`, examples are split over that axis, and the value is that of all of them.
 
 A singular direction below the rounding of the features (of duplicate or constant ones) does
 not count. Features that are not finite give NaN.
 """
 
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ntt_sparse._types import Scalar
-from ntt_sparse.similarity.grams import Features, flat, matmul
+from ntt_sparse.similarity.grams import Features, averaged, flat, gather_examples, matmul
 
 Share: TypeAlias = Literal["values", "variance"]
 """What a share is of: the sum of singular values, or the sum of their squares."""
 
 
-def canonical_correlations(x: Features, y: Features) -> Float[Array, "k"]:
+def canonical_correlations(
+    x: Features, y: Features, *, axis_name: str | None = None
+) -> Float[Array, "k"]:
     """The cosines of the principal angles between the spaces spanned by centred features.
 
     Args:
         x: Features `(n, ...)` with p1 entries for each example.
         y: Features `(n, ...)` of the same examples, with p2 entries each. Where p1 + p2 > n - 1,
             the first p1 + p2 - (n - 1) correlations are 1 whatever the features.
+        axis_name: The axis over which examples are split, if they are.
 
     Returns:
         Correlations `(min(p1, p2),)` in [0, 1], descending; zeros come last for directions
@@ -46,11 +49,13 @@ def canonical_correlations(x: Features, y: Features) -> Float[Array, "k"]:
         Björck and Golub, "Numerical methods for computing angles between linear subspaces",
         Mathematics of Computation 1973, theorem 1.
     """
-    x, y = _narrow_pair(x, y)
-    return _correlations(_directions(x), _directions(y))
+    x, y = _narrow_pair(x, y, axis_name)
+    return averaged(_correlations(_directions(x), _directions(y)), axis_name)
 
 
-def cca_similarity(x: Features, y: Features, *, squared: bool = False) -> Scalar:
+def cca_similarity(
+    x: Features, y: Features, *, squared: bool = False, axis_name: str | None = None
+) -> Scalar:
     """The mean canonical correlation, over as many as the smaller rank.
 
     It does not change with invertible affine maps of x or y. 0 when one side is constant.
@@ -59,6 +64,7 @@ def cca_similarity(x: Features, y: Features, *, squared: bool = False) -> Scalar
         x: Features `(n, ...)`.
         y: Features `(n, ...)` of the same examples.
         squared: Take the mean of the squares, R^2_CCA.
+        axis_name: The axis over which examples are split, if they are.
 
     Raises:
         ValueError: As `canonical_correlations`.
@@ -67,8 +73,8 @@ def cca_similarity(x: Features, y: Features, *, squared: bool = False) -> Scalar
         Kornblith et al., "Similarity of neural network representations revisited", ICML 2019,
         table 1.
     """
-    x, y = _narrow_pair(x, y)
-    return _mean_correlation(_directions(x), _directions(y), squared)
+    x, y = _narrow_pair(x, y, axis_name)
+    return averaged(_mean_correlation(_directions(x), _directions(y), squared), axis_name)
 
 
 def svcca_similarity(
@@ -78,6 +84,7 @@ def svcca_similarity(
     threshold: float = 0.99,
     of: Share = "values",
     squared: bool = False,
+    axis_name: str | None = None,
 ) -> Scalar:
     """Singular vector CCA: the mean canonical correlation of leading singular directions.
 
@@ -93,6 +100,7 @@ def svcca_similarity(
         of: Whether it is a share of the sum of singular `"values"`, as in published code, or
             of their squares, the `"variance"`.
         squared: Take the mean of the squared correlations.
+        axis_name: The axis over which examples are split, if they are.
 
     Raises:
         ValueError: Numbers of examples that differ or are below 3, empty features, a
@@ -107,14 +115,16 @@ def svcca_similarity(
         raise ValueError(f"{threshold=}, expected a share in (0, 1]: 1 keeps every direction")
     if of not in ("values", "variance"):
         raise ValueError(f"{of=} is unknown: expected 'values' or 'variance'")
-    x, y = _pair(x, y)
+    x, y = _pair(x, y, axis_name)
     if x.shape[0] < 3:
         raise ValueError(f"{x.shape[0]} examples, expected 3 or more: fewer always correlate")
     a, b = _leading(_directions(x), threshold, of), _leading(_directions(y), threshold, of)
-    return _mean_correlation(a, b, squared)
+    return averaged(_mean_correlation(a, b, squared), axis_name)
 
 
-def pwcca_similarity(x: Features, y: Features, *, symmetric: bool = False) -> Scalar:
+def pwcca_similarity(
+    x: Features, y: Features, *, symmetric: bool = False, axis_name: str | None = None
+) -> Scalar:
     r"""Projection weighted CCA: correlations weighted by how much of x they account for.
 
     $$\sum_i \alpha_i \rho_i / \sum_i \alpha_i, \qquad \alpha_i = \sum_j |h_i \cdot x_j|$$
@@ -129,6 +139,7 @@ def pwcca_similarity(x: Features, y: Features, *, symmetric: bool = False) -> Sc
         x: Features `(n, ...)`.
         y: Features `(n, ...)` of the same examples.
         symmetric: Take the mean of this and of the same with x and y exchanged.
+        axis_name: The axis over which examples are split, if they are.
 
     Raises:
         ValueError: As `canonical_correlations`.
@@ -137,13 +148,17 @@ def pwcca_similarity(x: Features, y: Features, *, symmetric: bool = False) -> Sc
         Morcos, Raghu, Bengio, "Insights on representational similarity in neural networks
         with canonical correlation", NeurIPS 2018, on projection weighting.
     """
-    x, y = _narrow_pair(x, y)
+    x, y = _narrow_pair(x, y, axis_name)
     a, b = _directions(x), _directions(y)
     value = _projection_weighted(a, b)
-    return (value + _projection_weighted(b, a)) / 2 if symmetric else value
+    if symmetric:
+        value = (value + _projection_weighted(b, a)) / 2
+    return averaged(value, axis_name)
 
 
-def ridge_cca(x: Features, y: Features, *, ridge: float = 0.1) -> Scalar:
+def ridge_cca(
+    x: Features, y: Features, *, ridge: float = 0.1, axis_name: str | None = None
+) -> Scalar:
     r"""A CCA similarity to train with: the cosine between ridge-whitened kernels.
 
     $$\langle W_x, W_y \rangle / (\|W_x\| \|W_y\|)$$
@@ -161,6 +176,7 @@ def ridge_cca(x: Features, y: Features, *, ridge: float = 0.1) -> Scalar:
         x: Features `(n, ...)`.
         y: Features `(n, ...)` of the same examples.
         ridge: As in `whitened_kernel`.
+        axis_name: The axis over which examples are split, if they are.
 
     Raises:
         ValueError: Numbers of examples that differ, empty features, or a ridge that is not
@@ -171,7 +187,7 @@ def ridge_cca(x: Features, y: Features, *, ridge: float = 0.1) -> Scalar:
         with linear kernels, divided by its norms as kernel alignment is in Cortes et al.,
         "Algorithms for learning kernels based on centered alignment", JMLR 2012.
     """
-    x, y = _pair(x, y)
+    x, y = _pair(x, y, axis_name)
     if max(x.shape[1], y.shape[1]) < x.shape[0]:
         _check_ridge(ridge)
         a, b = _whitened_factor(_standard(x), ridge), _whitened_factor(_standard(y), ridge)
@@ -183,7 +199,7 @@ def ridge_cca(x: Features, y: Features, *, ridge: float = 0.1) -> Scalar:
     dead = (xx == 0) | (yy == 0)
     # Selected before the root, whose gradient at 0 is infinite.
     norms = jnp.sqrt(jnp.where(dead, 1, xx)) * jnp.sqrt(jnp.where(dead, 1, yy))
-    return jnp.clip(jnp.where(dead, 0, cross) / norms, 0, 1)
+    return averaged(jnp.clip(jnp.where(dead, 0, cross) / norms, 0, 1), axis_name)
 
 
 def whitened_kernel(x: Float[Array, "n ..."], *, ridge: float = 0.1) -> Float[Array, "n n"]:
@@ -225,31 +241,24 @@ def whitened_kernel(x: Float[Array, "n ..."], *, ridge: float = 0.1) -> Float[Ar
     return jnp.where(jnp.any(features != 0), kernel, 0)
 
 
-def cca_distance(x: Features, y: Features, *, squared: bool = False) -> Scalar:
+def cca_distance(x: Features, y: Features, **options: Any) -> Scalar:
     """`1 - cca_similarity(...)`, in [0, 1]."""
-    return 1 - cca_similarity(x, y, squared=squared)
+    return 1 - cca_similarity(x, y, **options)
 
 
-def svcca_distance(
-    x: Features,
-    y: Features,
-    *,
-    threshold: float = 0.99,
-    of: Share = "values",
-    squared: bool = False,
-) -> Scalar:
+def svcca_distance(x: Features, y: Features, **options: Any) -> Scalar:
     """`1 - svcca_similarity(...)`, in [0, 1]."""
-    return 1 - svcca_similarity(x, y, threshold=threshold, of=of, squared=squared)
+    return 1 - svcca_similarity(x, y, **options)
 
 
-def pwcca_distance(x: Features, y: Features, *, symmetric: bool = False) -> Scalar:
+def pwcca_distance(x: Features, y: Features, **options: Any) -> Scalar:
     """`1 - pwcca_similarity(...)`, in [0, 1]."""
-    return 1 - pwcca_similarity(x, y, symmetric=symmetric)
+    return 1 - pwcca_similarity(x, y, **options)
 
 
-def ridge_cca_distance(x: Features, y: Features, *, ridge: float = 0.1) -> Scalar:
+def ridge_cca_distance(x: Features, y: Features, **options: Any) -> Scalar:
     """`1 - ridge_cca(...)`, in [0, 1]."""
-    return 1 - ridge_cca(x, y, ridge=ridge)
+    return 1 - ridge_cca(x, y, **options)
 
 
 def _whitened_factor(features: Float[Array, "n p"], ridge: float) -> Float[Array, "p n"]:
@@ -353,8 +362,10 @@ def _centred(x: Float[Array, "n p"]) -> tuple[Float[Array, "n p"], Scalar]:
     return centred - jnp.mean(centred, axis=0), resolution
 
 
-def _pair(x: Array, y: Array) -> tuple[Float[Array, "n p1"], Float[Array, "n p2"]]:
-    x, y = flat(x, "x"), flat(y, "y")
+def _pair(
+    x: Array, y: Array, axis_name: str | None
+) -> tuple[Float[Array, "n p1"], Float[Array, "n p2"]]:
+    x, y = (gather_examples(flat(each, name), axis_name) for each, name in ((x, "x"), (y, "y")))
     if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"x holds {x.shape[0]} examples and y holds {y.shape[0]}, expected the same number: "
@@ -364,8 +375,10 @@ def _pair(x: Array, y: Array) -> tuple[Float[Array, "n p1"], Float[Array, "n p2"
     return x.astype(dtype), y.astype(dtype)
 
 
-def _narrow_pair(x: Array, y: Array) -> tuple[Float[Array, "n p1"], Float[Array, "n p2"]]:
-    x, y = _pair(x, y)
+def _narrow_pair(
+    x: Array, y: Array, axis_name: str | None
+) -> tuple[Float[Array, "n p1"], Float[Array, "n p2"]]:
+    x, y = _pair(x, y, axis_name)
     for name, (n, p) in (("x", x.shape), ("y", y.shape)):
         if p > n - 2:
             raise ValueError(

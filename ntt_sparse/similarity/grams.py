@@ -193,8 +193,10 @@ def gather_examples(x: Array, axis_name: str | None, samples: int | None = None)
     """The first examples of the batch that is split over an axis; all by default.
 
     Raises:
-        ValueError: There are fewer than `samples`.
+        ValueError: There is no axis of examples, or there are fewer than `samples`.
     """
+    if x.ndim == 0:
+        raise ValueError("features are a number, expected (n, ...): one entry per example")
     if axis_name is not None:
         # The first of all are among the first of each device.
         x = jax.lax.all_gather(x[:samples], axis_name, tiled=True)

@@ -233,6 +233,12 @@ def test_descriptions_that_do_not_fit(network, message):
 
 
 def test_gates_that_do_not_fit():
+    for wrong, message in (
+        (jnp.ones((3, 1), bool), "open channels are of gates and shapes"),
+        (jnp.ones(3), "open channels are float32, expected booleans"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            accounting.used.__wrapped__(HAND, {"a/gate": wrong, "b/gate": jnp.ones(3, bool)})
     with pytest.raises(ValueError, match="open channels are of gates"):
         accounting.count(HAND, {"a/gate": jnp.ones(3, bool)})
     ungated = PreResNet(3, 1, (2,)).network((4, 4, 1))

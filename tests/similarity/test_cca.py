@@ -1,5 +1,7 @@
 """Canonical correlations, SVCCA and PWCCA; and what all measures, ridge CCA too, have in common."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -20,6 +22,8 @@ from cca_problems import (
     signals,
     x64,
 )
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from ntt_sparse.similarity import cca
 
@@ -307,3 +311,43 @@ def test_thresholds_are_shares(threshold):
 def test_svcca_needs_three_examples():
     with pytest.raises(ValueError, match="2 examples, expected 3 or more"):
         cca.svcca_similarity(jnp.ones((2, 2)), jnp.ones((2, 2)))
+
+
+# Examples split over devices
+
+
+@pytest.mark.parametrize(
+    ("measure", "options"),
+    [
+        (cca.canonical_correlations, {}),
+        (cca.cca_similarity, {"squared": True}),
+        (cca.svcca_similarity, {"threshold": 0.9}),
+        (cca.pwcca_similarity, {"symmetric": True}),
+        (cca.ridge_cca, {"ridge": 0.3}),
+        (cca.cca_distance, {}),
+    ],
+)
+def test_split_over_devices(x64, measure, options):
+    """On each device the value is that of all examples, in `pmap` and in `shard_map`."""
+    x, y = (jnp.asarray(side[:16]) for side in correlated())
+    expected = measure(x, y, **options)
+    split = functools.partial(measure, axis_name="data", **options)
+    mapped = jax.pmap(split, axis_name="data")(*(side.reshape(8, 2, -1) for side in (x, y)))
+    for device in mapped:
+        np.testing.assert_allclose(device, expected, rtol=1e-9, atol=1e-12)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(split, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
+    np.testing.assert_allclose(jax.jit(sharded)(x, y), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_ridge_cca_splits_its_gradient(x64):
+    x, y = (jnp.asarray(side[:16]) for side in correlated())
+    expected = jax.grad(cca.ridge_cca)(x, y)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    grads = jax.shard_map(
+        jax.grad(functools.partial(cca.ridge_cca, axis_name="data")),
+        mesh=mesh,
+        in_specs=(P("data"), P("data")),
+        out_specs=P("data"),
+    )
+    np.testing.assert_allclose(jax.jit(grads)(x, y), expected, rtol=1e-8, atol=1e-12)
