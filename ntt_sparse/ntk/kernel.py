@@ -96,8 +96,8 @@ def empirical_ntk(
               convolutional layers; other weights are treated one by one as above.
             * `"neural_tangents"` leaves it to the package of that name, by Jacobians too,
               to compare with (`ntt_sparse.ntk.neural_tangents`).
-            * `"auto"` takes `"structured"` where it has a rule for every leaf and
-              `"ntk_vector_products"` elsewhere.
+            * `"auto"` takes `"structured"`, but `"ntk_vector_products"` for all weights where
+              one that has no rule has Jacobians too large for `memory_limit`.
 
         projections: Arrays u `(n1, r, k)` and v `(n2, s, k)` that give, instead of the
             full kernel, $\sum_{oq} u_{iao} K_{ijoq} v_{jbq}$. An example then needs r or s
