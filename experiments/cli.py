@@ -79,7 +79,9 @@ def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
                     f"the config has no {', '.join(sorted(missing))}: it is that of another study"
                 )
         study = importlib.import_module(f"experiments.{name}_study")
-        written = Path(workdir.value or f"runs/{name}-{chosen.name.replace(',', '-')}")
+        # A name is one folder, whatever is in it.
+        folder = re.sub(r"[^\w.-]", "-", f"{name}-{chosen.name}")
+        written = Path(workdir.value or f"runs/{folder}")
         study.run(chosen, written, data_dir=data_dir.value)
         print(f"\n{(written / 'report.md').read_text()}")
         for made in ("networks", "figures", "summary.json"):
