@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.layer import Gate, Kind
-from ntt_sparse.models.gated import torch_bias_init, torch_kernel_init
+from ntt_sparse.models.initializers import torch_bias_init, torch_kernel_init
 
 _ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
     "none": lambda x: x,

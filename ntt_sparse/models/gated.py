@@ -16,19 +16,6 @@ from jaxtyping import Array, Float
 
 from ntt_sparse.gates.layer import Gate, Kind
 
-torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""U(-1, 1) / sqrt(fan in), as PyTorch starts kernels; its biases are `torch_bias_init`."""
-
-
-def torch_bias_init(fan_in: int) -> Callable[..., Array]:
-    """An initialiser of biases, U(-1, 1) / sqrt(fan in), as PyTorch starts them."""
-    limit = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return init
-
 
 class Conv(nn.Module):
     """A convolution of images, its outputs gated.

@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 # Two passes: the one-pass variance cancels for features that are nearly constant.
 STABLE = {"epsilon": 1e-5, "use_fast_variance": False}
 
+NORM_PARAMETERS = 2
+"""Parameters of a normalised channel: scale and shift."""
+
 
 def batch_norm(
     x: Float[Array, "... c"],

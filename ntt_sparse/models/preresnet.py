@@ -10,13 +10,12 @@ from jaxtyping import Array, ArrayLike, Float
 from ntt_sparse.gates.channels import Channels, Layer, Network
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models import gated
-from ntt_sparse.models.norm import batch_norm
+from ntt_sparse.models.initializers import he_fan_out, torch_bias_init, torch_kernel_init
+from ntt_sparse.models.norm import NORM_PARAMETERS, batch_norm
 
 _EXPANSION = 4
 # Of normalised channels at the start.
 _SCALE = 0.5
-_NORM_PARAMETERS = 2
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class PreResNet(nn.Module):
@@ -87,7 +86,7 @@ class PreResNet(nn.Module):
             raise ValueError(f"input is {x.shape}, expected images (n, height, width, channels)")
         fields = {"kind": self.kind, "dtype": self.dtype, "param_dtype": self.param_dtype}
         x = gated.Conv(
-            self.channels[0], 3, padding=1, use_bias=False, kernel_init=_kernel_init, **fields
+            self.channels[0], 3, padding=1, use_bias=False, kernel_init=he_fan_out, **fields
         )(x)
         for stage, block, stride in _blocks(self):
             x = Bottleneck(
@@ -97,8 +96,8 @@ class PreResNet(nn.Module):
         x = nn.relu(batch_norm(x, train, self.dtype, self.param_dtype, scale=_SCALE))
         return nn.Dense(
             self.num_outputs,
-            kernel_init=gated.torch_kernel_init,
-            bias_init=gated.torch_bias_init(x.shape[-1]),
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(x.shape[-1]),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )(x.mean(axis=(1, 2)))
@@ -125,10 +124,10 @@ class PreResNet(nn.Module):
                 f"{name}/{part}" for part in ("BatchNorm_0", "Conv_0", "Conv_1", "Conv_2")
             )
             channels |= {
-                norm: Channels(channels[stream].size, None, _NORM_PARAMETERS, (stream,)),
+                norm: Channels(channels[stream].size, None, NORM_PARAMETERS, (stream,)),
                 # The next normalisation is on the channels that a convolution writes.
-                conv0: Channels(n, self._gate(conv0), _NORM_PARAMETERS),
-                conv1: Channels(n, self._gate(conv1), _NORM_PARAMETERS),
+                conv0: Channels(n, self._gate(conv0), NORM_PARAMETERS),
+                conv1: Channels(n, self._gate(conv1), NORM_PARAMETERS),
                 conv2: Channels(wide, self._gate(conv2)),
             }
             layers += [
@@ -143,7 +142,7 @@ class PreResNet(nn.Module):
             channels[name] = Channels(wide, sources=(stream, conv2))
             stream = name
         channels |= {
-            "BatchNorm_0": Channels(channels[stream].size, None, _NORM_PARAMETERS, (stream,)),
+            "BatchNorm_0": Channels(channels[stream].size, None, NORM_PARAMETERS, (stream,)),
             "Dense_0": Channels(self.num_outputs, parameters=1),
         }
         layers.append(Layer("BatchNorm_0", "Dense_0"))
@@ -190,7 +189,7 @@ class Bottleneck(nn.Module):
         """
         wide = _EXPANSION * self.channels
         fields = {
-            "use_bias": False, "kernel_init": _kernel_init, "dtype": self.dtype,
+            "use_bias": False, "kernel_init": he_fan_out, "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }  # fmt: skip
 

@@ -9,8 +9,9 @@ from jaxtyping import Array, ArrayLike, Float
 from ntt_sparse.gates.channels import Channels, Layer, Network
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models import gated
+from ntt_sparse.models.initializers import he_fan_out
 from ntt_sparse.models.lenet import max_pool
-from ntt_sparse.models.norm import batch_norm
+from ntt_sparse.models.norm import NORM_PARAMETERS, batch_norm
 
 # Of normalised channels at the start.
 _SCALE = 0.5
@@ -83,7 +84,7 @@ class Vgg(nn.Module):
             for width in widths:
                 x = gated.Conv(
                     width, 3, padding=1, use_bias=False, kind=self.kind, dtype=self.dtype,
-                    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                    kernel_init=he_fan_out,
                     param_dtype=self.param_dtype,
                 )(x)  # fmt: skip
                 x = nn.relu(batch_norm(x, train, self.dtype, self.param_dtype, scale=_SCALE))
@@ -110,7 +111,7 @@ class Vgg(nn.Module):
                 name, before = f"Conv_{len(layers)}", list(channels)[-1]
                 gate = f"{name}/gate" if self.kind is not None else None
                 # With scale and shift of its normalisation.
-                channels[name] = Channels(n, gate, 2)
+                channels[name] = Channels(n, gate, NORM_PARAMETERS)
                 layers.append(Layer(before, name, 9, height * width))
         layers.append(Layer(list(channels)[-1], "Dense_0"))
         channels["Dense_0"] = Channels(self.num_outputs, parameters=1)
