@@ -1,6 +1,7 @@
 """The empirical neural tangent kernel (NTK) of dense and masked networks."""
 
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from ntt_sparse._types import ApplyFn, Masks, Params
 from ntt_sparse.ntk import neural_tangents
 from ntt_sparse.ntk._varying import varying_as
 from ntt_sparse.ntk.jacobian import (
+    FlatFn,
+    LeafMasks,
+    Leaves,
     Projections,
     jacobian_contraction,
     kernel_dtype,
@@ -164,40 +168,87 @@ def kernel_and_outputs(
     check_options(
         wrt=wrt, output=output, method=method, memory_limit=memory_limit, max_density=max_density
     )
-    x1, second = _batches(x1, x1 if x2 is None else x2)
-    leaves, treedef = _leaves(params)
-    counted = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if not counted:
-        raise ValueError("params hold no floating-point leaf, expected one to differentiate by")
-    leaf_masks = _leaf_masks(params, masks)
-    k = _check_outputs(apply_fn, params, x1)
-    if projections is not None:
-        _check_projections(projections, len(x1), len(second), k, output)
+    network = (params, masks, wrt)
+    given = prepare(apply_fn, [network], x1, x2, output=output, projections=projections)
+    fn, values, value_masks = given.networks[0]
+    arguments, trace = (fn, values, value_masks, given.x1, given.x2), output == "trace"
+    with jax.default_matmul_precision("highest"):
+        if method in _WITHOUT_STRUCTURE:
+            contraction = _WITHOUT_STRUCTURE[method]
+            kernel = contraction(*arguments, trace=trace, projections=given.projections)
+            result = Kernel(kernel, fn(values, given.x1), fn(values, given.x2))
+        else:
+            options = Options(trace, given.projections, memory_limit, max_density)
+            result = structured(*arguments, options, mixed=method == "structured")
+        dtype = kernel_dtype(fn, values, given.x1)
+    return result._replace(kernel=result.kernel.astype(dtype))
 
-    weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
-    operands = (weights, leaf_masks, x1, None if second is x1 else second, projections)
-    weights, leaf_masks, x1, x2, projections = varying_as(operands, operands)
-    x2 = x1 if x2 is None else x2
+
+class FlatNetwork(NamedTuple):
+    """A masked network as a function of its floating-point leaves alone."""
+
+    fn: FlatFn
+    leaves: Leaves
+    """The weights that take part, zero where a mask says so."""
+    masks: LeafMasks
+    """Of the entries that the kernel counts."""
+
+
+class Prepared(NamedTuple):
+    """Arguments that were checked, as the methods take them."""
+
+    networks: list[FlatNetwork]
+    x1: Any
+    x2: Any
+    """`x1` itself where there is no second batch."""
+    projections: Any
+
+
+def prepare(
+    apply_fn: ApplyFn,
+    networks: Sequence[tuple[Any, Any, Any]],
+    x1: Any,
+    x2: Any = None,
+    *,
+    output: Any = "full",
+    projections: Any = None,
+) -> Prepared:
+    """Checks what `empirical_ntk` is given, for networks of one function: `(params, masks, wrt)`.
+
+    Raises:
+        ValueError: As `empirical_ntk`.
+    """
+    x1, second = _batches(x1, x1 if x2 is None else x2)
+    treedefs, everything = [], []
+    for params, masks, wrt in networks:
+        leaves, treedef = _leaves(params)
+        if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+            raise ValueError("params hold no floating-point leaf, expected one to differentiate by")
+        leaf_masks = _leaf_masks(params, masks)
+        k = _check_outputs(apply_fn, params, x1)
+        if projections is not None:
+            _check_projections(projections, len(x1), len(second), k, output)
+        weights = [select(leaf, mask) for leaf, mask in zip(leaves, leaf_masks, strict=True)]
+        counted = leaf_masks if wrt == "masked" else [None] * len(leaf_masks)
+        treedefs.append(treedef)
+        everything.append((weights, counted))
+    operands = (everything, x1, None if second is x1 else second, projections)
+    everything, x1, x2, projections = varying_as(operands, operands)
+    flat = [
+        _flat(apply_fn, treedef, *one) for treedef, one in zip(treedefs, everything, strict=True)
+    ]
+    return Prepared(flat, x1, x1 if x2 is None else x2, projections)
+
+
+def _flat(apply_fn: ApplyFn, treedef: Any, weights: list[Any], masks: list[Any]) -> FlatNetwork:
+    counted = [i for i, leaf in enumerate(weights) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
     def fn(values, x):
-        """The network as a function of its floating-point leaves alone."""
         given = dict(zip(counted, values, strict=True))
         everything = [given.get(i, weight) for i, weight in enumerate(weights)]
         return apply_fn(jax.tree.unflatten(treedef, everything), x)
 
-    values = [weights[i] for i in counted]
-    value_masks = [leaf_masks[i] if wrt == "masked" else None for i in counted]
-    arguments = (fn, values, value_masks, x1, x2)
-    trace = output == "trace"
-    with jax.default_matmul_precision("highest"):
-        if method in _WITHOUT_STRUCTURE:
-            kernel = _WITHOUT_STRUCTURE[method](*arguments, trace=trace, projections=projections)
-            result = Kernel(kernel, fn(values, x1), fn(values, x2))
-        else:
-            options = Options(trace, projections, memory_limit, max_density)
-            result = structured(*arguments, options, mixed=method == "structured")
-        dtype = kernel_dtype(fn, values, x1)
-    return result._replace(kernel=result.kernel.astype(dtype))
+    return FlatNetwork(fn, [weights[i] for i in counted], [masks[i] for i in counted])
 
 
 def check_options(

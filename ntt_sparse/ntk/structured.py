@@ -18,7 +18,7 @@ References:
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse.ntk import _contract, _program, _sites
+from ntt_sparse.ntk._blocks import map_blocks
 from ntt_sparse.ntk._varying import varying_as
 from ntt_sparse.ntk.jacobian import (
     FlatFn,
@@ -87,6 +88,15 @@ class Factors(NamedTuple):
     inputs: dict[int, Float[Array, "n p"]]
     deltas: dict[int, Float[Array, "n r q"]]
     jacobians: dict[int, Float[Array, "n r ..."]]
+
+
+class Network(NamedTuple):
+    """A masked network and how its kernel is made."""
+
+    layout: Plan
+    fn: FlatFn
+    leaves: Leaves
+    masks: LeafMasks
 
 
 class Kernel(NamedTuple):
@@ -151,60 +161,95 @@ def structured(
     there is one and not `mixed`, these take all leaves.
     """
     trace, projections = options.trace, options.projections
-    passes = None if projections is None else sum(side.shape[1] for side in projections)
-    layout = plan(fn, leaves, x1, options.memory_limit, passes)
     arguments = (fn, leaves, masks, x1, x2)
-    if layout.rest and not mixed:
+    network = Network(plan_for(fn, leaves, x1, options), fn, leaves, masks)
+    rest = network.layout.rest
+    if rest and not mixed:
         kernel = vector_products(*arguments, trace=trace, projections=projections)
         return Kernel(kernel, fn(leaves, x1), fn(leaves, x2))
-    return evaluate(layout, *arguments, options)
+    placed = masks_at(network.layout, masks)
+
+    def kernel_of(ones, twos, rows, pairs):
+        return contract(network.layout, placed, options, ones[0], twos[0])
+
+    kernel, (outputs1,), (outputs2,) = over_pairs([network], x1, x2, options, kernel_of)
+    if rest:
+        kernel = kernel + _rest(rest, fn, leaves, masks, x1, x2, options)
+    return Kernel(kernel, outputs1, outputs2)
 
 
-def evaluate(
-    layout: Plan,
-    fn: FlatFn,
-    leaves: Leaves,
-    masks: LeafMasks,
+def plan_for(fn: FlatFn, leaves: Leaves, x: Shaped[Array, "n ..."], options: Options) -> Plan:
+    """The plan under these options."""
+    sides = options.projections
+    passes = None if sides is None else sum(side.shape[1] for side in sides)
+    return plan(fn, leaves, x, options.memory_limit, passes)
+
+
+def over_pairs(
+    networks: Sequence[Network],
     x1: Shaped[Array, "n1 ..."],
     x2: Shaped[Array, "n2 ..."],
     options: Options,
-) -> Kernel:
-    """The sum of the kernels of all leaves under a plan for these arguments."""
-    factors = functools.partial(_factors, layout, leaves, memory_limit=options.memory_limit)
-    contract = functools.partial(_contract_all, layout, _masks_at(layout, masks), options)
+    reduce: Callable[..., Array],
+    rows: Any = None,
+    pairs: Array | None = None,
+) -> tuple[Array, list[Array], list[Array]]:
+    """A function of the factors of networks, over all pairs of examples, in blocks that fit.
+
+    Args:
+        networks: Whose factors; leaves that `layout.rest` lists are not among them.
+        x1: The first batch.
+        x2: The second batch.
+        options: Of the kernels.
+        reduce: `(ones, twos, rows, pairs) -> array`, given lists of `Factors`, one for each
+            network, of a block of either batch. Its first two axes are put together: `(b1, b2)`
+            for something of each pair, `(1, 1)` for something of the block.
+        rows: A pytree of arrays `(n1, ...)` of which it gets the block.
+        pairs: An array `(n1, n2, ...)`, likewise.
+
+    Returns:
+        The array, and the outputs of each network for either batch.
+    """
+    factors = [
+        functools.partial(_factors, net.layout, net.leaves, memory_limit=options.memory_limit)
+        for net in networks
+    ]
     u, v = (None, None) if options.projections is None else options.projections
-    k = layout.output.size
-    passes = (k if u is None else u.shape[1], k if v is None else v.shape[1])
-    limit = options.memory_limit
-    rows, columns = _block(layout, leaves, masks, len(x1), len(x2), passes, limit)
-    if (rows, columns) == (len(x1), len(x2)):
-        one = factors(x1, u)
-        two = one if x2 is x1 and u is None else factors(x2, v)
-        result = Kernel(contract(one, two), one.outputs, two.outputs)
-    else:
+    block_rows, block_columns = _block(networks, len(x1), len(x2), options)
+    if (block_rows, block_columns) == (len(x1), len(x2)):
+        ones = [make(x1, u) for make in factors]
+        same = x2 is x1 and u is None
+        twos = ones if same else [make(x2, v) for make in factors]
+        result = reduce(ones, twos, rows, pairs)
+        return result, [one.outputs for one in ones], [two.outputs for two in twos]
 
-        def row_block(x1, u):
-            one = factors(x1, u)
+    def row_block(x1, u, rows, pairs):
+        ones = [make(x1, u) for make in factors]
 
-            # The derivative makes the factors of a block again instead of keeping all.
-            @jax.checkpoint
-            def column_block(x2, v):
-                return contract(one, factors(x2, v)).swapaxes(0, 1)
+        # The derivative makes the factors of a block again instead of keeping all.
+        @jax.checkpoint
+        def column_block(x2, v, pairs):
+            twos = [make(x2, v) for make in factors]
+            return reduce(ones, twos, rows, _swapped(pairs)).swapaxes(0, 1)
 
-            return _map_blocks(column_block, columns, x2, v).swapaxes(0, 1), one.outputs
+        columns = map_blocks(column_block, block_columns, x2, v, _swapped(pairs))
+        return columns.swapaxes(0, 1), [one.outputs for one in ones]
 
-        kernel, outputs = _map_blocks(jax.checkpoint(row_block), rows, x1, u)
-        result = Kernel(kernel, outputs, fn(leaves, x2))
-    if layout.rest:
-        rest = _rest(layout.rest, fn, leaves, masks, x1, x2, options)
-        result = result._replace(kernel=result.kernel + rest)
-    return result
+    result, outputs = map_blocks(jax.checkpoint(row_block), block_rows, x1, u, rows, pairs)
+    return result, outputs, [net.fn(net.leaves, x2) for net in networks]
 
 
-def _contract_all(
+def _swapped(pairs: Array | None) -> Array | None:
+    return None if pairs is None else pairs.swapaxes(0, 1)
+
+
+def contract(
     layout: Plan, masks: list[Any], options: Options, one: Factors, two: Factors
 ) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
-    """The kernel of two batches from their factors, but for the leaves of `layout.rest`."""
+    """The kernel of two batches from their factors, but for the leaves of `layout.rest`.
+
+    The masks are those of `masks_at`.
+    """
     trace, max_density = options.trace, options.max_density
     sides = () if trace else (one.probes.shape[1], two.probes.shape[1])
     shape = (len(one.outputs), len(two.outputs), *sides)
@@ -228,7 +273,7 @@ def _contract_all(
     return functools.reduce(jnp.add, kernels)
 
 
-def _masks_at(layout: Plan, masks: LeafMasks) -> list[Any]:
+def masks_at(layout: Plan, masks: LeafMasks) -> list[Any]:
     """The masks in the shapes that the leaves have in `Factors`."""
     result = list(masks)
     for leaf, site in (layout.dense | layout.shared).items():
@@ -262,42 +307,24 @@ def _replaced(leaves: Leaves, some: Mapping[int, Array]) -> Leaves:
     return [some.get(number, leaf) for number, leaf in enumerate(leaves)]
 
 
-def _block(
-    layout: Plan,
-    leaves: Leaves,
-    masks: LeafMasks,
-    n1: int,
-    n2: int,
-    passes: tuple[int, int],
-    memory_limit: int,
-) -> tuple[int, int]:
-    """How many examples of each batch may meet at once, with r and s sensitivities each."""
-    (r, s), itemsize = passes, layout.dtype.itemsize
-    size = sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
-    # Masked dense layers hold a product of inputs and an entry per unit for each pair.
-    masked = [
-        jax.eval_shape(site.matrix, leaves[leaf]).shape[1:]
-        for leaf, site in layout.dense.items()
-        if masks[leaf] is not None
-    ]
-    pair = r * s + max((p for p, _ in masked), default=0) + sum(q for _, q in masked)
-    while n1 * n2 > 1 and itemsize * ((n1 * r + n2 * s) * size + n1 * n2 * pair) > memory_limit:
+def _block(networks: Sequence[Network], n1: int, n2: int, options: Options) -> tuple[int, int]:
+    """How many examples of each batch may meet at once."""
+    k = networks[0].layout.output.size
+    r, s = (k, k) if options.projections is None else (u.shape[1] for u in options.projections)
+    size = pair = 0
+    for layout, _, leaves, masks in networks:
+        size += sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
+        # Masked dense layers hold a product of inputs and an entry per unit for each pair.
+        masked = [
+            jax.eval_shape(site.matrix, leaves[leaf]).shape[1:]
+            for leaf, site in layout.dense.items()
+            if masks[leaf] is not None
+        ]
+        pair += r * s + max((p for p, _ in masked), default=0) + sum(q for _, q in masked)
+    itemsize, limit = networks[0].layout.dtype.itemsize, options.memory_limit
+    while n1 * n2 > 1 and itemsize * ((n1 * r + n2 * s) * size + n1 * n2 * pair) > limit:
         n1, n2 = (-(-n1 // 2), n2) if n1 > n2 else (n1, -(-n2 // 2))
     return n1, n2
-
-
-def _map_blocks(fn: Callable[..., Any], size: int, *batches: Shaped[Array, "n ..."] | None) -> Any:
-    """Applies a function of batches to one block of examples after the other."""
-    (n,) = {len(x) for x in jax.tree.leaves(batches)}
-    if n == size:
-        return fn(*batches)
-    end = n - n % size
-    whole = jax.tree.map(lambda x: x[:end].reshape(-1, size, *x.shape[1:]), batches)
-    blocks = jax.lax.map(lambda batches: fn(*batches), whole)
-    parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)]
-    if end < n:
-        parts.append(fn(*jax.tree.map(lambda x: x[end:], batches)))
-    return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
 
 
 def _factors(
@@ -357,4 +384,4 @@ def _factors(
         together = len(x) if len(x) * example_bytes <= _CACHE else 1
     else:
         together = min(len(x), max(1, memory_limit // (4 * example_bytes)))
-    return _map_blocks(jax.vmap(factors), together, x, probes)
+    return map_blocks(jax.vmap(factors), together, x, probes)

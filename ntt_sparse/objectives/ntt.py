@@ -17,9 +17,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from ntt_sparse._types import ApplyFn, Masks, Params, PRNGKey, Scalar
+from ntt_sparse.ntk.difference import squared_difference
 from ntt_sparse.ntk.kernel import Method, Wrt, check_options, kernel_and_outputs
-from ntt_sparse.ntk.structured import MEMORY_LIMIT, Kernel, Projections
-from ntt_sparse.objectives._checks import check_weight
+from ntt_sparse.ntk.structured import MEMORY_LIMIT, Projections
+from ntt_sparse.objectives._checks import check_same_shapes, check_weight
 from ntt_sparse.pruning import masks as pruning_masks
 
 Distance: TypeAlias = Literal["full", "trace", "sketch"]
@@ -139,7 +140,7 @@ def ntt_loss(
         Transfer", ICML 2020, equation 14. The normalisation and the decay divided by
         density follow the authors' code.
     """
-    common = {
+    common: dict[str, Any] = {
         "distance": distance,
         "probes": probes,
         "key": key,
@@ -147,22 +148,12 @@ def ntt_loss(
         "method": method,
         "memory_limit": memory_limit,
     }
-    _check_same(params, teacher_params)
+    check_same_shapes(params, teacher_params)
     _check_student(params, masks, kernel_weight, l2_weight)
     _check(x, **common, wrt=wrt, max_density=max_density)
-    targets = teacher_targets(apply_fn, teacher_params, x, **common)
-    return ntt_loss_from_targets(
-        apply_fn,
-        params,
-        masks,
-        targets,
-        x,
-        kernel_weight=kernel_weight,
-        l2_weight=l2_weight,
-        wrt=wrt,
-        max_density=max_density,
-        **common,
-    )
+    weights: dict[str, Any] = {"kernel_weight": kernel_weight, "l2_weight": l2_weight}
+    student: dict[str, Any] = {"masks": masks, "wrt": wrt, "max_density": max_density}
+    return _loss(apply_fn, params, x, teacher_params=teacher_params, **weights, **student, **common)
 
 
 def teacher_targets(
@@ -191,7 +182,8 @@ def teacher_targets(
     teacher_params = jax.lax.stop_gradient(teacher_params)
     how |= _options(apply_fn, teacher_params, pairs, distance, probes, key)
     result = kernel_and_outputs(apply_fn, teacher_params, pairs.rows, pairs.columns, **how)
-    outputs = _outputs(apply_fn, teacher_params, x, result, axis_name)
+    both = jnp.concatenate([result.outputs1, result.outputs2])
+    outputs = _outputs(apply_fn, teacher_params, x, both, axis_name)
     return TeacherTargets(outputs, result.kernel, _Static(distance))
 
 
@@ -218,41 +210,74 @@ def ntt_loss_from_targets(
     Raises:
         ValueError: As `ntt_loss`; also targets of another distance, batch or output size.
     """
-    how = {
+    how: dict[str, Any] = {
         "wrt": wrt,
+        "distance": distance,
+        "probes": probes,
+        "key": key,
+        "axis_name": axis_name,
         "method": method,
         "memory_limit": memory_limit,
         "max_density": max_density,
     }
     _check_student(params, masks, kernel_weight, l2_weight)
-    _check(x, distance=distance, probes=probes, key=key, axis_name=axis_name, **how)
+    _check(x, **how)
+    if len(targets.outputs) != len(x):
+        raise ValueError(f"targets are of {len(targets.outputs)} examples, x has {len(x)}")
     if targets.distance != distance:
         raise ValueError(
             f"targets are for distance={str(targets.distance)!r}, the loss for {distance!r}: "
             "give both functions the same"
         )
+    how |= {"kernel_weight": kernel_weight, "l2_weight": l2_weight, "masks": masks}
+    return _loss(apply_fn, params, x, targets=targets, **how)
+
+
+def _loss(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Array,
+    *,
+    teacher_params: Params | None = None,
+    targets: TeacherTargets | None = None,
+    masks: Masks,
+    kernel_weight: ArrayLike,
+    l2_weight: ArrayLike,
+    distance: Distance,
+    probes: int,
+    key: PRNGKey | None,
+    axis_name: str | None,
+    **how: Any,
+) -> tuple[Scalar, NTTTerms]:
+    """The objective against a teacher, or against what is known of it."""
     kept, total = _kept(masks)
     pairs = _pairs(x, axis_name)
     how |= _options(apply_fn, params, pairs, distance, probes, key)
-    result = kernel_and_outputs(apply_fn, params, pairs.rows, pairs.columns, masks=masks, **how)
-    kernel = result.kernel
+    difference = squared_difference(
+        apply_fn,
+        params,
+        pairs.rows,
+        pairs.columns,
+        pairs.valid,
+        masks=masks,
+        other_params=teacher_params,
+        other_kernel=None if targets is None else targets.kernel,
+        **how,
+    )
     weights = pruning_masks.apply(params, masks)
-    outputs = _outputs(apply_fn, weights, x, result, axis_name)
-    for name, ours, theirs in (
-        ("outputs", outputs, targets.outputs),
-        ("kernel", kernel, targets.kernel),
-    ):
-        if ours.shape != theirs.shape:
-            raise ValueError(f"targets.{name} has shape {theirs.shape}, the student {ours.shape}")
-
-    squares = jnp.square(kernel - targets.kernel).reshape(*kernel.shape[:2], -1)
-    k = outputs.shape[1]
-    # The squared norm of a pair's k x k difference, or an estimate or bound of it.
-    norms = jnp.sum(squares, axis=2) / k if distance == "trace" else jnp.sum(squares, axis=2)
-    if distance == "sketch":
-        norms = norms / probes**2
-    kernel_term = jnp.sum(norms * pairs.valid[:, None]) / (pairs.total * len(pairs.columns) * k**2)
-    output_term = jnp.mean(jnp.square(outputs - targets.outputs))
+    outputs = _outputs(apply_fn, weights, x, difference.outputs, axis_name)
+    if targets is not None:
+        theirs = targets.outputs
+    else:
+        theirs = _outputs(apply_fn, teacher_params, x, difference.other_outputs, axis_name)
+    if outputs.shape != theirs.shape:
+        raise ValueError(f"targets.outputs has shape {theirs.shape}, the student {outputs.shape}")
+    # The squared norm of a pair's k x k difference is k times a bound, or probes^2 times
+    # an estimate.
+    scale = {"full": 1, "trace": outputs.shape[1], "sketch": probes**2}[distance]
+    count = pairs.total * len(pairs.columns) * outputs.shape[1] ** 2
+    kernel_term = difference.squares / (scale * count)
+    output_term = jnp.mean(jnp.square(outputs - jax.lax.stop_gradient(theirs)))
     if axis_name is not None:
         kernel_term = jax.lax.psum(kernel_term, axis_name)
         output_term = jax.lax.pmean(output_term, axis_name)
@@ -316,12 +341,12 @@ def _options(
 
 
 def _outputs(
-    apply_fn: ApplyFn, params: Params, x: Array, result: Kernel, axis_name: str | None
+    apply_fn: ApplyFn, params: Params, x: Array, of_pairs: Array | None, axis_name: str | None
 ) -> Float[Array, "n k"]:
     """The outputs for the local batch: those that the kernel was made with, where it has them."""
-    if axis_name is not None:
+    if axis_name is not None or of_pairs is None:
         return apply_fn(params, x)
-    return jnp.concatenate([result.outputs1, result.outputs2])
+    return of_pairs
 
 
 def _kept(masks: Masks) -> tuple[Any, int]:
@@ -335,20 +360,6 @@ def _kept(masks: Masks) -> tuple[Any, int]:
 def _sum_of_squares(weights: Params, masks: Masks) -> Scalar:
     squares = jax.tree.map(lambda w, m: None if m is None else jnp.sum(w * w), weights, masks)
     return functools.reduce(jnp.add, jax.tree.leaves(squares))
-
-
-def _check_same(params: Params, teacher_params: Params) -> None:
-    ours, theirs = jax.tree.structure(params), jax.tree.structure(teacher_params)
-    if ours != theirs:
-        raise ValueError(f"teacher_params have structure {theirs}, params have {ours}")
-    for (path, leaf), other in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(teacher_params), strict=True
-    ):
-        if jnp.shape(leaf) != jnp.shape(other):
-            raise ValueError(
-                f"teacher's {pruning_masks.path_name(path)!r} has shape {jnp.shape(other)}, "
-                f"the student's {jnp.shape(leaf)}"
-            )
 
 
 def _check_student(params: Params, masks: Masks, kernel_weight: Any, l2_weight: Any) -> None:

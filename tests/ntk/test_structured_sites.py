@@ -41,11 +41,12 @@ def test_deep_convolutions_in_blocks(x64, output, limits):
     weights["b"] = jnp.asarray(rng.normal(size=BIAS))
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (5, 3))
     leaves, not_masked = [*weights.values()], [None for _ in weights]
-    sensitivities = (2, 2)  # One per output, on either side.
     for limit in limits:
-        layout = structured.plan(as_flat(small_cnn, weights), leaves, x1, limit)
+        fn = as_flat(small_cnn, weights)
+        layout = structured.plan(fn, leaves, x1, limit)
         assert [list(weights)[leaf] for leaf in layout.shared] == ["deep", "wide", "last"]
-        block = structured._block(layout, leaves, not_masked, 5, 3, sensitivities, limit)
+        network = structured.Network(layout, fn, leaves, not_masked)
+        block = structured._block([network], 5, 3, structured.Options(memory_limit=limit))
         assert (block == (5, 3)) == (limit == structured.MEMORY_LIMIT)
     assert_equals_jacobian_method(small_cnn, weights, x1, x2, output=output, memory_limits=limits)
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ntt_sparse.ntk import structured
+from ntt_sparse.ntk import difference, structured
 from ntt_sparse.objectives.ntt import ntt_loss
 
 # "a" has few input channels and "c" many: their derivatives are made in two ways.
@@ -26,18 +26,21 @@ def assert_close(ours, expected, rtol=1e-11):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-# Derivatives of several examples together, or one by one.
+# Derivatives of several examples together, or one by one; kernels whole, or a row at a time.
 @pytest.mark.parametrize(
-    ("cache", "options"),
+    ("cache", "whole", "options"),
     [
-        (structured._CACHE, {"max_density": 0.2}),
-        (0, {"max_density": 0.2}),
-        (0, {"distance": "sketch"}),
+        (structured._CACHE, difference._WHOLE, {"max_density": 0.2}),
+        (0, difference._WHOLE, {"max_density": 0.2}),
+        (0, difference._WHOLE, {"distance": "sketch"}),
+        (0, 0, {"max_density": 0.2}),
+        (0, 0, {"memory_limit": 50_000}),
     ],
-    ids=["together-full", "one_by_one-full", "one_by_one-sketch"],
+    ids=["together-full", "one_by_one-full", "one_by_one-sketch", "rows", "rows-in_blocks"],
 )
-def test_everywhere_the_same(x64, monkeypatch, cache, options):
+def test_everywhere_the_same(x64, monkeypatch, cache, whole, options):
     monkeypatch.setattr(structured, "_CACHE", cache)
+    monkeypatch.setattr(difference, "_WHOLE", whole)
     if "distance" in options:
         options = options | {"key": jax.random.key(0)}
     rng = np.random.default_rng(0)

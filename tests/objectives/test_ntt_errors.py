@@ -82,9 +82,7 @@ def test_errors(change, options, message):
 def test_targets_of_another_batch_are_refused():
     student, masks, teacher, x = problem(6)
     targets = teacher_targets(net, teacher, x[:4])
-    with pytest.raises(
-        ValueError, match=r"targets.outputs has shape \(4, 3\), the student \(6, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"targets are of 4 examples, x has 6"):
         inspect.unwrap(ntt_loss_from_targets)(net, student, masks, targets, x, kernel_weight=1.0)
 
 

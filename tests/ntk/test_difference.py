@@ -1,0 +1,138 @@
+"""The squared difference of kernels: held whole and in rows, against its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntt_sparse.ntk import difference, empirical_ntk
+from ntt_sparse.ntk.difference import squared_difference
+
+SIZES = (7, 11, 5)
+
+
+def net(w, x):
+    hidden = jnp.tanh(x @ w["a"] + w["c"])
+    # A scale, which has no matrix of its own.
+    return (hidden * w["s"]) @ w["b"]
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    p, q, k = SIZES
+    shapes = {"a": (p, q), "c": (q,), "s": (q,), "b": (q, k)}
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+def problem():
+    rng = np.random.default_rng(3)
+    p, q, k = SIZES
+    masks = {
+        "a": jnp.asarray(rng.random((p, q)) < 0.5),
+        "c": None,
+        "s": None,
+        "b": jnp.asarray(rng.random((q, k)) < 0.5),
+    }
+    x1, x2 = (jnp.asarray(rng.normal(size=(n, p))) for n in (7, 4))
+    return draw(1), masks, draw(2), x1, x2, jnp.asarray([1, 1, 0, 1, 1, 1, 0.5])
+
+
+def by_definition(params, masks, other, x1, x2, counted, wrt):
+    """From Jacobians by JAX, without anything of the code under test."""
+
+    def kernel(weights, kept):
+        def rows(x):
+            jacobian = jax.vmap(jax.jacrev(lambda w, x: net(w, x[None])[0]), (None, 0))(weights, x)
+            return [(jacobian[name] * kept[name]).reshape(len(x), SIZES[2], -1) for name in weights]
+
+        pairs = zip(rows(x1), rows(x2), strict=True)
+        return sum(jnp.einsum("iop,jqp->ijoq", one, two) for one, two in pairs)
+
+    ones = {name: 1.0 for name in params}
+    kept = {name: 1.0 if mask is None else mask for name, mask in masks.items()}
+    weights = {name: leaf * kept[name] for name, leaf in params.items()}
+    delta = kernel(weights, kept if wrt == "masked" else ones) - kernel(other, ones)
+    return jnp.sum(counted[:, None, None, None] * delta**2)
+
+
+# Bytes held whole: everything, one row of pairs at a time (four columns of five outputs), two
+# rows (the seventh is left over), three.
+ROW = 4 * 5 * 5 * 8
+
+
+@pytest.mark.parametrize("whole", [2**24, 0, 2 * ROW, 3 * ROW + 1])
+@pytest.mark.parametrize("wrt", ["masked", "all"])
+@pytest.mark.parametrize("given", ["params", "kernel"])
+@pytest.mark.parametrize("limit", [2**30, 3000])
+def test_equals_its_definition(x64, monkeypatch, whole, wrt, given, limit):
+    monkeypatch.setattr(difference, "_WHOLE", whole)
+    params, masks, other, x1, x2, counted = problem()
+    how = {"masks": masks, "wrt": wrt, "memory_limit": limit}
+    if given == "params":
+        how["other_params"] = other
+    else:
+        how["other_kernel"] = empirical_ntk(net, other, x1, x2, method="jacobian")
+
+    @jax.jit
+    def ours(params):
+        result = squared_difference(net, params, x1, x2, counted, **how)
+        return result.squares, result
+
+    (value, result), grads = jax.value_and_grad(ours, has_aux=True)(params)
+    expected, expected_grads = jax.value_and_grad(by_definition)(
+        params, masks, other, x1, x2, counted, wrt
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(ours(params)[0], expected, rtol=1e-12)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected_grads[name], rtol=1e-9, atol=1e-9 * expected)
+    x = jnp.concatenate([x1, x2])
+    kept = {n: leaf if masks[n] is None else leaf * masks[n] for n, leaf in params.items()}
+    np.testing.assert_allclose(result.outputs, net(kept, x), rtol=1e-12)
+    if given == "params":
+        np.testing.assert_allclose(result.other_outputs, net(other, x), rtol=1e-12)
+
+
+def test_no_gradient_reaches_the_other_network(x64, monkeypatch):
+    params, masks, other, x1, x2, counted = problem()
+    for whole in (2**24, 0):
+        monkeypatch.setattr(difference, "_WHOLE", whole)
+        grads = jax.grad(
+            lambda other: (
+                squared_difference(
+                    net, params, x1, x2, counted, masks=masks, other_params=other
+                ).squares
+            )
+        )(other)
+        assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_a_large_kernel_is_never_held(monkeypatch):
+    """Neither it, nor the other, nor their derivative: temporary memory is a part of one."""
+    params, masks, other, *_ = problem()
+    n = 512
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2 * n, SIZES[0])))
+    kernel = 4 * (n * SIZES[2]) ** 2
+
+    def temporary(whole):
+        monkeypatch.setattr(difference, "_WHOLE", whole)
+
+        def loss(params):
+            return squared_difference(
+                net, params, x[:n], x[n:], jnp.ones(n), masks=masks, other_params=other
+            ).squares
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(2**30) > kernel
+    assert temporary(2**18) < kernel / 4
+
+
+@pytest.mark.parametrize("whole", [2**24, 0])
+def test_kernels_of_other_shapes_are_refused(x64, monkeypatch, whole):
+    monkeypatch.setattr(difference, "_WHOLE", whole)
+    params, masks, _, x1, x2, counted = problem()
+    wrong = jnp.zeros((7, 4, 5, 1))
+    with pytest.raises(ValueError, match=r"\(7, 4, 5, 1\), this network's \(7, 4, 5, 5\)"):
+        squared_difference(net, params, x1, x2, counted, masks=masks, other_kernel=wrong)
