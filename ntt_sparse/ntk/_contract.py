@@ -7,8 +7,8 @@ gradients need neither the gradients nor the Jacobian:
 $$\Theta_{ijou} = \sum_{pq} a^1_{ip} a^2_{jp} M_{pq} \delta^1_{ioq} \delta^2_{juq}$$
 
 Shapes: a `(n, p)`, delta `(n, k, q)`, mask `(p, q)`. `masked_inner`, `weighted_products`
-and `kept_columns_product` have a derivative written by hand, because the automatic one is
-many times slower than the value; they therefore have no forward-mode derivative.
+and `take_columns` have a derivative written by hand, because the automatic one is many times
+slower than the value; they therefore have no forward-mode derivative.
 """
 
 import functools
@@ -140,78 +140,40 @@ def jacobians(
     mask: Bool[Array, "..."] | None = None,
     *,
     trace: bool = False,
-    capacity: int | None = None,
 ) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
-    """The kernel of explicit per-example Jacobians, by the weights that `mask` keeps.
-
-    With a `capacity`, masks that keep at most so many weights cost as much as those
-    weights; others as much as all.
-    """
+    """The kernel of explicit per-example Jacobians, by the weights that `mask` keeps."""
     (n1, r), (n2, s) = jacobian1.shape[:2], jacobian2.shape[:2]
+    kept = select(jacobian1, mask)
     if trace:
-        kept = select(jacobian1, mask)
         return _einsum("ip,jp->ij", kept.reshape(n1, -1), jacobian2.reshape(n2, -1))
-    rows1, rows2 = jacobian1.reshape(n1 * r, -1), jacobian2.reshape(n2 * s, -1)
-    if mask is None or capacity is None:
-        kept = rows1 if mask is None else select(rows1, mask.reshape(-1))
-        product = _einsum("ap,bp->ab", kept, rows2)
-    else:
-        product = kept_columns_product(capacity, rows1, rows2, mask.reshape(-1))
+    product = _einsum("ap,bp->ab", kept.reshape(n1 * r, -1), jacobian2.reshape(n2 * s, -1))
     return product.reshape(n1, r, n2, s).transpose(0, 2, 1, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kept_columns_product(
-    capacity: int,
-    rows1: Float[Array, "a p"],
-    rows2: Float[Array, "b p"],
-    mask: Bool[Array, " p"],
-) -> Float[Array, "a b"]:
-    r"""$\sum_p M_p u_{ap} v_{bp}$, over the kept columns alone if they are `capacity` or fewer."""
-
-    def few(rows1, rows2, mask):
-        columns = _kept_columns(mask, capacity)
-        return _einsum("ap,bp->ab", _take(rows1, columns), _take(rows2, columns))
-
-    def many(rows1, rows2, mask):
-        return _einsum("ap,bp->ab", select(rows1, mask), rows2)
-
-    return jax.lax.cond(jnp.sum(mask) <= capacity, few, many, rows1, rows2, mask)
-
-
-def _kept_columns_product_fwd(capacity, rows1, rows2, mask):
-    return kept_columns_product(capacity, rows1, rows2, mask), (rows1, rows2, mask)
-
-
-def _kept_columns_product_bwd(capacity, residuals, d_product):
-    def few(rows1, rows2, mask, d_product):
-        columns = _kept_columns(mask, capacity)
-
-        def spread(rows, values):
-            zeros = jnp.zeros_like(rows)
-            return zeros.at[:, columns].set(values, mode="drop", unique_indices=True)
-
-        d_rows1 = _einsum("ab,bp->ap", d_product, _take(rows2, columns))
-        d_rows2 = _einsum("ab,ap->bp", d_product, _take(rows1, columns))
-        return spread(rows1, d_rows1), spread(rows2, d_rows2)
-
-    def many(rows1, rows2, mask, d_product):
-        d_rows1 = select(_einsum("ab,bp->ap", d_product, rows2), mask)
-        return d_rows1, _einsum("ab,ap->bp", d_product, select(rows1, mask))
-
-    mask = residuals[2]
-    return *jax.lax.cond(jnp.sum(mask) <= capacity, few, many, *residuals, d_product), None
-
-
-kept_columns_product.defvjp(_kept_columns_product_fwd, _kept_columns_product_bwd)
-
-
-def _kept_columns(mask: Bool[Array, " p"], capacity: int) -> Int[Array, " capacity"]:
-    """The kept columns in order, then columns that do not exist, each another."""
+def kept_columns(mask: Bool[Array, " p"], capacity: int) -> Int[Array, " capacity"]:
+    """The first kept columns in order, then columns that do not exist, each another."""
     (columns,) = jnp.nonzero(mask, size=capacity, fill_value=0)
     places = jnp.arange(capacity)
     return jnp.where(places < jnp.sum(mask), columns, len(mask) + places)
 
 
-def _take(rows: Float[Array, "a p"], columns: Int[Array, " c"]) -> Float[Array, "a c"]:
+@jax.custom_vjp
+def take_columns(
+    rows: Float[Array, "a p"], columns: Int[Array, " capacity"]
+) -> Float[Array, "a capacity"]:
+    """Columns of a matrix, zeros where they do not exist. No column may be named twice."""
     return jnp.take(rows, columns, axis=1, mode="fill", fill_value=0)
+
+
+def _take_columns_fwd(rows, columns):
+    return take_columns(rows, columns), (columns, jnp.zeros((0, rows.shape[1]), rows.dtype))
+
+
+def _take_columns_bwd(residuals, d_taken):
+    columns, empty = residuals
+    zeros = jnp.zeros((len(d_taken), empty.shape[1]), empty.dtype)
+    # Every column has a place of its own, which JAX cannot know.
+    return zeros.at[:, columns].set(d_taken, mode="drop", unique_indices=True), None
+
+
+take_columns.defvjp(_take_columns_fwd, _take_columns_bwd)

@@ -16,7 +16,7 @@ from ntt_sparse.ntk import structured
 from ntt_sparse.ntk._blocks import sum_blocks
 from ntt_sparse.ntk.jacobian import kernel_dtype
 from ntt_sparse.ntk.kernel import check_options, kernel_and_outputs, prepare
-from ntt_sparse.ntk.structured import MEMORY_LIMIT, Network, Options
+from ntt_sparse.ntk.structured import MEMORY_LIMIT, Options
 
 # Kernels of more bytes are not held whole, but so many of their rows as have about so many.
 _WHOLE = 2**24
@@ -111,7 +111,7 @@ def _by_rows(
     other_kernel: Any,
     options: Options,
 ) -> Difference | None:
-    """The difference without whole kernels; `None` where these are small, or a leaf has no rule."""
+    """Without whole kernels; `None` where these are small, or made in another way."""
     given = prepare(apply_fn, networks, x1, x2)
     x1, x2 = given.x1, given.x2
     fn, leaves, _ = given.networks[0]
@@ -121,14 +121,14 @@ def _by_rows(
         return None
     if other_kernel is not None:
         _check_shape(other_kernel, (len(x1), len(x2), k, k))
-    plans = [structured.plan_for(fn, leaves, x1, options) for fn, leaves, _ in given.networks]
-    if any(layout.rest for layout in plans):
+    made = [structured.prepare(*one, x1, options) for one in given.networks]
+    # With a promised density, Jacobians are what takes memory, and are made for kept weights alone.
+    promised = structured.split(made[0], options)[1] is not None
+    if promised or any(net.layout.rest for net in made):
         return None
-    made = [Network(layout, *one) for layout, one in zip(plans, given.networks, strict=True)]
-    all_masks = [structured.masks_at(net.layout, net.masks) for net in made]
 
     def kernel_of(which, masks, one, two):
-        return structured.contract(made[which].layout, masks[which], options, one, two)
+        return structured.contract(made[which]._replace(masks=masks[which]), one, two)
 
     def squares(one, two, constant_rows, constants):
         (other, counted), (other_two, masks) = constant_rows, constants
@@ -140,7 +140,7 @@ def _by_rows(
         other, other_two = (pairs, None) if other_kernel is not None else (ones[1], twos[1])
         columns = len(twos[0].outputs)
         size = max(1, min(len(counted), _WHOLE * len(x2) // (row_bytes * columns)))
-        constants = (other, counted), (other_two, all_masks)
+        constants = (other, counted), (other_two, [net.masks for net in made])
         return sum_blocks(squares, size, ones[0], twos[0], *constants)[None, None]
 
     sums, outputs1, outputs2 = structured.over_pairs(

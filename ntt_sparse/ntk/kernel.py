@@ -111,9 +111,10 @@ def empirical_ntk(
             of pairs may take together, with gradients as without: larger problems are cut
             into blocks of pairs, whose factors are computed again. For the structured method.
         max_density: An upper bound on the density of every mask, in (0, 1]; the kernel is exact
-            even if it does not hold. For the structured method with `wrt="masked"`: Jacobians
-            of convolutions then meet in their kept columns alone, and a mask that keeps more
-            than this costs as much as without the bound.
+            even if it does not hold. For the structured method with `wrt="masked"` and a bound
+            of a quarter or less: Jacobians of convolutions are then made for so many weights
+            alone. What a mask keeps beyond is added at many times the cost, pair by pair, and
+            in a `vmap` over masks that cost is always paid.
 
     Returns:
         The kernel, `(n1, n2, k, k)`, `(n1, n2)` for the trace or `(n1, n2, r, s)` with

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from ntt_sparse.ntk import _contract, _program, _sites
 from ntt_sparse.ntk._blocks import map_blocks
@@ -42,8 +42,11 @@ MEMORY_LIMIT = 2**30
 
 # Both constants were measured on two CPU cores, with the networks of `benchmarks/ntk.py`.
 
-# Up to this density, products with the kept columns of Jacobians alone are worth the gathering.
+# Up to this density, Jacobians of the kept weights alone are worth the gathering.
 _SPARSE = 0.25
+
+# Bytes for what a promised density leaves out, which is nothing where the promise holds.
+_BEYOND = 2**24
 
 # On CPU, examples go one by one if their sensitivities together exceed so many bytes: those
 # of one example then stay in the cache, which measured up to twice as fast as a batch.
@@ -96,7 +99,10 @@ class Network(NamedTuple):
     layout: Plan
     fn: FlatFn
     leaves: Leaves
-    masks: LeafMasks
+    masks: list[Any]
+    """By leaf, in the shape that the weight has in `Factors`; `None` for all entries."""
+    columns: dict[int, Int[Array, " c"]]
+    """By leaf, the entries that its Jacobians are made of, where that is not all."""
 
 
 class Kernel(NamedTuple):
@@ -162,27 +168,56 @@ def structured(
     """
     trace, projections = options.trace, options.projections
     arguments = (fn, leaves, masks, x1, x2)
-    network = Network(plan_for(fn, leaves, x1, options), fn, leaves, masks)
+    network = prepare(fn, leaves, masks, x1, options)
     rest = network.layout.rest
     if rest and not mixed:
         kernel = vector_products(*arguments, trace=trace, projections=projections)
         return Kernel(kernel, fn(leaves, x1), fn(leaves, x2))
-    placed = masks_at(network.layout, masks)
 
-    def kernel_of(ones, twos, rows, pairs):
-        return contract(network.layout, placed, options, ones[0], twos[0])
+    def kernel_of(network, options):
+        def contracted(ones, twos, rows, pairs):
+            return contract(network, ones[0], twos[0], trace=trace)
 
-    kernel, (outputs1,), (outputs2,) = over_pairs([network], x1, x2, options, kernel_of)
+        return over_pairs([network], x1, x2, options, contracted)
+
+    few, beyond = split(network, options)
+    kernel, (outputs1,), (outputs2,) = kernel_of(few, options)
+    if beyond is not None:
+        small = options._replace(memory_limit=min(options.memory_limit, _BEYOND))
+        # Kept for the derivative, this would take memory also where nothing is left out.
+        left_out = jax.checkpoint(lambda: kernel_of(beyond, small)[0])
+        missed = [jnp.any(beyond.masks[leaf]) for leaf in beyond.layout.shared]
+        nothing = functools.partial(jnp.zeros_like, kernel)
+        kernel += jax.lax.cond(jnp.any(jnp.stack(missed)), left_out, nothing)
     if rest:
         kernel = kernel + _rest(rest, fn, leaves, masks, x1, x2, options)
     return Kernel(kernel, outputs1, outputs2)
 
 
-def plan_for(fn: FlatFn, leaves: Leaves, x: Shaped[Array, "n ..."], options: Options) -> Plan:
-    """The plan under these options."""
+def prepare(
+    fn: FlatFn, leaves: Leaves, masks: LeafMasks, x: Shaped[Array, "n ..."], options: Options
+) -> Network:
+    """A network with its plan under these options."""
     sides = options.projections
     passes = None if sides is None else sum(side.shape[1] for side in sides)
-    return plan(fn, leaves, x, options.memory_limit, passes)
+    layout = plan(fn, leaves, x, options.memory_limit, passes)
+    return Network(layout, fn, leaves, _masks_at(layout, masks), {})
+
+
+def split(network: Network, options: Options) -> tuple[Network, Network | None]:
+    """Of the convolutions, so many kept weights as `max_density` promises, and those beyond."""
+    layout = network.layout
+    sparse = {leaf: site for leaf, site in layout.shared.items() if network.masks[leaf] is not None}
+    if options.max_density > _SPARSE or not sparse:
+        return network, None
+    columns, masks = {}, list(network.masks)
+    for leaf in sparse:
+        kept = network.masks[leaf].reshape(-1)
+        capacity = math.ceil(options.max_density * kept.size)
+        columns[leaf] = _contract.kept_columns(kept, capacity)
+        masks[leaf] = (kept & (jnp.cumsum(kept) > capacity)).reshape(network.masks[leaf].shape)
+    alone = layout._replace(dense={}, biases={}, shared=sparse, direct=[])
+    return network._replace(columns=columns), network._replace(layout=alone, masks=masks)
 
 
 def over_pairs(
@@ -211,7 +246,9 @@ def over_pairs(
         The array, and the outputs of each network for either batch.
     """
     factors = [
-        functools.partial(_factors, net.layout, net.leaves, memory_limit=options.memory_limit)
+        functools.partial(
+            _factors, net.layout, net.leaves, net.columns, memory_limit=options.memory_limit
+        )
         for net in networks
     ]
     u, v = (None, None) if options.projections is None else options.projections
@@ -244,13 +281,10 @@ def _swapped(pairs: Array | None) -> Array | None:
 
 
 def contract(
-    layout: Plan, masks: list[Any], options: Options, one: Factors, two: Factors
+    network: Network, one: Factors, two: Factors, *, trace: bool = False
 ) -> Float[Array, "n1 n2 r s"] | Float[Array, "n1 n2"]:
-    """The kernel of two batches from their factors, but for the leaves of `layout.rest`.
-
-    The masks are those of `masks_at`.
-    """
-    trace, max_density = options.trace, options.max_density
+    """The kernel of two batches from their factors, but for the leaves of `layout.rest`."""
+    layout, masks = network.layout, network.masks
     sides = () if trace else (one.probes.shape[1], two.probes.shape[1])
     shape = (len(one.outputs), len(two.outputs), *sides)
     kernels = [jnp.zeros(shape, layout.dtype)]
@@ -259,21 +293,13 @@ def contract(
         bias = _bias_at(layout, masks, leaf)
         kernels.append(_contract.dense(*at_layer, masks[leaf], bias, trace=trace))
     for leaf, jacobian in one.jacobians.items():
-        capacity = math.ceil(max_density * math.prod(jacobian.shape[2:]))
-        # Gathering columns costs about as much as a few products with them.
-        worthwhile = max_density <= _SPARSE
-        product = _contract.jacobians(
-            jacobian,
-            two.jacobians[leaf],
-            masks[leaf],
-            trace=trace,
-            capacity=capacity if worthwhile else None,
-        )
+        mask = None if leaf in network.columns else masks[leaf]
+        product = _contract.jacobians(jacobian, two.jacobians[leaf], mask, trace=trace)
         kernels.append(product)
     return functools.reduce(jnp.add, kernels)
 
 
-def masks_at(layout: Plan, masks: LeafMasks) -> list[Any]:
+def _masks_at(layout: Plan, masks: LeafMasks) -> list[Any]:
     """The masks in the shapes that the leaves have in `Factors`."""
     result = list(masks)
     for leaf, site in (layout.dense | layout.shared).items():
@@ -312,8 +338,9 @@ def _block(networks: Sequence[Network], n1: int, n2: int, options: Options) -> t
     k = networks[0].layout.output.size
     r, s = (k, k) if options.projections is None else (u.shape[1] for u in options.projections)
     size = pair = 0
-    for layout, _, leaves, masks in networks:
-        size += sum(leaves[leaf].size for leaf in (*layout.shared, *layout.direct))
+    for layout, _, leaves, masks, columns in networks:
+        sizes = {leaf: leaves[leaf].size for leaf in (*layout.shared, *layout.direct)}
+        size += sum((sizes | {leaf: made.size for leaf, made in columns.items()}).values())
         # Masked dense layers hold a product of inputs and an entry per unit for each pair.
         masked = [
             jax.eval_shape(site.matrix, leaves[leaf]).shape[1:]
@@ -330,6 +357,7 @@ def _block(networks: Sequence[Network], n1: int, n2: int, options: Options) -> t
 def _factors(
     layout: Plan,
     leaves: Leaves,
+    columns: Mapping[int, Int[Array, " c"]],
     x: Shaped[Array, "n ..."],
     probes: Float[Array, "n r k"] | None,
     *,
@@ -364,10 +392,14 @@ def _factors(
         for leaf, site in layout.shared.items():
             # The derivative makes the patches again instead of keeping those of all examples.
             @jax.checkpoint
-            def jacobian(operands, pulled, site=site):
-                return _contract.position_sum(site.inputs(operands), site.delta(pulled))
+            def jacobian(operands, pulled, columns, site=site):
+                whole = _contract.position_sum(site.inputs(operands), site.delta(pulled))
+                if columns is None:
+                    return whole
+                return _contract.take_columns(whole.reshape(len(whole), -1), columns)
 
-            jacobians[leaf] = jacobian(operands[site.step], pulled[site.step])
+            at_site = (operands[site.step], pulled[site.step])
+            jacobians[leaf] = jacobian(*at_site, columns.get(leaf))
         dense = layout.dense.items()
         return Factors(
             value,

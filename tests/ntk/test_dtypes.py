@@ -110,7 +110,7 @@ def test_convolutions_keep_the_dtype_of_their_result(channels):
         ).reshape(len(x), -1)[:, :3]  # fmt: skip
 
     layout = structured.plan(lambda leaves, x: network(leaves[0], x), [w], x)
-    factors = structured._factors(layout, [w], x, None, memory_limit=2**30)
+    factors = structured._factors(layout, [w], {}, x, None, memory_limit=2**30)
     exact = network(w.astype(jnp.float32), x.astype(jnp.float32))
     # A sum of 9 * channels exact products in float32, far below the rounding of bfloat16.
     np.testing.assert_allclose(factors.outputs, exact, rtol=0, atol=1e-5 * np.abs(exact).max())

@@ -273,7 +273,7 @@ def test_auto_takes_structure_where_all_leaves_have_a_rule(monkeypatch):
             lambda *args, **kwargs: taken.append(name) or function(*args, **kwargs),
         )
 
-    spy("evaluate")
+    spy("over_pairs")
     spy("vector_products")
 
     def kernel_of(network, **options):
@@ -281,12 +281,12 @@ def test_auto_takes_structure_where_all_leaves_have_a_rule(monkeypatch):
         jax.eval_shape(lambda w: empirical_ntk(network, w, jnp.ones((3, 6)), **options), weights)
         return taken
 
-    assert kernel_of(used_twice) == ["evaluate"]
-    assert kernel_of(chain, output="trace") == ["evaluate"]
-    assert kernel_of(chain, memory_limit=1) == ["evaluate"]
+    assert kernel_of(used_twice) == ["over_pairs"]
+    assert kernel_of(chain, output="trace") == ["over_pairs"]
+    assert kernel_of(chain, memory_limit=1) == ["over_pairs"]
     # A leaf without a rule whose Jacobian does not fit.
     assert kernel_of(used_twice, memory_limit=1) == ["vector_products"]
     assert kernel_of(used_twice, method="structured", memory_limit=1) == [
-        "evaluate",
+        "over_pairs",
         "vector_products",
     ]

@@ -1,6 +1,7 @@
 """The structured kernel of convolutions and embeddings, and its bound on memory."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def test_deep_convolutions_in_blocks(x64, output, limits):
         fn = as_flat(small_cnn, weights)
         layout = structured.plan(fn, leaves, x1, limit)
         assert [list(weights)[leaf] for leaf in layout.shared] == ["deep", "wide", "last"]
-        network = structured.Network(layout, fn, leaves, not_masked)
+        network = structured.Network(layout, fn, leaves, not_masked, {})
         block = structured._block([network], 5, 3, structured.Options(memory_limit=limit))
         assert (block == (5, 3)) == (limit == structured.MEMORY_LIMIT)
     assert_equals_jacobian_method(small_cnn, weights, x1, x2, output=output, memory_limits=limits)
@@ -86,6 +87,33 @@ def test_the_memory_limit_bounds_memory():
     # The Jacobians of 512 examples take 17 MiB.
     assert free > 17
     assert bound < free / 2
+
+
+def test_a_promised_density_saves_memory():
+    """With its gradient: Jacobians are then made for the kept weights alone, of both batches."""
+    rng = np.random.default_rng(11)
+    shape = (3, 3, 64, 64)
+    weights = {"in": jnp.ones((1, 1, 3, 64)), "conv": jnp.ones(shape), "dense": jnp.ones((64, 5))}
+    masks = {"in": None, "conv": jnp.asarray(rng.random(shape) < 0.01), "dense": None}
+    n = 32
+
+    def network(w, x):
+        options = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        x = jax.lax.conv_general_dilated(x, w["in"], (1, 1), **options)
+        x = jax.lax.conv_general_dilated(jnp.tanh(x), w["conv"], (1, 1), **options)
+        return jnp.tanh(x).mean((1, 2)) @ w["dense"]
+
+    def temporary(max_density):
+        def objective(w, x):
+            options = {"masks": masks, "max_density": max_density}
+            return jnp.sum(empirical_ntk(network, w, x, x + 1, **options) ** 2)
+
+        program = jax.jit(jax.grad(objective)).lower(weights, jnp.ones((n, 4, 4, 3))).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    jacobian = n * 5 * math.prod(shape) * 4
+    assert temporary(1.0) > 2 * jacobian
+    assert temporary(0.02) < jacobian
 
 
 CONVOLUTIONS = {
