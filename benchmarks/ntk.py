@@ -170,6 +170,13 @@ def matrix_rate() -> float:
 
 def report(options: argparse.Namespace, density: float, gradient: bool) -> dict[str, Any]:
     """Runs one comparison and prints it."""
+    module = models.create(options.network)
+    shape = _SHAPES[options.network][0]
+    params = models.init(module, jax.random.key(0), shape)
+    work = ntk_operations.count(
+        ntk_operations.layers(module, params, shape), options.batch, 10, density
+    )
+    total = sum(work.values()) if gradient else work["teacher"] + work["student"]
     found = candidates(options, density, gradient)
     differences = agreement(found)
     for candidate in found.values():
@@ -183,13 +190,6 @@ def report(options: argparse.Namespace, density: float, gradient: bool) -> dict[
             found[name].time()
     rate = matrix_rate()
 
-    module = models.create(options.network)
-    shape = _SHAPES[options.network][0]
-    params = models.init(module, jax.random.key(0), shape)
-    work = ntk_operations.count(
-        ntk_operations.layers(module, params, shape), options.batch, 10, density
-    )
-    total = sum(work.values()) if gradient else work["teacher"] + work["student"]
     what = "loss with gradient" if gradient else "loss"
     ours = found["ours"].seconds
     print(

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 from flax import linen as nn
 
+from ntt_sparse.models import gated
+
 
 class Layer(NamedTuple):
     """A matrix of p inputs and q outputs, applied at t positions."""
@@ -26,7 +28,7 @@ def layers(module: nn.Module, params: dict, shape: tuple[int, ...]) -> list[Laye
         outputs, state = module.apply(
             {"params": params},
             jax.numpy.zeros((1, *shape)),
-            capture_intermediates=lambda m, _: isinstance(m, nn.Conv | nn.Dense),
+            capture_intermediates=lambda m, _: isinstance(m, gated.Conv | gated.Dense),
             mutable=["intermediates"],
         )
         return outputs, state["intermediates"]

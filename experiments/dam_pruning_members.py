@@ -86,7 +86,7 @@ def make_optimizer(
     }[settings.optimizer]()
     steps = round(settings.cold_start * plan.steps_per_epoch)
     # The rate is that of the run for gates too, so it comes after the cold start.
-    rate = decayed_rate(settings, plan.total_steps)
+    rate = decayed_rate(settings, plan.total_steps, settings.milestone_factor)
     parts = [cold_start(optax.chain(decay, scale), steps), optax.scale_by_learning_rate(rate)]
     if config.gradient_noise:
         parts.insert(0, gradient_noise(config.gradient_noise, key))

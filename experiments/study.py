@@ -59,11 +59,11 @@ def make_plan(settings: Any, n: int, checkpoint_seconds: float) -> Plan:
     return Plan(steps, per_epoch, settings.record_every or per_epoch, checkpoint_seconds)
 
 
-def decayed_rate(settings: Any, total_steps: int) -> optax.Schedule:
-    """The learning rate of a stage, divided by ten at fractions of its steps."""
+def decayed_rate(settings: Any, total_steps: int, factor: float = 0.1) -> optax.Schedule:
+    """The learning rate of a stage, times a factor at fractions of its steps."""
     return optax.piecewise_constant_schedule(
         settings.learning_rate,
-        {round(fraction * total_steps): 0.1 for fraction in settings.milestones},
+        {round(fraction * total_steps): factor for fraction in settings.milestones},
     )
 
 

@@ -75,8 +75,10 @@ _BASE: dict[str, Any] = {
         "momentum": 0.9,
         "weight_decay": 1e-4,
         "decay_gates": True,
-        # Fractions of the run at which the learning rate is divided by ten.
+        # Fractions of the run at which the learning rate is multiplied by the factor. Halved
+        # at 0.15, 0.3, 0.45, 0.6, 0.75 and 0.9, it is the other schedule of the published code.
         "milestones": (0.5, 0.75),
+        "milestone_factor": 0.1,
         "validation_fraction": 0.1,
         # 0: once an epoch.
         "record_every": 0,

@@ -7,9 +7,11 @@ bias that follows is a further input. A convolution, or a dense layer applied to
 positions, contributes through the Jacobian that its patches and sensitivities give in
 one matrix product. One batch of k backward passes serves all layers.
 
-Weights used in another way, or more than once, contribute through their Jacobian
-from the same backward passes. Where that of a single pair would be too large,
-NTK-vector products take that weight's part instead: slower, never wrong.
+A scale, or the bias of a convolution or of a normalisation, contributes through the sums
+over positions of sensitivities, times what it scales: its Jacobian, which the same backward
+passes give as they are. So do weights used in any other way, or more than once. Where the
+Jacobian of a single pair would be too large, NTK-vector products take that weight's part
+instead: slower, never wrong.
 
 References:
     Novak et al., "Fast Finite Width Neural Tangent Kernel", ICML 2022, Section 3.3,

@@ -193,7 +193,7 @@ def test_the_optimiser_of_a_study():
     """Cold start in epochs, coupled decay, momentum and milestones, against SGD written out."""
     config = small(**{
         "training.cold_start": 0.5, "training.learning_rate": 0.1, "training.weight_decay": 0.01,
-        "training.momentum": 0.9, "training.milestones": (0.5,),
+        "training.momentum": 0.9, "training.milestones": (0.5,), "training.milestone_factor": 0.5,
     })  # fmt: skip
     transform = members.make_optimizer(config, study.Plan(8, 4, 4))
     params = {"a": {"kernel": jnp.ones(1), "gate": {"beta": jnp.float32(1.0)}}}
@@ -205,7 +205,7 @@ def test_the_optimiser_of_a_study():
         for index in range(2):
             if index == 0 or step >= 2:
                 buffers[index] = 0.9 * buffers[index] + 0.2 + 0.01 * values[index]
-                values[index] -= (0.1 if step < 4 else 0.01) * buffers[index]
+                values[index] -= (0.1 if step < 4 else 0.05) * buffers[index]
         found = params["a"]["kernel"][0], params["a"]["gate"]["beta"]
         np.testing.assert_allclose(found, values, rtol=1e-5)
 
@@ -267,6 +267,7 @@ def test_published_numbers():
         ({"model.gated": 9}, "gated is 9"),
         ({"model.name": "vgg19", "model.gated": 3}, "are of 'lenet5'"),
         ({"training.milestones": (0.5, 0.5)}, "config.training.milestones is"),
+        ({"training.milestone_factor": 2.0}, "config.training.milestone_factor is 2.0, expected"),
         ({"training.cold_start": 900.0}, "the gates would never move"),
         ({"similarity": "Dense_2"}, "config.similarity is 'Dense_2', expected a gated layer: Conv"),
         ({"similarity": "Conv_0", "probe": 10**6}, "config.probe is 1000000, there are"),

@@ -3,7 +3,10 @@
 import importlib
 from pathlib import Path
 
+import jax
 import pytest
+
+from ntt_sparse import models
 
 
 @pytest.fixture
@@ -40,3 +43,19 @@ def test_help_names_the_peers_and_defaults(benchmark, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 64)" in text
     assert "peers installed: vmap(jacrev), jacobian(jvp(vjp))" in text
+
+
+@pytest.mark.parametrize(
+    ("network", "sizes"),
+    [
+        ("lenet_300_100", [(1, 784, 300), (1, 300, 100), (1, 100, 10)]),
+        ("lenet5_caffe", [(576, 25, 20), (64, 500, 50), (1, 800, 500), (1, 500, 10)]),
+    ],
+)
+def test_layers_whose_operations_are_counted(benchmark, network, sizes):
+    """Positions, inputs and outputs, by hand."""
+    module, (shape, _) = models.create(network), benchmark._SHAPES[network]
+    params = models.init(module, jax.random.key(0), shape)
+    layers = benchmark.ntk_operations.layers(module, params, shape)
+    assert [tuple(layer[:3]) for layer in layers] == sizes
+    assert [layer.convolution for layer in layers] == [positions > 1 for positions, _, _ in sizes]
