@@ -42,7 +42,7 @@ _RANGES = {
     "training.learning_rate": (0, 1e30),
     "training.momentum": (0, 0.9999),
     "training.weight_decay": (0, 1e30),
-    "training.milestone_factor": (0, 1),
+    "training.milestone_factor": (1e-6, 1),
     "training.validation_fraction": (0, 0.9),
     "training.record_every": (0, LARGEST_INT),
     "training.max_steps": (0, LARGEST_INT),

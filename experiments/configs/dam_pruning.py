@@ -75,8 +75,8 @@ _BASE: dict[str, Any] = {
         "momentum": 0.9,
         "weight_decay": 1e-4,
         "decay_gates": True,
-        # Fractions of the run at which the learning rate is multiplied by the factor. Halved
-        # at 0.15, 0.3, 0.45, 0.6, 0.75 and 0.9, it is the other schedule of the published code.
+        # Fractions of the run at which the learning rate is multiplied by the factor. The other
+        # schedule of the published code halves it at 0.15, 0.3, 0.45, 0.6, 0.75 and 0.9.
         "milestones": (0.5, 0.75),
         "milestone_factor": 0.1,
         "validation_fraction": 0.1,

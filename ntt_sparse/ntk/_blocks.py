@@ -1,11 +1,12 @@
 """Batches taken in blocks: side by side, or as a sum whose derivative comes along."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ntt_sparse._types import Scalar
 from ntt_sparse.ntk._varying import varying_as
@@ -15,7 +16,7 @@ def map_blocks(fn: Callable[..., Any], size: int, *batches: Any) -> Any:
     """Applies a function of batches, pytrees of arrays `(n, ...)`, to one block after the other."""
     if _count(batches) == size:
         return fn(*batches)
-    whole, rest = _split(size, batches)
+    whole, rest = _cut(size, batches)
     blocks = jax.lax.map(lambda batches: fn(*batches), whole)
     parts = [jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)]
     if rest is not None:
@@ -29,8 +30,8 @@ def sum_blocks(
 ) -> Scalar:
     """The sum of a function over blocks of rows, of which no more than one is ever held.
 
-    Where the sum is differentiated, the derivative of a block is made along with its value:
-    nothing is kept or made twice.
+    Where the sum is differentiated, the derivative of a block is made along with its value, and
+    by those arrays alone that a derivative is asked of. Sums are kept in float32 or wider.
 
     Args:
         fn: `(rows, shared, constant_rows, constants) -> scalar`, additive over rows.
@@ -40,45 +41,80 @@ def sum_blocks(
         constant_rows: Arrays `(n, ...)` without a derivative.
         constants: Arrays without a derivative.
     """
+
     # An axis of length one, for the values of blocks to lie along.
-    values = map_blocks(
-        lambda rows, constant_rows: fn(rows, shared, constant_rows, constants)[None],
-        size,
-        rows,
-        constant_rows,
-    )
-    return jnp.sum(values)
+    def value(rows, constant_rows):
+        return _wide(fn(rows, shared, constant_rows, constants))[None]
+
+    return jnp.sum(map_blocks(value, size, rows, constant_rows))
 
 
 def _sum_blocks_fwd(fn, size, rows, shared, constant_rows, constants):
-    value_and_grad = jax.value_and_grad(fn, argnums=(0, 1))
+    (row_leaves, rows_tree), (shared_leaves, shared_tree) = map(jax.tree.flatten, (rows, shared))
+    row_wanted, shared_wanted = (
+        [leaf.perturbed for leaf in leaves] for leaves in (row_leaves, shared_leaves)
+    )
+    rows, shared, constant_rows, constants = jax.tree.map(
+        lambda leaf: leaf.value, (row_leaves, shared_leaves, constant_rows, constants)
+    )
+
+    def value(some_rows, some_shared, rows, constant_rows):
+        block = rows_tree.unflatten(_merged(row_wanted, some_rows, rows))
+        whole = shared_tree.unflatten(_merged(shared_wanted, some_shared, shared))
+        return fn(block, whole, constant_rows, constants)
+
+    value_and_grad = jax.value_and_grad(value, argnums=(0, 1))
+    some_shared = _chosen(shared_wanted, shared)
 
     def add(sums, block):
-        value, (d_rows, d_shared) = value_and_grad(block[0], shared, block[1], constants)
-        return jax.tree.map(jnp.add, sums, (value, d_shared)), d_rows
+        rows, constant_rows = block
+        value, (d_rows, d_shared) = value_and_grad(
+            _chosen(row_wanted, rows), some_shared, rows, constant_rows
+        )
+        return jax.tree.map(jnp.add, sums, _wide((value, d_shared))), d_rows
 
     operands = (rows, shared, constant_rows, constants)
-    value = jax.eval_shape(fn, *operands)
-    sums = varying_as((jnp.zeros((), value.dtype), jax.tree.map(jnp.zeros_like, shared)), operands)
+    start = jax.eval_shape(lambda: add((0.0, some_shared), (rows, constant_rows))[0])
+    sums = varying_as(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), start), operands)
     if _count(rows) == size:
-        (value, d_shared), d_rows = add(sums, (rows, constant_rows))
-        return value, (d_rows, d_shared)
-    whole, rest = _split(size, (rows, constant_rows))
-    sums, blocks = jax.lax.scan(add, sums, whole)
-    d_rows = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), blocks)
-    if rest is not None:
-        sums, last = add(sums, rest)
-        d_rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), d_rows, last)
+        sums, d_rows = add(sums, (rows, constant_rows))
+    else:
+        whole, rest = _cut(size, (rows, constant_rows))
+        sums, blocks = jax.lax.scan(add, sums, whole)
+        d_rows = [y.reshape(-1, *y.shape[2:]) for y in blocks]
+        if rest is not None:
+            sums, last = add(sums, rest)
+            d_rows = [jnp.concatenate(pair) for pair in zip(d_rows, last, strict=True)]
     value, d_shared = sums
-    return value, (d_rows, d_shared)
+    d_shared = [d.astype(leaf.dtype) for d, leaf in zip(d_shared, some_shared, strict=True)]
+    nothing = [None] * len(row_wanted), [None] * len(shared_wanted)
+    d_rows = rows_tree.unflatten(_merged(row_wanted, d_rows, nothing[0]))
+    return value, (d_rows, shared_tree.unflatten(_merged(shared_wanted, d_shared, nothing[1])))
 
 
 def _sum_blocks_bwd(fn, size, residuals, d_value):
+    if isinstance(d_value, SymbolicZero):
+        return None, None, None, None
     scaled = jax.tree.map(lambda d: (d_value * d).astype(d.dtype), residuals)
     return *scaled, None, None
 
 
-sum_blocks.defvjp(_sum_blocks_fwd, _sum_blocks_bwd)
+sum_blocks.defvjp(_sum_blocks_fwd, _sum_blocks_bwd, symbolic_zeros=True)
+
+
+def _wide(tree: Any) -> Any:
+    """In float32 at least, as many small numbers added in less would come to a halt."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _chosen(wanted: Sequence[bool], leaves: Sequence[Any]) -> list[Any]:
+    return [leaf for leaf, is_wanted in zip(leaves, wanted, strict=True) if is_wanted]
+
+
+def _merged(wanted: Sequence[bool], some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The wanted leaves from one list, the rest from another."""
+    left = iter(some)
+    return [next(left) if wants else other for wants, other in zip(wanted, others, strict=True)]
 
 
 def _count(batches: Any) -> int:
@@ -86,7 +122,7 @@ def _count(batches: Any) -> int:
     return n
 
 
-def _split(size: int, batches: Any) -> tuple[Any, Any]:
+def _cut(size: int, batches: Any) -> tuple[Any, Any]:
     """Blocks of one size along a new axis, and what is left, if anything."""
     n = _count(batches)
     end = n - n % size

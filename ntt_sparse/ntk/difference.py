@@ -2,7 +2,9 @@ r"""The squared difference of two tangent kernels, as a sum over pairs of exampl
 
 Kernels of k outputs take n1 n2 k k numbers, their squared difference takes one. Small
 kernels are made whole, one network after the other. Of large ones no more than a few rows
-are ever held: these meet the same rows of the other kernel, and are gone.
+are ever held: these meet the same rows of the other kernel, and are gone. That takes kernels
+made by structure: those of other methods, of leaves left to NTK-vector products, and under a
+promised density, where Jacobians are what takes memory, are whole.
 """
 
 from typing import Any, NamedTuple
@@ -53,7 +55,7 @@ def squared_difference(
 
     $$\sum_{ij} c_i \|K_{ij} - K'_{ij}\|_F^2$$
 
-    No gradient reaches the other network.
+    No gradient reaches the other network's parameters.
 
     Args:
         apply_fn: As for `empirical_ntk`, as are all arguments that are not named here.
@@ -63,15 +65,20 @@ def squared_difference(
         counted: The $c_i$, `(n1,)`.
         other_params: Parameters of the other network, which has no masks, or
         other_kernel: its kernel, of the shape of ours.
+
+    Raises:
+        ValueError: As `empirical_ntk`; not one of the last two, or a kernel of another shape.
     """
+    if (other_params is None) == (other_kernel is None):
+        raise ValueError("give either other_params or other_kernel")
     how = {"output": output, "method": method, "memory_limit": memory_limit}
     how |= {"projections": projections}
     check_options(
         wrt=wrt, max_density=max_density, output=output, method=method, memory_limit=memory_limit
     )
-    other_params, other_kernel = jax.lax.stop_gradient((other_params, other_kernel))
+    other_params = jax.lax.stop_gradient(other_params)
     if output == "full" and projections is None and method in ("auto", "structured"):
-        options = Options(memory_limit=memory_limit, max_density=max_density)
+        options = Options(memory_limit=int(memory_limit), max_density=max_density)
         networks = [(params, masks, wrt)]
         networks += [] if other_params is None else [(other_params, None, wrt)]
         with jax.default_matmul_precision("highest"):
@@ -94,7 +101,7 @@ def squared_difference(
 
 def _check_shape(other: Any, expected: tuple[int, ...]) -> None:
     if other.shape != expected:
-        raise ValueError(f"the other kernel has shape {other.shape}, this network's {expected}")
+        raise ValueError(f"targets.kernel has shape {other.shape}, the student's {expected}")
 
 
 def _squares(ours: Array, other: Array, counted: Array) -> Scalar:
@@ -116,35 +123,37 @@ def _by_rows(
     x1, x2 = given.x1, given.x2
     fn, leaves, _ = given.networks[0]
     k = jax.eval_shape(fn, leaves, x1).shape[1]
-    row_bytes = kernel_dtype(fn, leaves, x1).itemsize * len(x2) * k**2
+    dtype = kernel_dtype(fn, leaves, x1)
+    row_bytes = dtype.itemsize * len(x2) * k**2
     if len(x1) * row_bytes <= _WHOLE:
         return None
     if other_kernel is not None:
         _check_shape(other_kernel, (len(x1), len(x2), k, k))
-    made = [structured.prepare(*one, x1, options) for one in given.networks]
-    # With a promised density, Jacobians are what takes memory, and are made for kept weights alone.
+    made = [structured.network_of(*one, x1, options) for one in given.networks]
     promised = structured.split(made[0], options)[1] is not None
     if promised or any(net.layout.rest for net in made):
         return None
 
     def kernel_of(which, masks, one, two):
-        return structured.contract(made[which]._replace(masks=masks[which]), one, two)
+        network = made[which]._replace(masks=masks[which])
+        return structured.contract(network, one, two).astype(dtype)
 
-    def squares(one, two, constant_rows, constants):
-        (other, counted), (other_two, masks) = constant_rows, constants
-        if other_kernel is None:
-            other = kernel_of(1, masks, other, other_two)
-        return _squares(kernel_of(0, masks, one, two), other, counted)
+    def squares(ones, twos, counted, masks):
+        ours = kernel_of(0, masks, ones[0], twos[0])
+        theirs = ones[1] if other_kernel is not None else kernel_of(1, masks, ones[1], twos[1])
+        return _squares(ours, theirs, counted)
 
-    def block(ones, twos, counted, pairs):
-        other, other_two = (pairs, None) if other_kernel is not None else (ones[1], twos[1])
+    def block(ones, twos, counted, theirs):
         columns = len(twos[0].outputs)
         size = max(1, min(len(counted), _WHOLE * len(x2) // (row_bytes * columns)))
-        constants = (other, counted), (other_two, [net.masks for net in made])
-        return sum_blocks(squares, size, ones[0], twos[0], *constants)[None, None]
+        rows = ones if theirs is None else [*ones, theirs]
+        return sum_blocks(squares, size, rows, twos, counted, [net.masks for net in made])[
+            None, None
+        ]
 
     sums, outputs1, outputs2 = structured.over_pairs(
         made, x1, x2, options, block, counted, other_kernel
     )
+    total = jnp.sum(sums).astype(jnp.result_type(dtype, counted))
     both = [jnp.concatenate(pair) for pair in zip(outputs1, outputs2, strict=True)]
-    return Difference(jnp.sum(sums), both[0], both[1] if len(both) > 1 else None)
+    return Difference(total, both[0], both[1] if len(both) > 1 else None)

@@ -113,8 +113,8 @@ def empirical_ntk(
         max_density: An upper bound on the density of every mask, in (0, 1]; the kernel is exact
             even if it does not hold. For the structured method with `wrt="masked"` and a bound
             of a quarter or less: Jacobians of convolutions are then made for so many weights
-            alone. What a mask keeps beyond is added at many times the cost, pair by pair, and
-            in a `vmap` over masks that cost is always paid.
+            alone. What a mask keeps beyond is added in a second pass over them all, in small
+            blocks, and in a `vmap` over masks that pass is always made.
 
     Returns:
         The kernel, `(n1, n2, k, k)`, `(n1, n2)` for the trace or `(n1, n2, r, s)` with
@@ -179,7 +179,7 @@ def kernel_and_outputs(
             kernel = contraction(*arguments, trace=trace, projections=given.projections)
             result = Kernel(kernel, fn(values, given.x1), fn(values, given.x2))
         else:
-            options = Options(trace, given.projections, memory_limit, max_density)
+            options = Options(trace, given.projections, int(memory_limit), max_density)
             result = structured(*arguments, options, mixed=method == "structured")
         dtype = kernel_dtype(fn, values, given.x1)
     return result._replace(kernel=result.kernel.astype(dtype))

@@ -42,7 +42,7 @@ from ntt_sparse.ntk.jacobian import (
 MEMORY_LIMIT = 2**30
 """Bytes that the Jacobians and pairs of one block may take, unless the caller says otherwise."""
 
-# Both constants were measured on two CPU cores, with the networks of `benchmarks/ntk.py`.
+# `_SPARSE` and `_CACHE` were measured on two CPU cores, with the networks of `benchmarks/ntk.py`.
 
 # Up to this density, Jacobians of the kept weights alone are worth the gathering.
 _SPARSE = 0.25
@@ -170,7 +170,7 @@ def structured(
     """
     trace, projections = options.trace, options.projections
     arguments = (fn, leaves, masks, x1, x2)
-    network = prepare(fn, leaves, masks, x1, options)
+    network = network_of(fn, leaves, masks, x1, options)
     rest = network.layout.rest
     if rest and not mixed:
         kernel = vector_products(*arguments, trace=trace, projections=projections)
@@ -196,7 +196,7 @@ def structured(
     return Kernel(kernel, outputs1, outputs2)
 
 
-def prepare(
+def network_of(
     fn: FlatFn, leaves: Leaves, masks: LeafMasks, x: Shaped[Array, "n ..."], options: Options
 ) -> Network:
     """A network with its plan under these options."""
@@ -413,6 +413,8 @@ def _factors(
 
     size = max((math.prod(r.shape) for r in results.values()), default=1)
     passes = layout.output.size if probes is None else probes.shape[1]
+    # Jacobians are made whole before their columns are taken: these too are to be few at a time.
+    size += sum(leaves[leaf].size for leaf in columns)
     example_bytes = passes * size * layout.output.dtype.itemsize
     if on_cpu:
         together = len(x) if len(x) * example_bytes <= _CACHE else 1

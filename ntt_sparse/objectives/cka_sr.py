@@ -175,8 +175,7 @@ def _pair_sum(
         raise ValueError(f"{name} has feature maps of {counts} examples, expected the same ones")
     # Cut first: only the examples that count are flattened, cast and gathered.
     features = [grams.gather_examples(x, axis_name, samples) for x in maps]
-    # Kept apart from the network: what XLA fuses on either side would slow its steps down, by
-    # more than the term costs (`benchmarks/cka.py --step`).
+    # Kept apart from the network, whose steps are then compiled as they are without the term.
     features = jax.lax.optimization_barrier(features)
     if similarity == "cca":
         features = [jnp.mean(x, axis=tuple(range(1, x.ndim - 1))) for x in features]

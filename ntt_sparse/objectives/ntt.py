@@ -84,7 +84,8 @@ def ntt_loss(
     outputs are those of the whole batch. d is the density of `masks`.
 
     The gradient by `params` passes through the mask: pruned entries get exactly zero.
-    No gradient reaches `teacher_params`.
+    No gradient reaches `teacher_params`. Derivatives are by reverse mode alone, but for
+    `method="jacobian"` and `"ntk_vector_products"`.
 
     With `axis_name`, inside `jax.pmap` or `jax.shard_map`, `x` is the local part of a
     batch split over that axis, and everything else is the same on every device. The
@@ -123,7 +124,7 @@ def ntt_loss(
         key: For `"sketch"`: draws the signs. Use another key in each step.
         axis_name: The mapped axis over which the batch is split.
         method: How kernels are computed, see `empirical_ntk`.
-        memory_limit: About how many bytes a kernel may take, see `empirical_ntk`.
+        memory_limit: About how many bytes it may take to make a kernel, see `empirical_ntk`.
         max_density: An upper bound on the density of every mask, see `empirical_ntk`: it makes
             convolutions cheaper, and the kernel is exact even if it does not hold.
 
@@ -269,7 +270,9 @@ def _loss(
     if targets is not None:
         theirs = targets.outputs
     else:
-        theirs = _outputs(apply_fn, teacher_params, x, difference.other_outputs, axis_name)
+        theirs = _outputs(
+            apply_fn, jax.lax.stop_gradient(teacher_params), x, difference.other_outputs, axis_name
+        )
     if outputs.shape != theirs.shape:
         raise ValueError(f"targets.outputs has shape {theirs.shape}, the student {outputs.shape}")
     # The squared norm of a pair's k x k difference is k times a bound, or probes^2 times
@@ -277,7 +280,7 @@ def _loss(
     scale = {"full": 1, "trace": outputs.shape[1], "sketch": probes**2}[distance]
     count = pairs.total * len(pairs.columns) * outputs.shape[1] ** 2
     kernel_term = difference.squares / (scale * count)
-    output_term = jnp.mean(jnp.square(outputs - jax.lax.stop_gradient(theirs)))
+    output_term = jnp.mean(jnp.square(outputs - theirs))
     if axis_name is not None:
         kernel_term = jax.lax.psum(kernel_term, axis_name)
         output_term = jax.lax.pmean(output_term, axis_name)

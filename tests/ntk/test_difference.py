@@ -134,5 +134,95 @@ def test_kernels_of_other_shapes_are_refused(x64, monkeypatch, whole):
     monkeypatch.setattr(difference, "_WHOLE", whole)
     params, masks, _, x1, x2, counted = problem()
     wrong = jnp.zeros((7, 4, 5, 1))
-    with pytest.raises(ValueError, match=r"\(7, 4, 5, 1\), this network's \(7, 4, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"\(7, 4, 5, 1\), the student's \(7, 4, 5, 5\)"):
         squared_difference(net, params, x1, x2, counted, masks=masks, other_kernel=wrong)
+
+
+@pytest.mark.parametrize("whole", [2**24, 0, 2 * ROW])
+def test_the_other_network_is_constant_in_its_parameters_alone(x64, monkeypatch, whole):
+    """By the examples, by arrays that the network closes over and by a kernel that is given."""
+    monkeypatch.setattr(difference, "_WHOLE", whole)
+    params, masks, other, x1, x2, counted = problem()
+    kept = {name: 1.0 if mask is None else mask for name, mask in masks.items()}
+    weights = {name: leaf * kept[name] for name, leaf in params.items()}
+
+    def ours(x1, x2, shift, **theirs):
+        def shifted(w, x):
+            return net(w, x + shift)
+
+        how = {"masks": masks, **(theirs or {"other_params": other})}
+        return squared_difference(shifted, params, x1, x2, counted, **how).squares
+
+    def expected(x1, x2, shift):
+        return by_definition(weights, masks, other, x1 + shift, x2 + shift, counted, "masked")
+
+    arguments = x1, x2, jnp.asarray(0.3)
+    found = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(*arguments)
+    for grad, right in zip(found, jax.grad(expected, argnums=(0, 1, 2))(*arguments), strict=True):
+        np.testing.assert_allclose(grad, right, rtol=1e-9, atol=1e-9 * np.abs(right).max())
+
+    kernel = empirical_ntk(net, other, x1, x2, method="jacobian")
+    own = empirical_ntk(net, params, x1, x2, masks=masks, method="jacobian")
+    grad = jax.grad(lambda kernel: ours(x1, x2, 0.0, other_kernel=kernel))(kernel)
+    np.testing.assert_allclose(
+        grad, -2 * counted[:, None, None, None] * (own - kernel), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_a_second_derivative(x64, monkeypatch):
+    params, masks, other, x1, x2, counted = problem()
+
+    def curvature(whole):
+        monkeypatch.setattr(difference, "_WHOLE", whole)
+
+        def loss(w):
+            result = squared_difference(
+                net, {**params, "b": w}, x1, x2, counted, masks=masks, other_params=other
+            )
+            return result.squares
+
+        return jax.grad(lambda w: jnp.sum(jax.grad(loss)(w) ** 2))(params["b"])
+
+    expected = curvature(2**24)
+    for whole in (0, 2 * ROW):
+        np.testing.assert_allclose(curvature(whole), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_half_precision_sums_many_rows(monkeypatch, gradient):
+    """A sum of bfloat16 comes to a halt after some hundred terms of one size."""
+    params, masks, other, *_ = problem()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, other))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(604, SIZES[0])), jnp.bfloat16)
+
+    def loss(params):
+        result = squared_difference(
+            net, params, x[:600], x[600:], jnp.ones(600, bool), masks=masks, other_params=half[1]
+        )
+        return result.squares
+
+    def value(whole):
+        monkeypatch.setattr(difference, "_WHOLE", whole)
+        return jax.value_and_grad(loss)(half[0])[0] if gradient else loss(half[0])
+
+    assert value(0).dtype == value(2**30).dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(value(0)), float(value(2**30)), rtol=0.02)
+
+
+def test_leaves_without_room_take_whole_kernels(x64, monkeypatch):
+    """Where a leaf is left to NTK-vector products there are no rows, and the value is the same."""
+    params, masks, other, x1, x2, counted = problem()
+
+    def value():
+        how = {"masks": masks, "other_params": other, "memory_limit": 1}
+        return squared_difference(net, params, x1, x2, counted, **how).squares
+
+    expected = value()
+    monkeypatch.setattr(difference, "_WHOLE", 0)
+    np.testing.assert_allclose(value(), expected, rtol=1e-12)
+
+
+def test_one_other_network_is_asked_for():
+    params, masks, _, x1, x2, counted = problem()
+    with pytest.raises(ValueError, match="either other_params or other_kernel"):
+        squared_difference(net, params, x1, x2, counted, masks=masks)

@@ -86,6 +86,14 @@ def test_targets_of_another_batch_are_refused():
         inspect.unwrap(ntt_loss_from_targets)(net, student, masks, targets, x, kernel_weight=1.0)
 
 
+def test_targets_of_other_probes_are_refused():
+    student, masks, teacher, x = problem(6)
+    how = {"distance": "sketch", "key": jax.random.key(0)}
+    targets = teacher_targets(net, teacher, x, probes=2, **how)
+    with pytest.raises(ValueError, match=r"targets.kernel has shape \(3, 3, 2, 2\), the student's"):
+        ntt_loss_from_targets(net, student, masks, targets, x, kernel_weight=1.0, **how)
+
+
 def test_targets_check_their_arguments():
     student, _, _, x = problem()
     with pytest.raises(ValueError, match="x is a scalar, expected a batch"):
