@@ -65,7 +65,7 @@ def train(config: Any, gate: str, workdir: Path) -> Member:
     return fit_stage(
         config, workdir, gate, member_names(runs), start_members(config, gate, runs), step_fn,
         plan, sets, functools.partial(evaluate, config, kind), (sets,), "vmap", batch_size=1,
-        pick=own_set,
+        pick=own_set, made=True,
     )  # fmt: skip
 
 

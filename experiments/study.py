@@ -89,6 +89,7 @@ def fit_stage(
     batch_size: int,
     patience: int = 0,
     pick: Callable[..., Any] = gather,
+    made: bool = False,
 ) -> Member:
     """Runs one stage over whatever devices there are, or goes on with it.
 
@@ -108,6 +109,8 @@ def fit_stage(
         patience: Records without a better validation accuracy of any member after which the
             stage ends; 0 for never.
         pick: How a step gets its batch, see `make_program`.
+        made: The data follow from the settings. They are then not compared with those of a
+            checkpoint, as their last digits differ between machines and numbers of cores.
 
     Returns:
         The members at the end.
@@ -124,7 +127,7 @@ def fit_stage(
     )  # fmt: skip
     log = MetricsLog(workdir / f"{stage}.jsonl", stage)
     board = TensorBoard(workdir / "tensorboard" / stage, names)
-    data_digest = digest((train_data, evaluation_data)).tobytes().hex()
+    data_digest = "" if made else digest((train_data, evaluation_data)).tobytes().hex()
     identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
         state = fit(

@@ -202,3 +202,27 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, fields, message):
         study.run(get_config(**fields), tmp_path / "w")
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "w").exists()
+
+
+def test_another_machine_goes_on(tmp_path, monkeypatch):
+    """One on which the last digits of the data that are made come out otherwise."""
+    config = get_config(checkpoint_seconds=0.0)
+    write, steps = MetricsLog.write, []
+
+    def stopping(log, step, values):
+        record = write(log, step, values)
+        steps.append(step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return record
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stopping)
+        study.run(config, tmp_path)
+    made = study.make_sets
+    monkeypatch.setattr(study, "make_sets", lambda config: made(config) * (1 + 1e-6))
+    summary = study.run(config, tmp_path)
+    records = (tmp_path / "dam.jsonl").read_text().splitlines()
+    # It was not begun anew: what the first machine recorded is there, once.
+    assert [json.loads(line)["step"] for line in records] == [0, 10, 20]
+    assert len(summary["networks"]) == 2
