@@ -87,9 +87,10 @@ def _sum_blocks_fwd(fn, size, rows, shared, constant_rows, constants):
             d_rows = [jnp.concatenate(pair) for pair in zip(d_rows, last, strict=True)]
     value, d_shared = sums
     d_shared = [d.astype(leaf.dtype) for d, leaf in zip(d_shared, some_shared, strict=True)]
-    nothing = [None] * len(row_wanted), [None] * len(shared_wanted)
-    d_rows = rows_tree.unflatten(_merged(row_wanted, d_rows, nothing[0]))
-    return value, (d_rows, shared_tree.unflatten(_merged(shared_wanted, d_shared, nothing[1])))
+    # No derivative is None, leaf by leaf.
+    d_rows = rows_tree.unflatten(_merged(row_wanted, d_rows, [None] * len(row_wanted)))
+    d_shared = shared_tree.unflatten(_merged(shared_wanted, d_shared, [None] * len(shared_wanted)))
+    return value, (d_rows, d_shared)
 
 
 def _sum_blocks_bwd(fn, size, residuals, d_value):

@@ -147,9 +147,8 @@ def _by_rows(
         columns = len(twos[0].outputs)
         size = max(1, min(len(counted), _WHOLE * len(x2) // (row_bytes * columns)))
         rows = ones if theirs is None else [*ones, theirs]
-        return sum_blocks(squares, size, rows, twos, counted, [net.masks for net in made])[
-            None, None
-        ]
+        total = sum_blocks(squares, size, rows, twos, counted, [net.masks for net in made])
+        return total.reshape(1, 1)
 
     sums, outputs1, outputs2 = structured.over_pairs(
         made, x1, x2, options, block, counted, other_kernel
