@@ -1,6 +1,7 @@
 """Checks of the structured pruning study's config that types do not make, before any work."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,21 +14,32 @@ from experiments.checks import (
     check_seeds,
     check_values,
 )
-from experiments.dam_pruning_members import make_kind, target_of
+from experiments.dam_pruning_members import CUT, make_kind, target_of
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates import channels
-from ntt_sparse.gates.channels import Network
+from ntt_sparse.gates.network import Network
 from ntt_sparse.training.loop import Plan
 
+_BUDGETS = {
+    "channels": ("dam", *CUT),
+    "parameters": ("dam", "chipnet"),
+    "multiply_adds": ("dam", "chipnet"),
+    "volume": ("chipnet",),
+    "layers": ("dam",),
+}
+"""What a budget counts, and of which gates."""
 _CHOICES = {
-    "gate": ("dam", "l1"),
+    "gate": ("dam", "l1", *CUT),
     "convention": ("paper", "code"),
-    "budget": ("", "channels", "parameters", "multiply_adds", "layers"),
+    "budget": ("", *_BUDGETS),
     "model.name": (
         *("lenet5", "preresnet20", "preresnet56", "preresnet110", "preresnet164", "vgg19"),
     ),
     "model.activation": ("", "relu", "tanh", "sine"),
-    "training.optimizer": ("sgd", "adam", "adabelief"),
+    **{
+        f"{stage}.optimizer": ("sgd", "adam", "adamw", "adabelief")
+        for stage in ("pretrain", "training", "finetune")
+    },
 }
 _RANGES = {
     "gradient_noise": (0, 1e30),
@@ -36,16 +48,25 @@ _RANGES = {
     "checkpoint_seconds": (0, math.inf),
     "data.split_seed": (0, 2**32 - 1),
     "model.gated": (0, LARGEST_INT),
-    "training.epochs": (1, LARGEST_INT),
     "training.cold_start": (0, LARGEST_INT),
-    "training.batch_size": (2, LARGEST_INT),
-    "training.learning_rate": (0, 1e30),
-    "training.momentum": (0, 0.9999),
-    "training.weight_decay": (0, 1e30),
-    "training.milestone_factor": (1e-6, 1),
     "training.validation_fraction": (0, 0.9),
-    "training.record_every": (0, LARGEST_INT),
-    "training.max_steps": (0, LARGEST_INT),
+    "slimming.keep": (0, LARGEST_INT),
+    "chipnet.budget": (0, 1e30),
+    "chipnet.crispness": (0, 1e30),
+    **{
+        f"{stage}.{field}": limits
+        for stage, least in (("pretrain", 0), ("training", 1), ("finetune", 0))
+        for field, limits in {
+            "epochs": (least, LARGEST_INT),
+            "batch_size": (2, LARGEST_INT),
+            "learning_rate": (0, 1e30),
+            "momentum": (0, 0.9999),
+            "weight_decay": (0, 1e30),
+            "milestone_factor": (1e-6, 1),
+            "record_every": (0, LARGEST_INT),
+            "max_steps": (0, LARGEST_INT),
+        }.items()
+    },
 }
 
 
@@ -70,22 +91,24 @@ def check_config(config: Any) -> None:
     if not config.budget and tuple(config.targets) != (1.0,):
         raise ValueError(
             f"config.targets is {config.targets} without a budget, expected (1.0,), or "
-            f"config.budget to be one of {', '.join(_CHOICES['budget'][1:])}"
+            f"config.budget to be one of {', '.join(_BUDGETS)}"
         )
     if config.budget and not all(coefficient > 0 for coefficient in config.coefficients):
         raise ValueError(
             f"config.coefficients is {config.coefficients} with a budget, expected numbers above "
             "0: what closes channels until the target is the penalty"
         )
-    if config.gate != "dam" and (config.budget or any(config.orders)):
+    if config.gate != "dam" and any(config.orders):
         raise ValueError(
-            f"config.gate is {config.gate!r}, but budgets and orders are of offsets: expected 'dam'"
+            f"config.gate is {config.gate!r}, but orders are of offsets: expected 'dam'"
         )
+    _check_stages(config)
     if config.model.name != "lenet5" and (config.model.activation or config.model.gated):
         raise ValueError(
             f"config.model.name is {config.model.name!r}: activation and gated are of 'lenet5'"
         )
-    check_milestones(config.training.milestones, "config.training.milestones")
+    for stage in ("pretrain", "training", "finetune"):
+        check_milestones(config[stage].milestones, f"config.{stage}.milestones")
     # Gates that make no sense are an error here.
     try:
         make_kind(config)
@@ -93,20 +116,43 @@ def check_config(config: Any) -> None:
         raise ValueError(f"config.initial is {config.initial}: {error}") from error
 
 
-def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> None:
-    """Checks that data, model and plan fit what is asked of them.
+def _check_stages(config: Any) -> None:
+    """Checks which gates have which budgets and stages."""
+    if config.budget and config.gate not in _BUDGETS[config.budget]:
+        known = ", ".join(name for name, kinds in _BUDGETS.items() if config.gate in kinds)
+        raise ValueError(
+            f"config.budget is {config.budget!r} with gate {config.gate!r}, expected "
+            f"{known or 'none'}"
+        )
+    cut = config.gate in CUT
+    if cut and not (config.budget and config.finetune.epochs):
+        raise ValueError(
+            f"config.gate is {config.gate!r}, which cuts networks to a budget and trains them on: "
+            "expected config.budget='channels', targets and config.finetune.epochs above 0"
+        )
+    for stage, kinds in (("pretrain", ("chipnet",)), ("finetune", CUT)):
+        if config[stage].epochs and config.gate not in kinds:
+            raise ValueError(
+                f"config.{stage}.epochs is {config[stage].epochs}, expected 0: gate "
+                f"{config.gate!r} has no such stage"
+            )
+
+
+def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[str, Plan]) -> None:
+    """Checks that data, model and plans fit what is asked of them.
 
     Raises:
         ValueError: They do not; the message names the field.
     """
     sizes = channels.sizes(network)
+    plan = plans["training"]
     for n in sorted(set(sizes.values())):
         # A gate that starts closed is an error here.
         try:
             make_kind(config).init(n)
         except ValueError as error:
             raise ValueError(f"config.initial is {config.initial}: {error}") from error
-    if config.budget:
+    if config.budget and config.gate == "dam":
         _check_targets(config, network)
     if config.similarity and f"{config.similarity}/gate" not in sizes:
         names = ", ".join(path.removesuffix("/gate") for path in sizes)
@@ -118,12 +164,14 @@ def check_sizes(config: Any, network: Network, data: ImageData, plan: Plan) -> N
             f"config.probe is {config.probe}, there are {len(data.validation.y)} images"
         )
     check_augment(config, data.input_shape)
-    steps = [round(fraction * plan.total_steps) for fraction in config.training.milestones]
-    if len(set(steps)) < len(steps):
-        raise ValueError(
-            f"config.training.milestones is {config.training.milestones}, which are steps {steps} "
-            f"of {plan.total_steps}: expected different ones"
-        )
+    for stage, each in plans.items():
+        milestones = config[stage].milestones
+        steps = [round(fraction * each.total_steps) for fraction in milestones]
+        if len(set(steps)) < len(steps):
+            raise ValueError(
+                f"config.{stage}.milestones is {milestones}, which are steps {steps} of "
+                f"{each.total_steps}: expected different ones"
+            )
     cold = round(config.training.cold_start * plan.steps_per_epoch)
     if cold >= plan.total_steps:
         raise ValueError(

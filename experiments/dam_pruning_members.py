@@ -16,17 +16,26 @@ from ntt_sparse._types import PRNGKey
 from ntt_sparse.gates import budget as budgets
 from ntt_sparse.gates import channels, order
 from ntt_sparse.gates import layer as gates
-from ntt_sparse.gates.channels import Network
+from ntt_sparse.gates.chipnet import ChipNet
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.l1 import L1
 from ntt_sparse.gates.layer import Kind
+from ntt_sparse.gates.network import Network
 from ntt_sparse.gates.optimizer import cold_start, labels
+from ntt_sparse.gates.slimming import Slimming
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member, create_member
 from ntt_sparse.training.transforms import gradient_noise
 
 # Independent of the streams that training folds from a member's key.
 _NOISE_STREAM = 1001
+_GATE_STREAM = 1002
+# Of ChipNet's parameters at the start (their code).
+_LARGEST_ZETA = 0.01
+
+
+CUT = ("slimming", "chipnet")
+"""Gates of which channels are cut after training, in a stage of their own."""
 
 
 class Run(NamedTuple):
@@ -51,9 +60,12 @@ def member_names(runs: list[Run]) -> list[str]:
 
 def make_kind(config: Any) -> Kind:
     """The gates of a study."""
-    if config.gate == "l1":
-        return L1(config.initial)
-    return Dam(config.initial, convention=config.convention)
+    return {
+        "dam": lambda: Dam(config.initial, convention=config.convention),
+        "l1": lambda: L1(config.initial),
+        "slimming": lambda: Slimming(config.initial),
+        "chipnet": ChipNet,
+    }[config.gate]()
 
 
 def make_model(config: Any, num_outputs: int) -> Any:
@@ -65,29 +77,31 @@ def make_model(config: Any, num_outputs: int) -> Any:
 
 
 def make_optimizer(
-    config: Any, plan: Plan, *, key: PRNGKey | None = None
+    config: Any, settings: Any, plan: Plan, *, key: PRNGKey | None = None
 ) -> optax.GradientTransformation:
-    """SGD with momentum, Adam or AdaBelief, with a schedule, after a cold start of the gates.
+    """SGD with momentum, Adam, AdamW or AdaBelief, with a schedule, after a cold start of gates.
 
     Args:
         config: The settings.
-        plan: Of the training.
+        settings: Those of the stage.
+        plan: Of the stage.
         key: Of the noise on gradients, which is part of the optimiser's state.
     """
-    settings = config.training
-    # Coupled with the step, as in the training it comes from.
+    # Coupled with the step, as in the training it comes from, but for AdamW.
     decay = optax.add_decayed_weights(
-        settings.weight_decay, None if settings.decay_gates else _without_gates
+        settings.weight_decay, None if settings.get("decay_gates", True) else _without_gates
     )
     scale = {
         "sgd": lambda: optax.trace(settings.momentum),
         "adam": optax.scale_by_adam,
+        "adamw": optax.scale_by_adam,
         "adabelief": optax.scale_by_belief,
     }[settings.optimizer]()
-    steps = round(settings.cold_start * plan.steps_per_epoch)
+    steps = round(settings.get("cold_start", 0.0) * plan.steps_per_epoch)
+    moved = optax.chain(*((scale, decay) if settings.optimizer == "adamw" else (decay, scale)))
     # The rate is that of the run for gates too, so it comes after the cold start.
     rate = decayed_rate(settings, plan.total_steps, settings.milestone_factor)
-    parts = [cold_start(optax.chain(decay, scale), steps), optax.scale_by_learning_rate(rate)]
+    parts = [cold_start(moved, steps) if steps else moved, optax.scale_by_learning_rate(rate)]
     if config.gradient_noise:
         parts.insert(0, gradient_noise(config.gradient_noise, key))
     return optax.chain(*parts)
@@ -108,23 +122,30 @@ def target_of(config: Any, network: Network, target: float) -> Any:
 
 
 def start_members(
-    config: Any, module: Any, input_shape: tuple[int, ...], runs: list[Run], plan: Plan
+    config: Any,
+    module: Any,
+    input_shape: tuple[int, ...],
+    runs: list[Run],
+    settings: Any,
+    plan: Plan,
 ) -> Member:
     """All networks at their start. A seed fixes weights and the order of the data.
 
-    The context of each is its `coefficient` and, with a budget, its `target` as an integer and
-    where its budget stands. An order other than that of the index is in the model state.
+    The context of each is its `coefficient` and, with a budget, its `target`: a fraction, or of
+    DAM an integer, and where its budget stands. Orders other than that of the index, and what
+    ChipNet's gates know, are in the model state.
 
     Args:
         config: The settings.
         module: The network.
         input_shape: Of an example.
         runs: Of each network.
-        plan: Of the training.
+        settings: Those of the first stage.
+        plan: Of the first stage.
     """
     network = module.network(input_shape)
     sizes = channels.sizes(network)
-    limits = [target_of(config, network, run.target) if config.budget else () for run in runs]
+    limits = [_limit(config, network, run.target) for run in runs]
     init = jax.jit(lambda key: dict(module.init(key, jnp.zeros((1, *input_shape)))))
     by_seed = {seed: init(jax.random.key(seed)) for seed in config.seeds}
 
@@ -133,11 +154,19 @@ def start_members(
         params = variables.pop("params")
         variables |= ranks
         context = {"coefficient": coefficient}
-        if config.budget:
+        if config.gate in CUT:
+            context |= {"target": target}
+        elif config.budget:
             offsets = {path: gate["beta"] for path, gate in gates.find(params).items()}
             context |= {"target": target, "budget": budgets.start(offsets)}
+        if config.gate == "chipnet":
+            params = gates.replace(params, _drawn(sizes, jax.random.fold_in(key, _GATE_STREAM)))
+            # All open, until the stage that trains them.
+            variables |= gates.state(
+                network, open={path: jnp.ones(n, bool) for path, n in sizes.items()}
+            )
         noise = jax.random.fold_in(key, _NOISE_STREAM)
-        optimizer = make_optimizer(config, plan, key=noise)
+        optimizer = make_optimizer(config, settings, plan, key=noise)
         masks = jax.tree.map(lambda _: None, params)
         return create_member(params, masks, optimizer, key, context, variables)
 
@@ -150,6 +179,20 @@ def start_members(
     )
 
 
+def _drawn(sizes: Mapping[str, int], key: PRNGKey) -> dict[str, Any]:
+    keys = jax.random.split(key, len(sizes))
+    return {
+        path: {"zeta": jax.random.uniform(each, (n,), maxval=_LARGEST_ZETA)}
+        for each, (path, n) in zip(keys, sizes.items(), strict=True)
+    }
+
+
+def _limit(config: Any, network: Network, target: float) -> Any:
+    if config.gate in CUT:
+        return target
+    return target_of(config, network, target) if config.budget else ()
+
+
 def orders(config: Any, sizes: Mapping[str, int], number: int) -> dict[str, Any]:
     """The collection of variables that holds an order of the channels of each gated layer.
 
@@ -157,12 +200,9 @@ def orders(config: Any, sizes: Mapping[str, int], number: int) -> dict[str, Any]
     """
     if not any(config.orders):
         return {}
-    tree: dict[str, Any] = {}
     key = jax.random.key(number)
-    for index, (path, n) in enumerate(sizes.items()):
-        drawn = order.random(jax.random.fold_in(key, index), n)
-        node = tree
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node["ranks"] = drawn if number else jnp.arange(n)
-    return {gates.ORDER: tree}
+    ranks = {
+        path: order.random(jax.random.fold_in(key, index), n) if number else jnp.arange(n)
+        for index, (path, n) in enumerate(sizes.items())
+    }
+    return gates.state(sizes, ranks=ranks)

@@ -1,6 +1,7 @@
 """The report of the structured pruning study: summary.json, report.md and the figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from experiments import figures
 from experiments.dam_pruning_members import runs_of
 from experiments.dam_pruning_published import TABLE7, Published, published
+from experiments.dam_pruning_stages import Stage
 from experiments.statistics import spread
 from ntt_sparse.gates.channels import Counts
 from ntt_sparse.training.files import write_text
@@ -19,18 +21,20 @@ _AXES = ("parameters left", "test accuracy (%)")
 _SETTING = ("coefficient", "target", "order")
 
 
-def write(config: Any, workdir: Path, whole: Counts) -> dict[str, Any]:
+def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) -> dict[str, Any]:
     """Writes everything from metrics and measurements alone, so that it can be repeated.
 
     Args:
         config: The settings.
         workdir: Where the files are.
         whole: What the network costs with all channels open.
+        stages: Those of the study; the last one is what is reported.
 
     Returns:
         The summary.
     """
-    log = MetricsLog(workdir / "training.jsonl", "training")
+    logs = {stage.name: MetricsLog(workdir / f"{stage.name}.jsonl", stage.name) for stage in stages}
+    log = logs[stages[-1].name]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, run in enumerate(runs_of(config)):
         groups.setdefault(run[:-1], []).append(index)
@@ -67,14 +71,15 @@ def _rows(
     at_best = {
         name: columns[name][best, np.arange(len(best))] for name in ("test/accuracy", "parameters")
     }
-    if config.budget:
+    offsets = config.gate == "dam" and config.budget
+    if offsets:
         last["reached"] = log.column("reached")[1][-1]
     rows = []
     for setting, members in groups.items():
         rows.append({
             **dict(zip(_SETTING, setting, strict=True)),
             "seeds": [runs_of(config)[index].seed for index in members],
-            **({"reached": int(np.sum(last["reached"][members]))} if config.budget else {}),
+            **({"reached": int(np.sum(last["reached"][members]))} if offsets else {}),
             "test_accuracy": spread(last["test/accuracy"][members]),
             "test_accuracy_best_validation": spread(at_best["test/accuracy"][members]),
             "parameters_best_validation": spread(at_best["parameters"][members]),
@@ -113,7 +118,7 @@ def _add_similarity(
 
 
 def _markdown(config: Any, summary: dict[str, Any]) -> str:
-    whole = summary["whole"]
+    whole, rows = summary["whole"], summary["networks"]
     lines = [
         f"# Structured pruning with gates: {config.name}",
         "",
@@ -123,15 +128,15 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         "the step of best validation accuracy; nothing is chosen by the test set. A parameter "
         "counts while something computed from the input reaches the output through it.",
         "",
-        f"| lambda | {'target, reached' if config.budget else 'target'} | order | accuracy (%) | "
-        "parameters | pruned parameters (%) | pruned channels (%) | pruned multiply-adds (%) | "
-        "best: accuracy (%) | parameters |",
+        f"| lambda | {'target, reached' if 'reached' in rows[0] else 'target'} | order | "
+        "accuracy (%) | parameters | pruned parameters (%) | pruned channels (%) | "
+        "pruned multiply-adds (%) | best: accuracy (%) | parameters |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in summary["networks"]:
+    for row in rows:
         cells = (
             f"{row['coefficient']:g}",
-            f"{row['target']:g}, {row['reached']}/{len(row['seeds'])}" if config.budget else "",
+            _target(config, row),
             str(row["order"]),
             _percent(row["test_accuracy"]),
             f"{row['parameters']['mean']:,.0f}",
@@ -146,6 +151,13 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
     if config.similarity:
         lines += _similarity_lines(config, summary["networks"])
     return "\n".join(lines) + "\n"
+
+
+def _target(config: Any, row: dict[str, Any]) -> str:
+    if not config.budget:
+        return ""
+    reached = f", {row['reached']}/{len(row['seeds'])}" if "reached" in row else ""
+    return f"{row['target']:g}{reached}"
 
 
 def _percent(value: dict[str, Any]) -> str:

@@ -24,6 +24,14 @@ table6_preresnet110_cifar100  Table 6
 table8                  Table 8: PreResNet-164, TinyImageNet, from a .npz file
 cifar10_preresnet20     ours: PreResNet-20, CIFAR-10
 cifar10_budget          ours: the same with targets
+figure6_slimming        Fig. 6: Network Slimming, PreResNet-164, CIFAR-10
+figure6_chipnet         Fig. 6: ChipNet, the same network
+mnist_dam               ours: LeNet-5 on MNIST, DAM
+mnist_l1                L1 gates beside it
+mnist_slimming          Network Slimming beside it
+mnist_chipnet           ChipNet beside it
+cifar10_preresnet20_slimming  Network Slimming beside cifar10_preresnet20
+cifar10_preresnet20_chipnet   ChipNet beside it
 ======================  ===================================================================
 
 What decides how far offsets fall is their weight decay, as much as the data: without a task,
@@ -43,9 +51,21 @@ import ml_collections
 
 from experiments.configs.common import build
 
+_STAGE: dict[str, Any] = {
+    "epochs": 0,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "learning_rate": 0.05,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "milestones": (0.5, 0.75),
+    "milestone_factor": 0.1,
+    "record_every": 0,
+    "max_steps": 0,
+}
 _BASE: dict[str, Any] = {
     "name": "",
-    # The gates: dam or l1.
+    # The gates: dam, l1, slimming or chipnet.
     "gate": "dam",
     # Where order numbers start: paper or code.
     "convention": "paper",
@@ -56,8 +76,9 @@ _BASE: dict[str, Any] = {
     # Orders in which channels close: 0 is that of the index, others are random orders.
     "orders": (0,),
     "seeds": (1, 2, 3, 4, 5),
-    # What a budget counts: channels, parameters, multiply_adds, or layers (the channels of each
-    # layer); empty for none. The targets are the fractions that are kept.
+    # What a budget counts: channels, parameters, multiply_adds, volume (chipnet: of features), or
+    # layers (dam: the channels of each layer); empty for none. The targets are the fractions that
+    # are kept.
     "budget": "",
     "targets": (1.0,),
     # Standard deviation of the noise on each gradient, relative to its root mean square.
@@ -85,6 +106,15 @@ _BASE: dict[str, Any] = {
         # 0: epochs decide.
         "max_steps": 0,
     },
+    # Stages before and after, of the rivals of DAM; without epochs they are left out.
+    "pretrain": _STAGE,
+    "finetune": _STAGE,
+    # Channels of each layer that are kept in any case.
+    "slimming": {"keep": 0},
+    # Weights of the losses that hold the budget and make gates crisp.
+    "chipnet": {"budget": 30.0, "crispness": 10.0},
+    # Whether every network is made small after training, and written and measured.
+    "compact": False,
     # Layer between whose channels similarity is measured (Table 7), such as
     # stage1_block18/Conv_2, and on how many held-out images; empty for none.
     "similarity": "",
@@ -93,11 +123,36 @@ _BASE: dict[str, Any] = {
     "evaluated": 0,
     "checkpoint_seconds": 60.0,
 }
+# The schedules of ChipNet's code, which the comparison of the paper has for all.
+_SLIMMING = {
+    "gate": "slimming",
+    "budget": "channels",
+    "training.cold_start": 0.0,
+    "finetune.epochs": 50,
+}
+_CHIPNET = {
+    "gate": "chipnet",
+    "budget": "channels",
+    "coefficients": (1.0,),
+    "training.optimizer": "adamw",
+    "training.learning_rate": 1e-3,
+    "training.weight_decay": 1e-3,
+    "training.decay_gates": False,
+    "training.milestones": (),
+    "training.cold_start": 0.0,
+    "training.batch_size": 32,
+}
 # The first three layers, as the title of the table has it.
 _TABLE5 = {
     "coefficients": (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0),
     "model.activation": "tanh",
     "model.gated": 3,
+}
+_LENET_RIVAL = {
+    "model.activation": "tanh",
+    "model.gated": 3,
+    "training.epochs": 20,
+    "compact": True,
 }
 _CIFAR = {
     "coefficients": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75),
@@ -125,6 +180,7 @@ _ADABELIEF = {
 }
 _TABLE6 = (0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0)
 _PRERESNET20 = {**_CIFAR, "model.name": "preresnet20", "similarity": "stage1_block2/Conv_2"}
+_FRACTIONS = (0.1, 0.2, 0.4, 0.6)
 _CONFIGS: dict[str, dict[str, Any]] = {
     "digits_lenet5": {
         **_TABLE5,
@@ -148,6 +204,54 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "figure6_cifar10": _CIFAR,
     "figure6_cifar100": _CIFAR100,
+    "figure6_slimming": {
+        **_CIFAR,
+        **_SLIMMING,
+        "coefficients": (1e-5,),
+        "targets": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+    },
+    "figure6_chipnet": {
+        **_CIFAR,
+        **_CHIPNET,
+        "targets": _FRACTIONS,
+        "pretrain.epochs": 200,
+        "training.epochs": 20,
+        "finetune.epochs": 50,
+    },
+    "mnist_slimming": {
+        **_LENET_RIVAL,
+        **_SLIMMING,
+        "coefficients": (1e-3,),
+        "targets": (0.6, 0.4, 0.2),
+        "slimming.keep": 1,
+        "finetune.epochs": 10,
+    },
+    "mnist_chipnet": {
+        **_LENET_RIVAL,
+        **_CHIPNET,
+        "targets": (0.6, 0.4, 0.2),
+        "pretrain.epochs": 10,
+        "training.epochs": 10,
+        "finetune.epochs": 10,
+    },
+    "mnist_l1": {**_LENET_RIVAL, "gate": "l1", "coefficients": (0.1, 0.3, 1.0)},
+    "mnist_dam": {**_LENET_RIVAL, "coefficients": (0.02, 0.05, 0.1)},
+    "cifar10_preresnet20_slimming": {
+        **_PRERESNET20,
+        **_SLIMMING,
+        "similarity": "",
+        "coefficients": (1e-5,),
+        "targets": (0.6, 0.4),
+    },
+    "cifar10_preresnet20_chipnet": {
+        **_PRERESNET20,
+        **_CHIPNET,
+        "similarity": "",
+        "targets": (0.6, 0.4),
+        "pretrain.epochs": 200,
+        "training.epochs": 20,
+        "finetune.epochs": 50,
+    },
     "table2": {**_CIFAR, "coefficients": (0.4,), "orders": (1, 2, 3, 4, 5), "seeds": (1,)},
     "table6_vgg19": {**_ADABELIEF, "model.name": "vgg19", "coefficients": (0.1, 0.5)},
     "table6_vgg19_cifar100": {
@@ -201,6 +305,8 @@ _SMOKE = {
     "training.max_steps": 12,
     "training.record_every": 6,
     "training.cold_start": 0.0,
+    "pretrain.max_steps": 6,
+    "finetune.max_steps": 6,
 }
 
 

@@ -1,17 +1,18 @@
 """What a network with closed channels consists of: channels, parameters, multiply-adds.
 
-A network is described by its sets of channels and the layers between them, see `Network`. A
-channel counts if something that is computed from the input reaches the output through it. A
-closed gate therefore also takes away what only fed it or was only fed by it: the block whose
-last gate is closed whole, the layers behind a layer without an open channel. The outputs count
-in any case, whose biases are all that is left of a network that is cut in two.
+A network is described by its nodes, see `ntt_sparse.gates.network`. A channel counts if
+something that is computed from the input reaches the output through it. A closed gate therefore
+also takes away what only fed it or was only fed by it: the block whose last gate is closed
+whole, the layers behind a layer without an open channel. The outputs count in any case, whose
+biases are all that is left of a network that is cut in two.
 
 What channels that do not count still add does not depend on the input, as a closed channel that
-is normalised afterwards is its shift. Behind 1x1 convolutions and dense layers that is a bias;
-behind a padded 3x3 convolution it differs at the borders. None of it is counted.
+is normalised afterwards is its shift. None of it is counted; `ntt_sparse.pruning.compact` folds
+it into biases, and says how many numbers that takes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,53 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Real
 
+from ntt_sparse.gates import network as graph
+from ntt_sparse.gates.network import (
+    Add,
+    Constant,
+    Conv,
+    Dense,
+    Embed,
+    Input,
+    Multiply,
+    Network,
+    Node,
+    Norm,
+    Reshape,
+    Select,
+    Shift,
+    Subsample,
+)
 
-class Channels(NamedTuple):
-    """A set of channels: what one layer writes, or the sum of other sets, channel by channel.
-
-    Attributes:
-        size: How many.
-        gate: Path of the gate on them, as `ntt_sparse.gates.layer.find` has it.
-        parameters: Per channel, besides those of layers: bias, scale and shift.
-        sources: The sets it is the sum of, of the same size; one for a set that is another one
-            normalised. None for what a layer writes, and for the input.
-    """
-
-    size: int
-    gate: str | None = None
-    parameters: int = 0
-    sources: tuple[str, ...] = ()
-
-
-class Layer(NamedTuple):
-    """A convolution or dense layer: all channels of a set from all channels of another.
-
-    Attributes:
-        inputs: The set it reads.
-        outputs: The set it writes.
-        window: Weights between two channels: positions of the kernel, or, of a dense layer,
-            of the images that are flattened before it.
-        positions: Positions of its outputs: 1, or pixels.
-    """
-
-    inputs: str
-    outputs: str
-    window: int = 1
-    positions: int = 1
-
-
-class Network(NamedTuple):
-    """A network as sets of channels and the layers between them.
-
-    Attributes:
-        channels: By name, each after those it is computed from; the first is the input, the
-            last the output.
-        layers: In any order; one for each set that is neither a sum nor the input. The names
-            of outputs are those of the layers' parameters.
-    """
-
-    channels: Mapping[str, Channels]
-    layers: tuple[Layer, ...]
+NORM_PARAMETERS = 2
+"""Of a normalised channel: scale and shift."""
 
 
 class Counts(NamedTuple):
@@ -74,7 +48,7 @@ class Counts(NamedTuple):
 
     Attributes:
         channels: Gated channels that are open, whether they count or not.
-        parameters: Of convolutions, dense layers and normalisation, without gates.
+        parameters: Of layers, normalisation and constants, without gates.
         multiply_adds: Of convolutions and dense layers for one example, "FLOPs" in papers on
             pruning.
     """
@@ -84,115 +58,157 @@ class Counts(NamedTuple):
     multiply_adds: Any
 
 
-def check(network: Network) -> Network:
-    """The network itself, if its description fits together.
-
-    Raises:
-        ValueError: A set is computed from one that is unknown or later or of another size, by
-            no layer or by several, or a gate is on two sets.
-    """
-    names, writers = list(network.channels), [layer.outputs for layer in network.layers]
-    for layer in network.layers:
-        for name in (layer.inputs, layer.outputs):
-            if name not in names:
-                raise ValueError(f"{layer} is between sets of channels, but {name!r} is none")
-        if names.index(layer.inputs) >= names.index(layer.outputs):
-            raise ValueError(f"{layer} reads what comes later: expected the inputs first")
-    for index, (name, channels) in enumerate(network.channels.items()):
-        expected = 0 if channels.sources or index == 0 else 1
-        if writers.count(name) != expected:
-            raise ValueError(
-                f"{writers.count(name)} layers write {name!r}, expected {expected}: a set is the "
-                "input, the sum of others or what one layer writes"
-            )
-        for source in channels.sources:
-            if source not in names[:index] or network.channels[source].size != channels.size:
-                raise ValueError(
-                    f"{name!r} is the sum of {channels.sources}, expected sets before it of "
-                    f"{channels.size} channels"
-                )
-    gates = [channels.gate for channels in network.channels.values() if channels.gate]
-    if len(set(gates)) < len(gates):
-        raise ValueError(f"gates are {gates}, expected each on one set")
-    for name, channels in network.channels.items():
-        if channels.gate and channels.size < 2:
-            raise ValueError(
-                f"{name!r} has a gate on {channels.size} channel: there is none to close without "
-                "closing the layer, expected 2 channels or more"
-            )
-    return network
-
-
 def sizes(network: Network) -> dict[str, int]:
     """The channels of each gate, by its path.
 
     Raises:
         ValueError: The network has no gate.
     """
-    found = {each.gate: each.size for each in network.channels.values() if each.gate}
+    found = graph.gated_channels(network)
     if not found:
         raise ValueError("the network has no gates, there is nothing to count")
     return found
 
 
-def used(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> dict[str, Bool[Array, "_"]]:
+def used(
+    network: Network,
+    open_: Mapping[str, Any],
+    *,
+    connected: Mapping[str, Bool[Array, "..."]] | None = None,
+) -> dict[str, Bool[Array, "_"]]:
     """Which channels count: those on a way from the input to the output, and the outputs.
+
+    Channels that are normalised in groups count together.
 
     Args:
         network: Its description.
         open_: Of each gate, which channels are open, `(n,)`.
+        connected: Of layers, by name, which inputs reach which outputs, `(inputs, outputs)`; of
+            batch normalisation which channels pass, `(n,)`. By default all do.
 
     Returns:
-        By the name of the set, `(size,)`.
+        By the name of the node, `(channels,)`.
 
     Raises:
         ValueError: Gates are missing, unknown or of another size.
     """
-    expected = sizes(network)
-    given = {path: jnp.shape(channels) for path, channels in open_.items()}
-    if given != {path: (n,) for path, n in expected.items()}:
-        raise ValueError(
-            f"open channels are of gates and shapes {given}, expected {expected} channels"
-        )
-    if kinds := {str(jnp.result_type(each)) for each in open_.values()} - {"bool"}:
-        raise ValueError(f"open channels are {', '.join(kinds)}, expected booleans")
-    writer = {layer.outputs: layer.inputs for layer in network.layers}
+    return ways(network, open_, connected=connected)[1]
+
+
+def ways(
+    network: Network,
+    open_: Mapping[str, Any],
+    *,
+    connected: Mapping[str, Bool[Array, "..."]] | None = None,
+) -> tuple[dict[str, Bool[Array, "_"]], dict[str, Bool[Array, "_"]]]:
+    """Which channels depend on the input, and which of them count; see `used`."""
+    _check_open(network, open_)
+    connected = connected or {}
+    width = {name: shape[-1] for name, shape in graph.shapes(network).items()}
     reached: dict[str, Array] = {}
-    for name, channels in network.channels.items():
-        if channels.sources:
-            value = _any([reached[source] for source in channels.sources])
-        elif name in writer:
-            value = jnp.broadcast_to(jnp.any(reached[writer[name]]), channels.size)
-        else:
-            value = jnp.ones(channels.size, bool)
-        reached[name] = value & open_[channels.gate] if channels.gate else value
-    last = list(network.channels)[-1]
+    for name, node in network.nodes.items():
+        given = [reached[before] for before in graph.inputs(node)]
+        value = _forward(node, given, width[name], connected.get(name))
+        path = graph.gate(node)
+        reached[name] = value & open_[path] if path else value
     counted: dict[str, Array] = {}
-    # From the output back; who reads a set comes after it.
-    readers: dict[str, list[Array]] = {name: [] for name in network.channels}
-    for name in reversed(list(network.channels)):
-        wanted = reached[name] if name == last else reached[name] & _any(readers[name])
-        counted[name] = jnp.ones_like(wanted) if name == last else wanted
-        channels = network.channels[name]
-        for source in channels.sources:
-            readers[source].append(wanted)
-        if name in writer:
-            size = network.channels[writer[name]].size
-            readers[writer[name]].append(jnp.broadcast_to(jnp.any(wanted), size))
-    return {name: counted[name] for name in network.channels}
+    # From the output back; who reads a node comes after it.
+    readers: dict[str, list[Array]] = {name: [] for name in network.nodes}
+    last = list(network.nodes)[-1]
+    for name, node in reversed(network.nodes.items()):
+        if name == last:
+            wanted = jnp.ones_like(reached[name])
+            counted[name] = wanted
+            wanted &= reached[name]
+        else:
+            wanted = reached[name] & _any(readers[name])
+            if isinstance(node, Norm) and node.groups:
+                wanted = _whole_groups(wanted, node.groups)
+            counted[name] = wanted
+        for before in graph.inputs(node):
+            needed = _backward(node, wanted, width[before], connected.get(name))
+            readers[before].append(needed)
+    return reached, {name: counted[name] for name in network.nodes}
+
+
+def _forward(node: Node, given: list[Any], width: int, connected: Any) -> Any:
+    match node:
+        case Input():
+            return jnp.ones(width, bool)
+        case Conv() | Dense() if connected is not None:
+            return jnp.any(given[0][:, None] & connected, 0)
+        case Conv() | Dense() | Reshape():
+            return jnp.broadcast_to(jnp.any(given[0]), width)
+        case Constant():
+            return jnp.zeros(width, bool)
+        case Norm(groups=groups) if groups:
+            return _whole_groups(given[0], groups)
+        case Norm() if connected is not None:
+            return given[0] & connected
+        case Add() | Multiply():
+            return _any(given)
+        case Subsample():
+            return jnp.pad(given[0], (0, width - len(given[0])))
+        case Select(channels=channels):
+            return given[0][np.array(channels)]
+        case Embed(places=places):
+            return jnp.zeros(width, bool).at[np.array(places)].set(given[0])
+    return given[0]
+
+
+def _backward(node: Node, wanted: Any, width: int, connected: Any) -> Any:
+    """Which of the `width` channels that a node reads are wanted for those of its own."""
+    match node:
+        case Conv() | Dense() if connected is not None:
+            return jnp.any(wanted[None] & connected, 1)
+        case Conv() | Dense() | Reshape():
+            return jnp.broadcast_to(jnp.any(wanted), width)
+        case Constant():
+            return jnp.zeros(width, bool)
+        case Subsample():
+            return wanted[:width]
+        case Select(channels=channels):
+            return jnp.zeros(width, bool).at[np.array(channels)].set(wanted)
+        case Embed(places=places):
+            return wanted[np.array(places)]
+    return wanted
+
+
+def _whole_groups(channels: Any, groups: int) -> Any:
+    size = len(channels) // groups
+    return jnp.repeat(jnp.any(channels.reshape(groups, size), 1), size)
 
 
 def _any(masks: list[Array]) -> Array:
-    # Of no masks, where nothing reads a set: a scalar, which broadcasts.
+    # Of no masks, where nothing reads a node: a scalar, which broadcasts.
     return functools.reduce(jnp.logical_or, masks, jnp.asarray(False))
 
 
-def count(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> Counts:
+def _check_sizes(network: Network, gates: Mapping[str, Any]) -> None:
+    expected = {path: (n,) for path, n in graph.gated_channels(network).items()}
+    given = {path: jnp.shape(channels) for path, channels in gates.items()}
+    if given != expected:
+        raise ValueError(f"channels are of gates and shapes {given}, expected {expected}")
+
+
+def _check_open(network: Network, open_: Mapping[str, Any]) -> None:
+    _check_sizes(network, open_)
+    if kinds := {str(jnp.result_type(each)) for each in open_.values()} - {"bool"}:
+        raise ValueError(f"open channels are {', '.join(kinds)}, expected booleans")
+
+
+def count(
+    network: Network,
+    open_: Mapping[str, Any],
+    *,
+    connected: Mapping[str, Bool[Array, "..."]] | None = None,
+) -> Counts:
     """What the network costs whose open channels are these. Works under `jit`.
 
     Args:
         network: Its description.
         open_: Of each gate, which channels are open, `(n,)`.
+        connected: See `used`.
 
     Returns:
         Numbers, int32; float32 and rounded where the whole network has more than that holds.
@@ -201,19 +217,25 @@ def count(network: Network, open_: Mapping[str, Bool[Array, "_"]]) -> Counts:
         ValueError: Gates are missing, unknown or of another size.
     """
     total = whole(network)
-    left = {name: jnp.sum(mask, dtype=jnp.int32) for name, mask in used(network, open_).items()}
-    opened = jnp.sum(jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in open_.values()]))
+    counted = used(network, open_, connected=connected)
+    left = {name: jnp.sum(mask, dtype=jnp.int32) for name, mask in counted.items()}
+    opened = [jnp.sum(mask, dtype=jnp.int32) for mask in open_.values()]
     numbers = [
         jax.tree.map(lambda n, whole=whole: n.astype(_number_type(whole)), left)
         for whole in total[1:]
     ]
-    return Counts(opened, _parameters(network, numbers[0]), _multiply_adds(network, numbers[1]))
+    return Counts(
+        jnp.sum(jnp.stack(opened)) if opened else jnp.int32(0),
+        _parameters(network, numbers[0]),
+        _multiply_adds(network, numbers[1]),
+    )
 
 
 def whole(network: Network) -> Counts:
     """What the network costs with all channels open, as Python integers."""
-    full = {name: each.size for name, each in network.channels.items()}
-    gated = sum(each.size for each in network.channels.values() if each.gate)
+    shapes = graph.shapes(network)
+    full = {name: shape[-1] for name, shape in shapes.items()}
+    gated = sum(full[name] for name, node in network.nodes.items() if graph.gate(node))
     return Counts(gated, _parameters(network, full), _multiply_adds(network, full))
 
 
@@ -231,13 +253,91 @@ def _number_type(whole: int) -> Any:
     return jnp.int32 if whole <= np.iinfo(np.int32).max else jnp.float32
 
 
+def _layers(network: Network) -> list[tuple[str, Conv | Dense, int, int]]:
+    """Layers with the weights between two channels, and the positions of their outputs."""
+    shapes = graph.shapes(network)
+    found = []
+    for name, node in network.nodes.items():
+        if isinstance(node, Conv):
+            found.append((name, node, node.size**2, math.prod(shapes[name][:-1])))
+        elif isinstance(node, Dense):
+            # All positions of what it reads.
+            found.append((name, node, math.prod(shapes[node.input][:-1]), 1))
+    return found
+
+
 def _parameters(network: Network, left: Mapping[str, Any]) -> Any:
-    weights = sum(left[each.inputs] * left[each.outputs] * each.window for each in network.layers)
-    return weights + sum(left[name] * each.parameters for name, each in network.channels.items())
+    total = sum(
+        left[node.input] * left[name] * window + left[name] * int(node.bias)
+        for name, node, window, _ in _layers(network)
+    )
+    for name, node in network.nodes.items():
+        if isinstance(node, Norm):
+            total += left[name] * NORM_PARAMETERS
+        elif isinstance(node, Shift | Constant):
+            total += left[name] * max(1, len(node.rows) * len(node.columns))
+    return total
 
 
 def _multiply_adds(network: Network, left: Mapping[str, Any]) -> Any:
     return sum(
-        left[each.inputs] * left[each.outputs] * (each.window * each.positions)
-        for each in network.layers
+        left[node.input] * left[name] * (window * positions)
+        for name, node, window, positions in _layers(network)
     )
+
+
+def soft_fractions(network: Network, gates: Mapping[str, Real[Array, "_"]]) -> dict[str, Any]:
+    """How much of a network is there whose channels are open by halves, differentiably.
+
+    With gates of zeros and ones a channel counts here if it is open, whether or not anything
+    reads it; what a sum of nodes has of a channel is the most that one of them has. ChipNet
+    holds networks to budgets of this kind.
+
+    Args:
+        network: Its description.
+        gates: Of each gate, how far its channels are open, `(n,)` between 0 and 1.
+
+    Returns:
+        Fractions of the whole between 0 and 1, by what is counted: `channels`, `volume` (of
+        gated features), `parameters` and `multiply_adds`.
+
+    Raises:
+        ValueError: Gates are missing, unknown or of another size, or there is none.
+    """
+    sizes(network)
+    _check_sizes(network, gates)
+    shapes = graph.shapes(network)
+    there: dict[str, Array] = {}
+    volume = []
+    for name, node in network.nodes.items():
+        given = [there[before] for before in graph.inputs(node)]
+        value = _soft(node, given, shapes[name][-1])
+        if path := graph.gate(node):
+            value = value * gates[path]
+            volume.append((math.prod(shapes[name][:-1]), gates[path]))
+        there[name] = value
+    left = {name: jnp.sum(value) for name, value in there.items()}
+    full = whole(network)
+    opened = [value for _, value in volume]
+    return {
+        "channels": sum(jnp.sum(value) for value in opened) / sum(map(len, opened)),
+        "volume": sum(area * jnp.sum(value) for area, value in volume)
+        / sum(area * len(value) for area, value in volume),
+        "parameters": _parameters(network, left) / full.parameters,
+        "multiply_adds": _multiply_adds(network, left) / full.multiply_adds,
+    }
+
+
+def _soft(node: Node, given: list[Any], width: int) -> Any:
+    match node:
+        case Input() | Conv() | Dense() | Reshape() | Constant():
+            return jnp.ones(width)
+        case Add() | Multiply():
+            return functools.reduce(jnp.maximum, given)
+        case Subsample():
+            return jnp.pad(given[0], (0, width - len(given[0])))
+        case Select(channels=channels):
+            return given[0][np.array(channels)]
+        case Embed(places=places):
+            return jnp.zeros(width).at[np.array(places)].set(given[0])
+    return given[0]

@@ -187,6 +187,7 @@ class Dam:
     k: float = 5.0
     convention: str = "paper"
     shape: Shape = "relu_tanh"
+    place = "layer"
 
     def __post_init__(self):
         """Checks the fields.

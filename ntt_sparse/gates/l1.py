@@ -25,6 +25,7 @@ class L1:
     """
 
     initial: float = 1.0
+    place = "layer"
 
     def __post_init__(self):
         """Checks the fields.

@@ -1,27 +1,39 @@
 """Gates inside networks: a Linen layer, and where its parameters are in a network's."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, ArrayLike, Float, Int, Real
+from flax import traverse_util
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
-from ntt_sparse._types import Params, Scalar
+from ntt_sparse._types import Masks, Params, Scalar
 from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.network import Network, Norm, gate, gated_channels
 
 # Linen's own names of modules, or those of a field.
 _NAME = re.compile(r"gate(_?\d+)?", re.IGNORECASE)
 
-ORDER = "order"
-"""The collection that holds the ranks of channels, where they are not those of the index."""
+STATE = "gates"
+"""The collection of what gates know besides their parameters, by keywords of `Kind.values`."""
+LAYER, NORM, SCALE = "layer", "norm", "scale"
+"""Places of gates, see `Kind`."""
 
 
 @runtime_checkable
 class Kind(Protocol):
-    """A kind of gate, as pure functions of its parameters: `Dam`, `L1`."""
+    """A kind of gate, as pure functions of its parameters: `Dam`, `L1`, `Slimming`, `ChipNet`.
+
+    Attributes:
+        place: `"layer"`: on what a layer writes, before it is normalised; `"norm"`: on what is
+            normalised; `"scale"`: the scale of the normalisation is the gate. Without
+            normalisation all are on layers.
+    """
+
+    place: str
 
     def init(self, n: int) -> dict[str, Array]:
         """The parameters of a layer of `n` channels at the start."""
@@ -30,7 +42,10 @@ class Kind(Protocol):
     def values(
         self, params: Mapping[str, Array], n: int, *, ranks: Int[ArrayLike, " n"] | None = None
     ) -> Float[Array, " n"]:
-        """What its channels are multiplied by, `(n,)`, none below zero; zero is closed."""
+        """What its channels are multiplied by, `(n,)`; zero is closed.
+
+        Keywords are variables of the collection `STATE`.
+        """
         ...
 
     def penalty(self, layers: Sequence[Mapping[str, Array]]) -> Scalar:
@@ -45,8 +60,8 @@ class Gate(nn.Module):
     no bias may as well be multiplied itself, which is the same function at a fraction of the
     work: `kernel * gate(n=...)`, its last axis being the channels.
 
-    The order of the channels is that of their index, unless the variables hold `ranks` for
-    this layer in the collection `order`.
+    What the variables hold for this layer in the collection `gates` goes to the kind, such as
+    the `ranks` of its channels in the order of `Dam`.
 
     Attributes:
         kind: Of the gate.
@@ -74,8 +89,7 @@ class Gate(nn.Module):
         params = {
             name: self.param(name, lambda _, value=value: value) for name, value in start.items()
         }
-        ranks = self.get_variable(ORDER, "ranks") if self.has_variable(ORDER, "ranks") else None
-        values = self.kind.values(params, width, ranks=ranks)
+        values = self.kind.values(params, width, **self.variables.get(STATE, {}))
         return values if features is None else features * values.astype(features.dtype)
 
 
@@ -108,6 +122,104 @@ def find(params: Params) -> dict[str, Any]:
             "the parameters hold no gate: expected modules named gate, gate1, Gate_0 or the like"
         )
     return found
+
+
+def parameters(kind: Kind, params: Params, network: Network) -> dict[str, Any]:
+    """The parameters of the gates of a network, by path: scales of normalisation among them.
+
+    Raises:
+        ValueError: They are not those that the description has.
+    """
+    expected = gated_channels(network)
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    norms = {gate(node) for node in network.nodes.values() if isinstance(node, Norm)}
+    scales = {
+        path: {leaf: flat[f"{path}/{leaf}"] for leaf in ("scale", "bias")}
+        for path in expected
+        if kind.place == SCALE and path in norms
+    }
+    found = scales if len(scales) == len(expected) else scales | find(params)
+    if set(found) != set(expected):
+        raise ValueError(f"the parameters hold gates {sorted(found)}, expected {sorted(expected)}")
+    return {path: found[path] for path in expected}
+
+
+def values(
+    kind: Kind | None, variables: Mapping[str, Any], network: Network
+) -> dict[str, Float[Array, "_"]]:
+    """The gates of a network, by path: what the channels of each are multiplied by, `(n,)`.
+
+    Scales of normalisation are in the network already: they count as one, or as zero where
+    scale and shift are.
+
+    Args:
+        kind: Of the gates; `None` for a network without.
+        variables: Of the network: `params`, and `gates` where these know more.
+        network: Its description.
+
+    Raises:
+        ValueError: The parameters hold other gates than the description.
+    """
+    if kind is None:
+        return {}
+    state: dict[str, dict[str, Any]] = {}
+    for path, value in traverse_util.flatten_dict(dict(variables.get(STATE, {}))).items():
+        state.setdefault("/".join(path[:-1]), {})[path[-1]] = value
+    found: dict[str, Any] = {}
+    sizes = gated_channels(network)
+    for path, params in parameters(kind, variables["params"], network).items():
+        if "bias" in params:
+            found[path] = ((params["scale"] != 0) | (params["bias"] != 0)).astype(float)
+        else:
+            found[path] = kind.values(params, sizes[path], **state.get(path, {}))
+    return found
+
+
+def state(gates: Network | Iterable[str], **values: Any) -> dict[str, Any]:
+    """Variables that tell gates what they know besides their parameters.
+
+    Args:
+        gates: Their paths, or the description of the network that has them.
+        **values: By keyword of `Kind.values`, for all gates, or mappings by path.
+
+    Returns:
+        `{"gates": ...}`, a collection, to be joined with the variables of the network.
+    """
+    leaves = {
+        (*path.split("/"), name): value[path] if isinstance(value, Mapping) else value
+        for path in (gated_channels(gates) if isinstance(gates, Network) else gates)
+        for name, value in values.items()
+    }
+    return {STATE: traverse_util.unflatten_dict(leaves)}
+
+
+def masks(
+    kind: Kind, params: Params, network: Network, open_: Mapping[str, Bool[ArrayLike, "_"]]
+) -> Masks:
+    """Masks that hold closed channels at zero whose gates are factors of their own.
+
+    Of normalised channels that is scale and shift, as in Network Slimming.
+
+    Args:
+        kind: Of the gates.
+        params: Of the network.
+        network: Its description.
+        open_: Of each gate, which channels are open, `(n,)`.
+
+    Returns:
+        Of the structure of `params`, for `ntt_sparse.pruning.masks.apply`.
+
+    Raises:
+        ValueError: Gates are missing, or unknown.
+    """
+    found = parameters(kind, params, network)
+    if set(found) != set(open_):
+        raise ValueError(f"open channels are of {sorted(open_)}, expected {sorted(found)}")
+    masked = {
+        f"{path}/{leaf}": jnp.asarray(open_[path]) for path, gate in found.items() for leaf in gate
+    }
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    return traverse_util.unflatten_dict({path: masked.get(path) for path in flat}, sep="/")
 
 
 def replace(params: Params, gates: Mapping[str, Any]) -> Params:

@@ -1,23 +1,18 @@
 """Autoencoders with a gated bottleneck."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
+from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.layer import Gate, Kind
+from ntt_sparse.models.activations import ACTIVATIONS, check_activation
 from ntt_sparse.models.initializers import torch_bias_init, torch_kernel_init
 
-_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
-    "none": lambda x: x,
-    "relu": nn.relu,
-    "leaky_relu": lambda x: nn.leaky_relu(x, 0.01),
-    "elu": nn.elu,
-    "tanh": jnp.tanh,
-}
+_ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh")
 
 
 class QRes(nn.Module):
@@ -71,11 +66,7 @@ class Perceptron(nn.Module):
         """
         super().__post_init__()
         for field in ("activation", "last"):
-            if getattr(self, field) not in _ACTIVATIONS:
-                raise ValueError(
-                    f"{field} is {getattr(self, field)!r}, expected one of "
-                    f"{', '.join(_ACTIVATIONS)}"
-                )
+            check_activation(field, getattr(self, field), _ACTIVATIONS)
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths are {self.widths}, expected 1 or more for each layer")
 
@@ -85,7 +76,7 @@ class Perceptron(nn.Module):
         y: Any = jnp.asarray(x)
         for index, width in enumerate(self.widths):
             if index:
-                y = _ACTIVATIONS[self.activation](y)
+                y = ACTIVATIONS[self.activation](y)
             if self.quadratic and index == len(self.widths) - 1:
                 y = QRes(width)(y)
             else:
@@ -96,7 +87,46 @@ class Perceptron(nn.Module):
                     kernel_init=torch_kernel_init,
                     bias_init=bias_init,
                 )(y)
-        return _ACTIVATIONS[self.last](y)
+        return ACTIVATIONS[self.last](y)
+
+    def extend(self, build: graph.Builder, x: str, prefix: str, gate: str | None = None) -> str:
+        """Adds its nodes to a description.
+
+        Args:
+            build: What collects them.
+            x: The node it reads.
+            prefix: Of the paths of its parameters.
+            gate: Path of the gate on its outputs; the last layer is dense then, with nothing
+                after it.
+
+        Returns:
+            The name of its last node.
+
+        Raises:
+            ValueError: A gate is on outputs that are not those of a dense layer.
+        """
+        y = x
+        for index, width in enumerate(self.widths):
+            if index:
+                y = build(graph.Activation(y, self.activation))
+            final = index == len(self.widths) - 1
+            if self.quadratic and final:
+                # (U x) * (V x) + (U x + b), the bias a constant of its own.
+                layer = f"{prefix}/QRes_0"
+                linear = build(graph.Dense(y, width, bias=False), f"{layer}/linear")
+                factor = build(graph.Dense(y, width, bias=False), f"{layer}/factor")
+                product = build(graph.Multiply((linear, factor)))
+                y = build(graph.Add((product, linear)))
+                y = build(graph.Shift(y), layer)
+            else:
+                on = gate if final else None
+                y = build(graph.Dense(y, width, self.use_bias, on), f"{prefix}/Dense_{index}")
+        if gate and (self.quadratic or self.last != "none"):
+            raise ValueError(
+                f"{prefix} ends in {'a quadratic layer' if self.quadratic else self.last!r}: a "
+                "description has gates on dense layers, expected one at the end"
+            )
+        return y if self.last == "none" else build(graph.Activation(y, self.last))
 
 
 class Autoencoder(nn.Module):
@@ -138,3 +168,16 @@ class Autoencoder(nn.Module):
         """The gated outputs of the encoder, `(n, bottleneck)`."""
         x = jnp.asarray(x)
         return self.gate(self.encoder(x.reshape(len(x), -1)))
+
+    def network(self, input_shape: tuple[int, ...]) -> graph.Network:
+        """Its description, for inputs of a shape.
+
+        Raises:
+            ValueError: The encoder does not end in a dense layer.
+        """
+        build = graph.Builder(input_shape)
+        code = self.encoder.extend(build, "input", "encoder", "gate")
+        result = self.decoder.extend(build, code, "decoder")
+        if len(input_shape) > 1:
+            build(graph.Reshape(result, tuple(input_shape)))
+        return build.network()

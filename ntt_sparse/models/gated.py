@@ -51,19 +51,10 @@ class Conv(nn.Module):
         """The gated outputs."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         x, kernel, bias = _gated(self, x, shape)
-        if self.size == 1 and self.padding in ("VALID", "SAME", 0):
-            # One matrix product, which XLA compiles far better than a convolution on CPU.
-            y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        else:
-            padding = self.padding
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                [(padding, padding)] * 2 if isinstance(padding, int) else padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        padding = self.padding
+        if not isinstance(padding, str):
+            padding = (padding, padding)
+        return add_bias(convolve(x, kernel, self.stride, padding), bias)
 
 
 class Dense(nn.Module):
@@ -93,8 +84,38 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n features"]:
         """The gated outputs."""
         x, kernel, bias = _gated(self, x, (x.shape[-1], self.features))
-        y = x @ kernel
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return add_bias(x @ kernel, bias)
+
+
+def convolve(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "kh kw c features"],
+    stride: int,
+    padding: str | tuple[int, int],
+) -> Float[Array, "n h2 w2 features"]:
+    """A convolution of images.
+
+    Args:
+        x: Images.
+        kernel: Square.
+        stride: Of its positions.
+        padding: "VALID", "SAME", or rows and columns of zeros before and after.
+    """
+    if kernel.shape[:2] == (1, 1) and padding in ("VALID", "SAME", (0, 0)):
+        # One matrix product, which XLA compiles far better than a convolution on CPU.
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding if isinstance(padding, str) else [padding] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def add_bias(y: Float[Array, "..."], bias: Float[Array, " features"] | None) -> Float[Array, "..."]:
+    """Features plus a bias on their last axis, if there is one."""
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _gated(layer: Conv | Dense, x: Any, shape: tuple[int, ...]) -> Any:

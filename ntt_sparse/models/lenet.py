@@ -1,24 +1,19 @@
 """LeNet and its kin: plain stacks of convolutions, pooling and dense layers."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
-from ntt_sparse.gates.channels import Channels, Layer, Network
+from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models import gated
+from ntt_sparse.models.activations import ACTIVATIONS, check_activation
 
 _PADDINGS = ("VALID", "SAME")
-_ACTIVATIONS: Mapping[str, Callable[[Any], Any]] = {
-    "relu": nn.relu,
-    "tanh": jnp.tanh,
-    # Sitzmann et al. 2020, https://arxiv.org/abs/2006.09661, of frequency 1.
-    "sine": jnp.sin,
-}
+_ACTIVATIONS = ("relu", "tanh", "sine")
 
 
 class LeNet(nn.Module):
@@ -64,10 +59,7 @@ class LeNet(nn.Module):
             ValueError: A field has no meaning.
         """
         super().__post_init__()
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
-            )
+        check_activation("activation", self.activation, _ACTIVATIONS)
         depth = sum(map(len, self.stages)) + len(self.hidden)
         if self.gated is not None and not (self.kind and 1 <= self.gated <= depth):
             raise ValueError(
@@ -104,7 +96,7 @@ class LeNet(nn.Module):
         }
 
         kinds = self._kinds()
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
 
         def drop(x, rate):
             return nn.Dropout(rate, deterministic=not train)(x) if self.dropout else x
@@ -125,35 +117,40 @@ class LeNet(nn.Module):
             y = activate(drop(gated.Dense(width, kind=next(kinds), **layer)(y), 0.5))
         return gated.Dense(self.num_outputs, **layer)(y)
 
-    def network(self, input_shape: tuple[int, ...]) -> Network:
-        """Its channels and layers, for inputs of a shape, such as `(height, width, channels)`.
+    def network(self, input_shape: tuple[int, ...]) -> graph.Network:
+        """Its description, for inputs of a shape, such as `(height, width, channels)`.
 
         Raises:
             ValueError: Not images, or images too small for the stages.
         """
-        channels, layers = {"input": Channels(math.prod(input_shape))}, []
-        kinds = self._kinds()
+        build, kinds, y = graph.Builder(input_shape), self._kinds(), "input"
 
-        def add(name, n, window=1, positions=1):
-            gate = f"{name}/gate" if next(kinds, None) else None
-            layers.append(Layer(list(channels)[-1], name, window, positions))
-            channels[name] = Channels(n, gate, parameters=1)
+        def gate(name):
+            return f"{name}/gate" if next(kinds, None) else None
 
-        flattened = 1
+        def drop(y, rate):
+            return build(graph.Dropout(y, rate)) if self.dropout else y
+
         if self.stages:
             self._check_images((1, *input_shape))
-            channels["input"] = Channels(input_shape[-1])
-            height, width = (max(size, self.field) for size in input_shape[:2])
-            shrink = self.kernel_size - 1 if self.padding == "VALID" else 0
-            for stage in self.stages:
-                for n in stage:
-                    height, width = height - shrink, width - shrink
-                    add(f"Conv_{len(layers)}", n, self.kernel_size**2, height * width)
-                height, width = height // 2, width // 2
-            flattened = height * width
-        for index, n in enumerate((*self.hidden, self.num_outputs)):
-            add(f"Dense_{index}", n, 1 if index else flattened)
-        return Network(channels, tuple(layers))
+            y = build(graph.Field(y, self.field)) if self.field else y
+        around = self.kernel_size - 1 if self.padding == "SAME" else 0
+        convolutions = 0
+        for stage in self.stages:
+            for n in stage:
+                name, padding = f"Conv_{convolutions}", (around // 2, around - around // 2)
+                convolutions += 1
+                y = build(
+                    graph.Conv(y, n, self.kernel_size, 1, padding, bias=True, gate=gate(name)), name
+                )
+                y = build(graph.Activation(y, self.activation))
+            y = drop(build(graph.Pool(y)), 0.25)
+        for index, n in enumerate(self.hidden):
+            name = f"Dense_{index}"
+            y = drop(build(graph.Dense(y, n, gate=gate(name)), name), 0.5)
+            y = build(graph.Activation(y, self.activation))
+        build(graph.Dense(y, self.num_outputs), f"Dense_{len(self.hidden)}")
+        return build.network()
 
     def _kinds(self) -> Iterator[Kind | None]:
         """The gate of each hidden layer, in order."""

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
-from ntt_sparse.gates.channels import Channels, Layer, Network
+from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models import gated
 from ntt_sparse.models.initializers import he_fan_out, torch_bias_init, torch_kernel_init
-from ntt_sparse.models.norm import NORM_PARAMETERS, batch_norm
+from ntt_sparse.models.norm import batch_norm, layer_kind, norm_gate
 
 _EXPANSION = 4
 # Of normalised channels at the start.
@@ -23,8 +23,9 @@ class PreResNet(nn.Module):
 
     With `n` blocks in each of three stages it has `9 n + 2` layers. Every convolution but those
     of shortcuts has a gate on its outputs, before they are normalised or added (Bu et al. 2021,
-    their code): 163 gates of 12,112 channels for 164 layers. The first block of each stage but
-    the first halves height and width.
+    their code): 163 gates of 12,112 channels for 164 layers. Gates whose place is the
+    normalisation are on as many channels, all that are normalised. The first block of each stage
+    but the first halves height and width.
 
     The params are named `Conv_0`, `stage1_block1`, ..., `BatchNorm_0`, `Dense_0`; running
     statistics are in the collection `batch_stats`, which `train=True` updates with
@@ -86,14 +87,17 @@ class PreResNet(nn.Module):
             raise ValueError(f"input is {x.shape}, expected images (n, height, width, channels)")
         fields = {"kind": self.kind, "dtype": self.dtype, "param_dtype": self.param_dtype}
         x = gated.Conv(
-            self.channels[0], 3, padding=1, use_bias=False, kernel_init=he_fan_out, **fields
-        )(x)
+            self.channels[0], 3, padding=1, use_bias=False, kernel_init=he_fan_out,
+            **{**fields, "kind": layer_kind(self.kind)},
+        )(x)  # fmt: skip
         for stage, block, stride in _blocks(self):
             x = Bottleneck(
                 self.channels[stage - 1], stride=stride, shortcut=block == 1,
                 name=f"stage{stage}_block{block}", **fields,
             )(x, train=train)  # fmt: skip
-        x = nn.relu(batch_norm(x, train, self.dtype, self.param_dtype, scale=_SCALE))
+        x = nn.relu(
+            batch_norm(x, train, self.dtype, self.param_dtype, scale=_SCALE, kind=self.kind)
+        )
         return nn.Dense(
             self.num_outputs,
             kernel_init=torch_kernel_init,
@@ -102,54 +106,41 @@ class PreResNet(nn.Module):
             param_dtype=self.param_dtype,
         )(x.mean(axis=(1, 2)))
 
-    def network(self, input_shape: tuple[int, ...]) -> Network:
-        """Its channels and layers, for images `(height, width, channels)`.
+    def network(self, input_shape: tuple[int, ...]) -> graph.Network:
+        """Its description, for images `(height, width, channels)`.
 
         Raises:
             ValueError: Not the shape of images.
         """
         if len(input_shape) != 3 or min(input_shape) < 1:
             raise ValueError(f"images have shape {input_shape}, expected (height, width, channels)")
-        height, width, inputs = input_shape
-        first = self.channels[0]
-        channels = {"input": Channels(inputs), "Conv_0": Channels(first, self._gate("Conv_0"))}
-        layers = [Layer("input", "Conv_0", 9, height * width)]
-        stream = "Conv_0"
+        build = graph.Builder(input_shape)
+
+        def convolve(y, name, channels, size, stride=1, gated=True):
+            gate = self._gate(name) if gated else None
+            padding = (size // 2, size // 2)
+            return build(graph.Conv(y, channels, size, stride, padding, gate=gate), name)
+
+        def rectified(y, name):
+            gate = norm_gate(self.kind, name, int(name[-1]))
+            return build(graph.Activation(build(graph.Norm(y, gate=gate), name), "relu"))
+
+        x = convolve("input", "Conv_0", self.channels[0], 3)
         for stage, block, stride in _blocks(self):
             name, n = f"stage{stage}_block{block}", self.channels[stage - 1]
-            wide, before = _EXPANSION * n, height * width
-            height, width = -(-height // stride), -(-width // stride)
-            area = height * width
-            norm, conv0, conv1, conv2 = (
-                f"{name}/{part}" for part in ("BatchNorm_0", "Conv_0", "Conv_1", "Conv_2")
-            )
-            channels |= {
-                norm: Channels(channels[stream].size, None, NORM_PARAMETERS, (stream,)),
-                # The next normalisation is on the channels that a convolution writes.
-                conv0: Channels(n, self._gate(conv0), NORM_PARAMETERS),
-                conv1: Channels(n, self._gate(conv1), NORM_PARAMETERS),
-                conv2: Channels(wide, self._gate(conv2)),
-            }
-            layers += [
-                Layer(norm, conv0, 1, before), Layer(conv0, conv1, 9, area),
-                Layer(conv1, conv2, 1, area),
-            ]  # fmt: skip
+            y = convolve(rectified(x, f"{name}/BatchNorm_0"), f"{name}/Conv_0", n, 1)
+            y = convolve(rectified(y, f"{name}/BatchNorm_1"), f"{name}/Conv_1", n, 3, stride)
+            wide = _EXPANSION * n
+            y = convolve(rectified(y, f"{name}/BatchNorm_2"), f"{name}/Conv_2", wide, 1)
             if block == 1:
-                shortcut = f"{name}/shortcut"
-                channels[shortcut] = Channels(wide)
-                layers.append(Layer(stream, shortcut, 1, area))
-                stream = shortcut
-            channels[name] = Channels(wide, sources=(stream, conv2))
-            stream = name
-        channels |= {
-            "BatchNorm_0": Channels(channels[stream].size, None, NORM_PARAMETERS, (stream,)),
-            "Dense_0": Channels(self.num_outputs, parameters=1),
-        }
-        layers.append(Layer("BatchNorm_0", "Dense_0"))
-        return Network(channels, tuple(layers))
+                x = convolve(x, f"{name}/shortcut", wide, 1, stride, gated=False)
+            x = build(graph.Add((x, y)), name)
+        y = build(graph.Mean(rectified(x, "BatchNorm_0")))
+        build(graph.Dense(y, self.num_outputs), "Dense_0")
+        return build.network()
 
     def _gate(self, layer: str) -> str | None:
-        return f"{layer}/gate" if self.kind is not None else None
+        return f"{layer}/gate" if layer_kind(self.kind) else None
 
 
 class Bottleneck(nn.Module):
@@ -194,13 +185,13 @@ class Bottleneck(nn.Module):
         }  # fmt: skip
 
         def rectified(y):
-            return nn.relu(batch_norm(y, train, self.dtype, self.param_dtype, scale=_SCALE))
+            y = batch_norm(y, train, self.dtype, self.param_dtype, scale=_SCALE, kind=self.kind)
+            return nn.relu(y)
 
-        y = gated.Conv(self.channels, 1, kind=self.kind, **fields)(rectified(x))
-        y = gated.Conv(self.channels, 3, self.stride, padding=1, kind=self.kind, **fields)(
-            rectified(y)
-        )
-        y = gated.Conv(wide, 1, kind=self.kind, **fields)(rectified(y))
+        kind = layer_kind(self.kind)
+        y = gated.Conv(self.channels, 1, kind=kind, **fields)(rectified(x))
+        y = gated.Conv(self.channels, 3, self.stride, padding=1, kind=kind, **fields)(rectified(y))
+        y = gated.Conv(wide, 1, kind=kind, **fields)(rectified(y))
         if self.shortcut:
             x = gated.Conv(wide, 1, self.stride, name="shortcut", **fields)(x)
         return x + y

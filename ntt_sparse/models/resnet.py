@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
+from ntt_sparse.gates import network as graph
 from ntt_sparse.models.norm import STABLE, batch_norm
 
 _SHORTCUTS = ("A", "B")
@@ -119,6 +120,42 @@ class ResNet(nn.Module):
             param_dtype=self.param_dtype,
         )(x.mean(axis=(1, 2)))
 
+    def network(self, input_shape: tuple[int, ...]) -> graph.Network:
+        """Its description, for images `(height, width, channels)`.
+
+        Raises:
+            ValueError: Not the shape of images.
+        """
+        if len(input_shape) != 3 or min(input_shape) < 1:
+            raise ValueError(f"images have shape {input_shape}, expected (height, width, channels)")
+        build = graph.Builder(input_shape)
+
+        def convolve(y, place, index, channels, size, stride=1):
+            padding, bias = (size // 2, size // 2), self.norm == "none"
+            node = graph.Conv(y, channels, size, stride, padding, bias)
+            y = build(node, f"{place}Conv_{index}")
+            if self.norm == "none":
+                return y
+            groups = _groups(channels) if self.norm == "group" else 0
+            return build(graph.Norm(y, groups), f"{place}{self.norm.title()}Norm_{index}")
+
+        x = build(graph.Activation(convolve("input", "", 0, self.channels[0], 3), "relu"))
+        before = self.channels[0]
+        for stage, channels in enumerate(self.channels, start=1):
+            for block in range(1, self.blocks_per_stage + 1):
+                name, stride = f"stage{stage}_block{block}", 2 if stage > 1 and block == 1 else 1
+                y = convolve(x, f"{name}/", 0, channels, 3, stride)
+                y = convolve(build(graph.Activation(y, "relu")), f"{name}/", 1, channels, 3)
+                if stride > 1 or before != channels:
+                    if self.shortcut == "A":
+                        x = build(graph.Subsample(x, channels, stride))
+                    else:
+                        x = convolve(x, f"{name}/", 2, channels, 1, stride)
+                x = build(graph.Activation(build(graph.Add((x, y))), "relu"), name)
+                before = channels
+        build(graph.Dense(build(graph.Mean(x)), self.num_outputs), "Dense_0")
+        return build.network()
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, added to their input before the last ReLU.
@@ -191,6 +228,11 @@ def subsample_and_pad(
     return jnp.pad(x[:, ::stride, ::stride], [(0, 0), (0, 0), (0, 0), (0, missing)])
 
 
+def _groups(channels: int) -> int:
+    groups, rest = divmod(channels, _GROUP_SIZE)
+    return 1 if rest else groups
+
+
 def _layers(
     norm: str, dtype: Any, param_dtype: Any, train: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -214,8 +256,7 @@ def _layers(
         if norm == "batch":
             return batch_norm(x, train, dtype, param_dtype)
         if norm == "group":
-            groups, rest = divmod(x.shape[-1], _GROUP_SIZE)
-            return nn.GroupNorm(1 if rest else groups, **STABLE, **shared)(x)
+            return nn.GroupNorm(_groups(x.shape[-1]), **STABLE, **shared)(x)
         return x
 
     return convolve, normalise

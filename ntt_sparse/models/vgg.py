@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
-from ntt_sparse.gates.channels import Channels, Layer, Network
+from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models import gated
 from ntt_sparse.models.initializers import he_fan_out
 from ntt_sparse.models.lenet import max_pool
-from ntt_sparse.models.norm import NORM_PARAMETERS, batch_norm
+from ntt_sparse.models.norm import batch_norm, layer_kind, norm_gate
 
 # Of normalised channels at the start.
 _SCALE = 0.5
@@ -20,7 +20,8 @@ _SCALE = 0.5
 class Vgg(nn.Module):
     """Stages of 3x3 convolutions with max pooling between them, pooling, a dense layer.
 
-    Each convolution is gated, normalised and rectified. The mean over positions after the last
+    Each convolution is gated, normalised and rectified; the place of the gate is that of its
+    kind. The mean over positions after the last
     stage stands for the average pooling of 2 x 2 pixels that 32 x 32 images end at. The params
     are named `Conv_0`, `BatchNorm_0`, ..., `Dense_0`; running statistics are in the collection
     `batch_stats`, which `train=True` updates with `mutable=["batch_stats"]`.
@@ -83,11 +84,12 @@ class Vgg(nn.Module):
             x = max_pool(x) if stage else x
             for width in widths:
                 x = gated.Conv(
-                    width, 3, padding=1, use_bias=False, kind=self.kind, dtype=self.dtype,
-                    kernel_init=he_fan_out,
-                    param_dtype=self.param_dtype,
+                    width, 3, padding=1, use_bias=False, kind=layer_kind(self.kind),
+                    kernel_init=he_fan_out, dtype=self.dtype, param_dtype=self.param_dtype,
                 )(x)  # fmt: skip
-                x = nn.relu(batch_norm(x, train, self.dtype, self.param_dtype, scale=_SCALE))
+                x = nn.relu(
+                    batch_norm(x, train, self.dtype, self.param_dtype, scale=_SCALE, kind=self.kind)
+                )
         return nn.Dense(
             self.num_outputs,
             kernel_init=nn.initializers.normal(0.01),
@@ -95,27 +97,26 @@ class Vgg(nn.Module):
             param_dtype=self.param_dtype,
         )(x.mean(axis=(1, 2)))
 
-    def network(self, input_shape: tuple[int, ...]) -> Network:
-        """Its channels and layers, for images `(height, width, channels)`.
+    def network(self, input_shape: tuple[int, ...]) -> graph.Network:
+        """Its description, for images `(height, width, channels)`.
 
         Raises:
             ValueError: Images are too small for the stages.
         """
         self._check_images(input_shape)
-        height, width, inputs = input_shape
-        channels, layers = {"input": Channels(inputs)}, []
+        build, y, index = graph.Builder(input_shape), "input", 0
         for stage, widths in enumerate(self.stages):
-            if stage:
-                height, width = height // 2, width // 2
+            y = build(graph.Pool(y)) if stage else y
             for n in widths:
-                name, before = f"Conv_{len(layers)}", list(channels)[-1]
-                gate = f"{name}/gate" if self.kind is not None else None
-                # With scale and shift of its normalisation.
-                channels[name] = Channels(n, gate, NORM_PARAMETERS)
-                layers.append(Layer(before, name, 9, height * width))
-        layers.append(Layer(list(channels)[-1], "Dense_0"))
-        channels["Dense_0"] = Channels(self.num_outputs, parameters=1)
-        return Network(channels, tuple(layers))
+                name = f"Conv_{index}"
+                gate = f"{name}/gate" if layer_kind(self.kind) else None
+                y = build(graph.Conv(y, n, 3, 1, (1, 1), gate=gate), name)
+                norm = f"BatchNorm_{index}"
+                y = build(graph.Norm(y, gate=norm_gate(self.kind, norm, index)), norm)
+                y = build(graph.Activation(y, "relu"))
+                index += 1
+        build(graph.Dense(build(graph.Mean(y)), self.num_outputs), "Dense_0")
+        return build.network()
 
     def _check_images(self, shape: tuple[int, ...]) -> None:
         least = 2 ** (len(self.stages) - 1)

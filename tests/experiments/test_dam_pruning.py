@@ -94,11 +94,11 @@ def test_files(orders):
 def test_a_random_order_closes_other_channels():
     config = small(orders=(0, 2))
     sizes = {"Conv_0/gate": 6, "Dense_0/gate": 120}
-    plain, drawn = (members.orders(config, sizes, number)["order"] for number in (0, 2))
+    plain, drawn = (members.orders(config, sizes, number)["gates"] for number in (0, 2))
     np.testing.assert_array_equal(plain["Conv_0"]["gate"]["ranks"], np.arange(6))
     ranks = drawn["Dense_0"]["gate"]["ranks"]
     assert sorted(ranks.tolist()) == list(range(120)) and np.any(ranks != np.arange(120))
-    again = members.orders(config, sizes, 2)["order"]
+    again = members.orders(config, sizes, 2)["gates"]
     jax.tree.map(np.testing.assert_array_equal, drawn, again)
     assert members.orders(small(), sizes, 0) == {}
 

@@ -166,7 +166,7 @@ def test_a_compiled_network_has_exactly_the_target(n):
 
     @jax.jit
     def open_gates(beta, ranks):
-        variables = {"params": {"beta": beta}, layer.ORDER: {"ranks": ranks}}
+        variables = {"params": {"beta": beta}, layer.STATE: {"ranks": ranks}}
         return jnp.sum(gate.apply(variables, n=n) > 0)
 
     targets = list(range(1, n, 7))

@@ -10,8 +10,9 @@ import pytest
 from ntt_sparse import models
 from ntt_sparse.gates import budget, layer
 from ntt_sparse.gates import channels as accounting
-from ntt_sparse.gates.channels import Channels, Layer, Network
+from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.network import Conv, Network
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.vgg import Vgg
@@ -34,7 +35,7 @@ WHOLE = [
 @pytest.mark.parametrize(("name", "outputs", "shape", "count", "gates", "gated"), WHOLE)
 def test_published_denominators(name, outputs, shape, count, gates, gated):
     module = models.create(name, num_outputs=outputs, kind=Dam())
-    network = accounting.check(module.network(shape))
+    network = graph.check(module.network(shape))
     whole = accounting.whole(network)
     assert (whole.parameters, whole.channels) == (count, gated)
     assert len(accounting.sizes(network)) == gates
@@ -50,7 +51,7 @@ def small(name):
         "preresnet": (PreResNet(3, 2, (2, 3), Dam()), (6, 6, 2)),
         "vgg": (Vgg(3, ((2, 3), (4,)), Dam()), (4, 4, 2)),
     }[name]  # fmt: skip
-    return module, shape, accounting.check(module.network(shape))
+    return module, shape, graph.check(module.network(shape))
 
 
 def opened(network, seed, closed=0.5):
@@ -62,6 +63,8 @@ def opened(network, seed, closed=0.5):
 
 class Binary:
     """Gates that are given: one or zero."""
+
+    place = "layer"
 
     def init(self, n):
         return {"open": jnp.ones(n)}
@@ -99,10 +102,17 @@ def test_what_counts_is_what_the_outputs_depend_on(name):
         )
         return jax.grad(lambda p: jnp.sum(module.apply({"params": p, **state}, x)))(gated)
 
-    weights = network._replace(
-        channels={key: each._replace(parameters=0) for key, each in network.channels.items()}
-    )
-    count = jax.jit(lambda open_: accounting.count(weights, open_))
+    def rest(left):
+        """Parameters besides kernels: biases, scales and shifts."""
+        total = 0
+        for key, node in network.nodes.items():
+            number = int(jnp.sum(left[key]))
+            total += (
+                2 * number if isinstance(node, graph.Norm) else number * getattr(node, "bias", 0)
+            )
+        return total
+
+    count = jax.jit(lambda open_: accounting.count(network, open_))
     for seed in range(12):
         open_ = opened(network, seed, 0.2 + 0.06 * seed)
         grads = slopes(open_)
@@ -112,39 +122,39 @@ def test_what_counts_is_what_the_outputs_depend_on(name):
             if path[-1].key == "kernel"
         ]
         counts = count(open_)
-        assert sum(kernels) == counts.parameters
+        assert sum(kernels) == counts.parameters - rest(accounting.used(network, open_))
         assert counts.channels == sum(int(mask.sum()) for mask in open_.values())
 
 
-HAND = Network(
-    {
-        "input": Channels(2),
-        "a": Channels(3, "a/gate", 1),
-        "b": Channels(3, "b/gate"),
-        "sum": Channels(3, sources=("a", "b")),
-        "norm": Channels(3, None, 2, ("sum",)),
-        "out": Channels(4, parameters=1),
-    },
-    (Layer("input", "a", 9, 5), Layer("a", "b", 1, 5), Layer("norm", "out", 2)),
-)
+def hand_made(gates=("a/gate", "b/gate")):
+    """Layers of 9 and 1 weights between channels on 5 positions, summed, normalised, read by 2."""
+    build = graph.Builder((5, 1, 2))
+    a = build(Conv("input", 3, 3, 1, (1, 1), bias=True, gate=gates[0]), "a")
+    b = build(Conv(a, 3, 1, gate=gates[1]), "b")
+    norm = build(graph.Norm(build(graph.Add((a, b)), "sum")), "norm")
+    build(graph.Dense(norm, 4), "out")
+    return build.nodes
+
+
+HAND = Network(hand_made())
 
 
 @pytest.mark.parametrize(
     ("a", "b", "parameters", "multiply_adds"),
     [
-        # 2x3x9 + 3x1, 3x3, 3x2, 3x4x2 + 4x1.
-        ([1, 1, 1], [1, 1, 1], 57 + 9 + 6 + 28, 5 * 54 + 5 * 9 + 24),
+        # 2x3x9 + 3x1, 3x3, 3x2, 3x4x5 + 4x1.
+        ([1, 1, 1], [1, 1, 1], 57 + 9 + 6 + 64, 5 * 54 + 5 * 9 + 60),
         # One channel of a is left, and it feeds two of b; the sum has all three.
-        ([1, 0, 0], [0, 1, 1], 19 + 2 + 6 + 28, 5 * 18 + 5 * 2 + 24),
+        ([1, 0, 0], [0, 1, 1], 19 + 2 + 6 + 64, 5 * 18 + 5 * 2 + 60),
         # b is closed: nothing reads a for it, but the sum does.
-        ([1, 1, 0], [0, 0, 0], 38 + 0 + 4 + 20, 5 * 36 + 16),
+        ([1, 1, 0], [0, 0, 0], 38 + 0 + 4 + 44, 5 * 36 + 40),
         # Without a nothing reaches b, nor the output, which is its biases.
         ([0, 0, 0], [1, 1, 1], 4, 0),
     ],
 )
 def test_by_hand(a, b, parameters, multiply_adds):
     open_ = {"a/gate": jnp.array(a, bool), "b/gate": jnp.array(b, bool)}
-    counts = accounting.count(accounting.check(HAND), open_)
+    counts = accounting.count(graph.check(HAND), open_)
     assert counts == (sum(a) + sum(b), parameters, multiply_adds)
 
 
@@ -195,53 +205,113 @@ def _hold(network, target, cost, state, offset):
 
 
 def test_numbers_beyond_int32():
-    huge = Network(
-        {"input": Channels(3), "a": Channels(1000, "a/gate"), "out": Channels(10)},
-        (Layer("input", "a", 49, 10**5), Layer("a", "out", 1, 10**6)),
-    )
+    build = graph.Builder((2000, 1000, 3))
+    y = build(Conv("input", 1000, 7, 10, (3, 3), gate="a/gate"), "a")
+    build(Conv(y, 10, 1), "out")
     open_ = {"a/gate": jnp.ones(1000, bool)}
-    counts = accounting.count(huge, open_)
+    counts = accounting.count(build.network(), open_)
     assert counts.parameters.dtype == jnp.int32
     assert counts.multiply_adds.dtype == jnp.float32
-    np.testing.assert_allclose(counts.multiply_adds, 3 * 1000 * 49 * 1e5 + 1e4 * 1e6, rtol=1e-6)
+    np.testing.assert_allclose(counts.multiply_adds, (3 * 1000 * 49 + 1e4) * 2e4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("network", "message"),
+    ("change", "message"),
     [
-        (HAND._replace(layers=HAND.layers[1:]), "0 layers write 'a', expected 1"),
-        (HAND._replace(layers=(*HAND.layers, Layer("input", "b"))), "2 layers write 'b'"),
-        (HAND._replace(layers=(*HAND.layers, Layer("c", "b"))), "but 'c' is none"),
-        (HAND._replace(layers=(Layer("sum", "a"), *HAND.layers[1:])), "reads what comes later"),
-        (
-            HAND._replace(channels={**HAND.channels, "sum": Channels(2, sources=("a", "b"))}),
-            "'sum' is the sum of",
-        ),
-        (
-            HAND._replace(channels={**HAND.channels, "b": Channels(3, "a/gate")}),
-            "each on one set",
-        ),
-        (
-            Network({"input": Channels(2), "a": Channels(1, "a/gate")}, (Layer("input", "a"),)),
-            "'a' has a gate on 1 channel",
-        ),
+        ({"a": Conv("c", 3, 3)}, "'a' reads 'c', expected a node before it"),
+        ({"a": Conv("sum", 3, 3)}, "'a' reads 'sum', expected a node before it"),
+        ({"b": Conv("a", 2, 1)}, "'sum', .*, does not fit 'a' of .*: expected nodes of one shape"),
+        ({"b": Conv("a", 3, 1, gate="a/gate")}, "gates are .*, expected each on one node"),
+        ({"a": Conv("input", 3, 9)}, "'a', .*, has shape .*, expected sizes above 0"),
+        ({"norm": graph.Norm("sum", 2)}, "3 channels in 2 groups"),
+        ({"sum": graph.Reshape("b", (15,))}, "that as the last node alone"),
+        ({"sum": graph.Select("b", (0, 3, 1))}, "expected growing places among 3"),
+        ({"sum": graph.Embed("b", (0, 2), 4)}, "2 places"),
+        ({"sum": graph.Shift("b", (2, 2), (1,))}, "a constant of 4 x 1 positions"),
+        ({"sum": graph.Subsample("b", 2, 1)}, "3 channels among 2"),
+        ({"b": graph.Input((2,))}, "'b' is another input"),
     ],
 )
-def test_descriptions_that_do_not_fit(network, message):
+def test_descriptions_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        accounting.check(network)
+        graph.check(Network({**HAND.nodes, **change}))
+
+
+def test_a_gate_on_one_channel():
+    build = graph.Builder((2,))
+    build(graph.Dense("input", 1, gate="a/gate"), "a")
+    with pytest.raises(ValueError, match="'a' has a gate on 1 channel"):
+        build.network()
+    with pytest.raises(ValueError, match="expected the input first"):
+        graph.check(Network({}))
+
+
+@pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
+def test_descriptions_as_text(name):
+    network = small(name)[2]
+    again = graph.from_json(graph.to_json(network))
+    assert again == network and hash(again) == hash(network)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"a": 3}', '{"a": {"node": "Lambda"}}', '{"a": {"node": "Input"}}',
+             '{"a": {"node": "Input", "shape": [2], "code": 1}}',
+             '{"a": {"node": "Input", "shape": "ab"}}', '{"a": {"node": "Pool", "input": "a"}}'],
+)  # fmt: skip
+def test_text_that_describes_nothing(text):
+    with pytest.raises(ValueError, match="describes no network"):
+        graph.from_json(text)
 
 
 def test_gates_that_do_not_fit():
     for wrong, message in (
-        (jnp.ones((3, 1), bool), "open channels are of gates and shapes"),
+        (jnp.ones((3, 1), bool), "channels are of gates and shapes"),
         (jnp.ones(3), "open channels are float32, expected booleans"),
     ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            accounting.used.__wrapped__(HAND, {"a/gate": wrong, "b/gate": jnp.ones(3, bool)})
-    with pytest.raises(ValueError, match="open channels are of gates"):
+        with pytest.raises(ValueError, match=message):
+            accounting.used(HAND, {"a/gate": wrong, "b/gate": jnp.ones(3, bool)})
+    with pytest.raises(ValueError, match="channels are of gates"):
         accounting.count(HAND, {"a/gate": jnp.ones(3, bool)})
     ungated = PreResNet(3, 1, (2,)).network((4, 4, 1))
     with pytest.raises(ValueError, match="no gates"):
         accounting.sizes(ungated)
     assert accounting.whole(ungated).channels == 0
+
+
+@pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
+def test_soft_fractions_of_crisp_gates(name):
+    """Where every channel that is open is on a way, they are the exact counts."""
+    network = small(name)[2]
+    whole = accounting.whole(network)
+    rng = np.random.default_rng(3)
+    gates = {}
+    for path, n in accounting.sizes(network).items():
+        open_ = rng.random(n) < 0.6
+        open_[0] = True
+        gates[path] = jnp.asarray(open_)
+    crisp = accounting.soft_fractions(network, {k: v.astype(float) for k, v in gates.items()})
+    counts = accounting.count(network, gates)
+    for key in ("channels", "parameters", "multiply_adds"):
+        np.testing.assert_allclose(
+            crisp[key] * getattr(whole, key), getattr(counts, key), rtol=1e-5
+        )
+    assert 0 < crisp["volume"] < 1
+
+
+def test_soft_fractions_by_hand_and_by_differences():
+    a, b = jnp.array([1.0, 0.5, 0.0]), jnp.array([0.25, 0.75, 0.0])
+    soft = accounting.soft_fractions(HAND, {"a/gate": a, "b/gate": b})
+    # a: 1.5 of 3, b: 1 of 3; of the sum the most of both, 1 + 0.75.
+    parameters = 1.5 * 18 + 1.5 + 1.5 * 1 + 1.75 * 2 + 1.75 * 20 + 4
+    np.testing.assert_allclose(soft["parameters"], parameters / 136, rtol=1e-6)
+    np.testing.assert_allclose(soft["channels"], 2.5 / 6, rtol=1e-6)
+    np.testing.assert_allclose(soft["volume"], 2.5 / 6, rtol=1e-6)
+    adds = 5 * (1.5 * 18 + 1.5) + 1.75 * 20
+    np.testing.assert_allclose(soft["multiply_adds"], adds / (5 * 63 + 60), rtol=1e-6)
+
+    def parameters_of(first):
+        gates = {"a/gate": a.at[0].set(first), "b/gate": b}
+        return accounting.soft_fractions(HAND, gates)["parameters"]
+
+    slope = jax.grad(parameters_of)(0.9)
+    np.testing.assert_allclose(slope, (parameters_of(0.95) - parameters_of(0.85)) / 0.1, rtol=1e-3)

@@ -70,7 +70,7 @@ def test_an_order_is_a_variable():
     params = gate.init(jax.random.key(0), x)
 
     def run(ranks):
-        return gate.apply({**params, layer.ORDER: {"ranks": ranks}}, x)[0]
+        return gate.apply({**params, layer.STATE: {"ranks": ranks}}, x)[0]
 
     ranks = jnp.array([[3, 2, 1, 0], [1, 3, 0, 2]])
     plain = gate.apply(params, x)[0]

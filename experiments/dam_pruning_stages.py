@@ -1,0 +1,281 @@
+"""The stages of structured pruning: how a network is trained, cut and trained on.
+
+DAM and L1 gates close channels as they train, in one stage. Network Slimming trains scales, cuts
+the channels of the smallest and trains what is left; ChipNet trains a network, then its gates
+under a budget, cuts those that are lowest and trains what is left. A stage is there if it has
+epochs.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from experiments.dam_pruning_members import (
+    make_kind,
+    make_optimizer,
+    member_names,
+    runs_of,
+    start_members,
+)
+from experiments.study import augment_images, fit_stage, make_plan
+from ntt_sparse.data import images
+from ntt_sparse.gates import budget as budgets
+from ntt_sparse.gates import channels, chipnet, layer, slimming
+from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.network import Network
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import terms
+from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.state import Member, create_member
+from ntt_sparse.training.step import Term, TermInputs, make_step
+
+MAIN = "training"
+"""The stage in which gates or scales are trained."""
+_STAGES = ("pretrain", MAIN, "finetune")
+
+
+class Stage(NamedTuple):
+    """One stage of a study."""
+
+    name: str
+    settings: Any
+    plan: Plan
+
+
+class Setup(NamedTuple):
+    """Everything that is known before training starts."""
+
+    module: Any
+    network: Network
+    data: images.ImageData
+    stages: tuple[Stage, ...]
+
+
+def stages_of(config: Any, n: int) -> tuple[Stage, ...]:
+    """The stages that have epochs, in order, for `n` training examples."""
+    return tuple(
+        Stage(name, config[name], make_plan(config[name], n, config.checkpoint_seconds))
+        for name in _STAGES
+        if config[name].epochs
+    )
+
+
+def train(config: Any, setup: Setup, workdir: Path) -> Member:
+    """Trains every network in one program, stage after stage. Returns its members."""
+    data, runs = setup.data, runs_of(config)
+    first = setup.stages[0]
+    members = start_members(
+        config, setup.module, data.input_shape, runs, first.settings, first.plan
+    )
+    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    count = config.evaluated or None
+    held_out, test = (
+        tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)
+    )
+    for index, stage in enumerate(setup.stages):
+        members = enter(config, setup, index, members)
+        step_fn = make_step(
+            stage_terms(config, setup, stage),
+            make_optimizer(config, stage.settings, stage.plan),
+            forward=terms.masked_forward(terms.without_features(setup.module)),
+            augment=augment_images if config.data.augment else None,
+            after_update=after_update(config, setup, stage),
+        )
+        members = fit_stage(
+            config, workdir, stage.name, member_names(runs), members, step_fn, stage.plan,
+            tuple(data.train), evaluation(config, setup, stage), (held_out, test), mode,
+            batch_size=stage.settings.batch_size,
+        )  # fmt: skip
+    return members
+
+
+def enter(config: Any, setup: Setup, index: int, members: Member) -> Member:
+    """Members at the start of a stage: cut where the one before asks for it, else as they were.
+
+    The optimiser begins anew, and so does the order of the data.
+    """
+    stage, before = setup.stages[index], setup.stages[index - 1] if index else None
+    kind, network = make_kind(config), setup.network
+
+    def one(member: Member) -> Member:
+        params, masks, state = member.params, member.masks, member.model_state
+        if before is not None and before.name == MAIN:
+            open_ = open_channels(config, network, member, before)
+            if config.gate == "slimming":
+                masks = layer.masks(kind, params, network, open_)
+            elif config.gate == "chipnet":
+                state = {**state, **layer.state(network, open=open_)}
+        elif config.gate == "chipnet" and stage.name == MAIN:
+            beta, gamma = (jnp.asarray(value, float) for value in chipnet.START)
+            state = {**state, **layer.state(network, beta=beta, gamma=gamma)}
+        if not index:
+            return member._replace(model_state=state)
+        optimizer = make_optimizer(config, stage.settings, stage.plan, key=member.key)
+        key = jax.random.fold_in(member.key, index)
+        return create_member(params, masks, optimizer, key, member.context, state)
+
+    return jax.jit(jax.vmap(one))(members)
+
+
+def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
+    """The task loss and, where gates are trained, the member's penalty."""
+    if stage.name != MAIN:
+        return {"task": terms.task()}
+    kind, network = make_kind(config), setup.network
+    per_epoch = stage.plan.steps_per_epoch
+
+    def gate(inputs: TermInputs):
+        params = list(layer.parameters(kind, inputs.params, network).values())
+        value = kind.penalty(params)
+        return inputs.context["coefficient"] * value, {"penalty": value}
+
+    def crisp(inputs: TermInputs):
+        variables = {"params": inputs.params, **inputs.model_state}
+        values = layer.values(kind, variables, network)
+        steep = _steepness(inputs.step, per_epoch)
+        params = list(layer.parameters(kind, inputs.params, network).values())
+        crispness = cast(Any, kind).penalty(params, **steep)
+        missed = chipnet.budget_loss(
+            values,
+            lambda soft: channels.soft_fractions(network, soft)[config.budget],
+            inputs.context["target"],
+            chipnet.budget_steepness(jnp.asarray(inputs.step) / per_epoch),
+        )
+        total = config.chipnet.budget * missed + config.chipnet.crispness * crispness
+        logs = {"crispness": crispness, "budget": missed}
+        return inputs.context["coefficient"] * total, logs
+
+    return {"task": terms.task(), "gate": crisp if config.gate == "chipnet" else gate}
+
+
+def _steepness(step: Any, per_epoch: int) -> dict[str, Any]:
+    beta, gamma = chipnet.continuation(jnp.asarray(step) // per_epoch)
+    return {"beta": beta, "gamma": gamma}
+
+
+def after_update(config: Any, setup: Setup, stage: Stage) -> Callable[..., Member] | None:
+    """What happens to a member after each step of a stage."""
+    if stage.name != MAIN:
+        return None
+    if config.gate == "chipnet":
+
+        def sharpen(member: Member, step: Any) -> Member:
+            steep = layer.state(setup.network, **_steepness(step, stage.plan.steps_per_epoch))
+            return member._replace(model_state={**member.model_state, **steep})
+
+        return sharpen
+    return hold_budget(config, setup.network) if config.gate == "dam" else None
+
+
+def costs(config: Any, network: Network) -> Callable[..., Any]:
+    """What the budget of a study counts."""
+    return {
+        "channels": budgets.channels,
+        "parameters": channels.parameters(network),
+        "multiply_adds": channels.multiply_adds(network),
+    }[config.budget]
+
+
+def hold_budget(config: Any, network: Network) -> Callable[..., Member] | None:
+    """What stops the offsets of a member when its target is reached, after each step."""
+    if not config.budget:
+        return None
+    kind, sizes = cast(Dam, make_kind(config)), channels.sizes(network)
+
+    def hold(member: Member, step: Any) -> Member:
+        del step
+        context, gates = member.context, layer.find(member.params)
+        moved = {path: gate["beta"] for path, gate in gates.items()}
+        if config.budget == "layers":
+            budget = budgets.hold_layers(
+                context["budget"], moved, sizes, context["target"], kind=kind
+            )
+        else:
+            ranks = _ranks(member, sizes) if any(config.orders) else None
+            budget = budgets.hold(
+                context["budget"], moved, sizes, context["target"],
+                cost=costs(config, network), kind=kind, ranks=ranks,
+            )  # fmt: skip
+        params = layer.replace(
+            member.params, {path: {"beta": beta} for path, beta in budget.offsets.items()}
+        )
+        return member._replace(params=params, context={**context, "budget": budget})
+
+    return hold
+
+
+def _ranks(member: Member, paths: Any) -> dict[str, Any]:
+    found = {}
+    for path in paths:
+        node = member.model_state[layer.STATE]
+        for part in path.split("/"):
+            node = node[part]
+        found[path] = node["ranks"]
+    return found
+
+
+def open_channels(
+    config: Any, network: Network, member: Member, stage: Stage
+) -> dict[str, jax.Array]:
+    """Which channels of each gate are open, or would be if the network were cut now."""
+    kind = make_kind(config)
+    variables = variables_of(member)
+    if stage.name == MAIN and config.gate == "slimming":
+        scales = {
+            path: gate["scale"]
+            for path, gate in layer.parameters(kind, member.params, network).items()
+        }
+        return slimming.keep(scales, 1 - member.context["target"], at_least=config.slimming.keep)
+    values = layer.values(kind, variables, network)
+    if stage.name == MAIN and config.gate == "chipnet":
+        return chipnet.cut(values, member.context["target"])
+    return {path: value != 0 for path, value in values.items()}
+
+
+def variables_of(member: Member) -> dict[str, Any]:
+    """The variables of a member's network, masked."""
+    return {"params": pruning_masks.apply(member.params, member.masks), **member.model_state}
+
+
+def cut(config: Any, network: Network, member: Member, stage: Stage) -> tuple[Any, Any]:
+    """Masks and model state of a member as if it were cut now."""
+    kind = make_kind(config)
+    if stage.name == MAIN and config.gate in ("slimming", "chipnet"):
+        open_ = open_channels(config, network, member, stage)
+        if config.gate == "slimming":
+            return layer.masks(kind, member.params, network, open_), member.model_state
+        return member.masks, {**member.model_state, **layer.state(network, open=open_)}
+    return member.masks, member.model_state
+
+
+def evaluation(config: Any, setup: Setup, stage: Stage) -> Callable[..., dict[str, Any]]:
+    """Accuracy on held-out and test data, and the size of the network, for one member.
+
+    Where gates are cut after training, the network is measured as if it were cut at the record.
+    Test numbers are measured for the report; nothing is chosen by them.
+    """
+
+    def evaluate(member: Member, validation: Any, test: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        masks, state = cut(config, setup.network, member, stage)
+        for name, data in (("validation", validation), ("test", test)):
+            values = terms.evaluate_supervised(
+                lambda params, x: setup.module.apply({"params": params, **state}, x),
+                member.params,
+                masks,
+                data,
+            )
+            result |= {f"{name}/{key}": value for key, value in values.items()}
+        open_ = open_channels(config, setup.network, member, stage)
+        result |= channels.count(setup.network, open_)._asdict()
+        if config.gate == "dam" and config.budget:
+            reached = jnp.stack(list(member.context["budget"].reached.values()))
+            result["reached"] = jnp.all(reached).astype(jnp.int32)
+        result["widths"] = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in open_.values()])
+        return result
+
+    return evaluate

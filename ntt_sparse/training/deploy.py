@@ -1,0 +1,157 @@
+"""Networks to be used elsewhere: with their description in a file, or as compiled programs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ntt_sparse.gates import network as graph
+from ntt_sparse.models import described
+from ntt_sparse.models.described import STATISTICS, Described
+from ntt_sparse.training.files import write_bytes
+
+_FORMAT = "ntt_sparse network 1"
+_SUFFIX = ".safetensors"
+
+
+def save(path: str | Path, module: Described, variables: Mapping[str, Any]) -> None:
+    """Writes a network with its description.
+
+    Args:
+        path: A file ending in `.safetensors`, which is replaced, or another name: then an Orbax
+            checkpoint, a new directory.
+        module: The network, such as `ntt_sparse.pruning.compact` makes.
+        variables: Of it.
+
+    Raises:
+        ValueError: Variables do not fit the module, or the directory exists.
+    """
+    path = Path(path)
+    arrays = _checked(module, _flat(variables), "the variables")
+    header = {"format": _FORMAT, "network": graph.to_json(module.network)}
+    for field in ("dtype", "param_dtype"):
+        value = getattr(module, field)
+        header[field] = "" if value is None else jnp.dtype(value).name
+    if path.suffix == _SUFFIX:
+        # Imported here: the library is useful without it.
+        from safetensors.flax import save as to_bytes
+
+        write_bytes(path, to_bytes(arrays, header))
+        return
+    from orbax.checkpoint import v1 as ocp
+
+    if path.exists():
+        raise ValueError(f"{path} exists: expected a new directory, or a file ending in {_SUFFIX}")
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    ocp.save(path.absolute(), {"header": text, "arrays": arrays})
+
+
+def load(path: str | Path) -> tuple[Described, dict[str, Any]]:
+    """Reads what `save` wrote.
+
+    Returns:
+        The module and its variables.
+
+    Raises:
+        ValueError: The file holds no such network, or its arrays do not fit its description.
+        FileNotFoundError: There is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no network at {path}")
+    try:
+        header, arrays = (_read_safetensors if path.is_file() else _read_orbax)(path)
+    except Exception as error:  # What is damaged raises many kinds.
+        raise ValueError(f"{path} is no network file, or damaged ({_line(error)})") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {header.get('format')!r}, expected {_FORMAT!r}: a network that "
+            "ntt_sparse.training.deploy.save wrote"
+        )
+    network = graph.from_json(header.get("network", ""))
+    dtype = header.get("dtype") or None
+    try:
+        kinds = (dtype and jnp.dtype(dtype), jnp.dtype(header.get("param_dtype", "")))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    module = Described(network, *kinds)
+    arrays = _checked(module, arrays, str(path))
+    nested = traverse_util.unflatten_dict(arrays, sep="/")
+    return module, {collection: nested.get(collection, {}) for collection in nested}
+
+
+def export(
+    module: Any,
+    variables: Mapping[str, Any],
+    input_shape: tuple[int, ...],
+    *,
+    batch: int | None = None,
+    dtype: Any = jnp.float32,
+    platforms: tuple[str, ...] | None = None,
+) -> bytes:
+    """The network in evaluation as a serialised program, its weights inside.
+
+    It runs wherever JAX does, without this package:
+    `jax.export.deserialize(bytearray(data)).call(x)`.
+
+    Args:
+        module: Any Linen module that takes examples.
+        variables: Of it.
+        input_shape: Of one example.
+        batch: How many examples the program takes; by default any number.
+        dtype: Of the examples.
+        platforms: For which it is compiled, such as `("cpu", "cuda")`; by default the one here.
+
+    Raises:
+        ValueError: The module does not take such examples.
+    """
+    from jax import export as jax_export
+
+    size: Any = jax_export.symbolic_shape("batch")[0] if batch is None else batch
+    example = jax.ShapeDtypeStruct((size, *input_shape), dtype)
+    program = jax.jit(lambda x: module.apply(variables, x))
+    exported = jax_export.export(program, platforms=platforms)(example)
+    return bytes(exported.serialize())
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(dict(variables), sep="/")
+    return {path: jnp.asarray(leaf) for path, leaf in flat.items()}
+
+
+def _checked(module: Described, arrays: dict[str, Any], where: str) -> dict[str, Any]:
+    """The arrays, if they are just those of the module."""
+    leaves = {
+        f"params/{path}": leaf for path, leaf in described.parameter_shapes(module.network).items()
+    } | {
+        f"{STATISTICS}/{path}": leaf
+        for path, leaf in described.statistics_shapes(module.network).items()
+    }
+    expected = {path: leaf.shape for path, leaf in leaves.items()}
+    given = {path: jnp.shape(leaf) for path, leaf in arrays.items()}
+    if wrong := sorted(set(given.items()) ^ set(expected.items())):
+        raise ValueError(f"{where} do not fit the network: {wrong[0]} and {len(wrong) - 1} more")
+    return arrays
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="flax") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _read_orbax(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    from orbax.checkpoint import v1 as ocp
+
+    tree = ocp.load(path.absolute())
+    return json.loads(bytes(np.asarray(tree["header"]))), tree["arrays"]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,357 @@
+"""Small networks against the large ones they come from, on every architecture there is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ntt_sparse import models
+from ntt_sparse.gates import channels, layer
+from ntt_sparse.gates import network as graph
+from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.l1 import L1
+from ntt_sparse.models.autoencoder import Autoencoder, Perceptron
+from ntt_sparse.models.described import Described
+from ntt_sparse.models.lenet import LeNet
+from ntt_sparse.models.preresnet import PreResNet
+from ntt_sparse.models.resnet import ResNet
+from ntt_sparse.models.vgg import Vgg
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.pruning.compact import compact, compact_network
+
+GATED = {
+    "lenet5": (models.create("lenet5", kind=L1()), (28, 28, 1)),
+    "lenet5 tanh": (models.create("lenet5", kind=L1(), activation="tanh", gated=3), (28, 28, 1)),
+    "lenet5 sine": (models.create("lenet5", kind=L1(), activation="sine"), (8, 8, 1)),
+    "same": (LeNet(3, ((4, 6), (5,)), 3, (7,), padding="SAME", kind=L1()), (9, 10, 2)),
+    "even kernel": (LeNet(3, ((4, 6),), 4, (7,), padding="SAME", kind=L1()), (9, 10, 2)),
+    "preresnet": (PreResNet(4, 2, (4, 6), L1()), (9, 9, 3)),
+    "preresnet20": (models.create("preresnet20", kind=L1()), (32, 32, 3)),
+    "vgg": (Vgg(4, ((6, 5), (8, 7)), L1()), (10, 12, 3)),
+    "vgg19": (models.create("vgg19", kind=L1()), (32, 32, 3)),
+    "autoencoder": (Autoencoder(Perceptron((9, 6)), Perceptron((9, 20)), L1()), (4, 5)),
+    "quadratic": (
+        Autoencoder(Perceptron((9, 6), "leaky_relu"), Perceptron((20,), quadratic=True), L1()),
+        (20,),
+    ),
+    "tanh autoencoder": (
+        Autoencoder(Perceptron((6,)), Perceptron((9, 12), "elu", "tanh"), L1()), (3, 4)
+    ),
+}  # fmt: skip
+MASKED = {
+    "lenet_300_100": (models.create("lenet_300_100"), (8, 8, 1)),
+    "lenet5_caffe": (models.create("lenet5_caffe"), (28, 28, 1)),
+    "lenet5_caffe same": (models.create("lenet5_caffe", padding="SAME"), (28, 28, 1)),
+    "conv4": (models.create("conv4", padding="SAME"), (12, 12, 3)),
+    "conv4_dropout": (models.create("conv4_dropout"), (32, 32, 3)),
+    "resnet20": (models.create("resnet20"), (16, 16, 3)),
+    "resnet a group": (ResNet(4, 2, (32, 32, 64), norm="group"), (9, 9, 3)),
+    "resnet a none": (ResNet(4, 2, (5, 5, 8), norm="none"), (9, 9, 3)),
+    "resnet b batch": (ResNet(4, 2, (6, 9), shortcut="B"), (9, 9, 3)),
+    "resnet b group": (ResNet(4, 1, (32, 6), shortcut="B", norm="group"), (9, 9, 3)),
+}
+
+
+@functools.cache
+def large(name):
+    """The module, its input shape and variables, with statistics and biases of all signs."""
+    module, shape = (GATED | MASKED)[name]
+    variables = jax.jit(lambda key: module.init(key, jnp.ones((2, *shape))))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def leaf(path, value):
+        last = path[-1].key
+        noise = rng.standard_normal(value.shape).astype(value.dtype)
+        if last in ("var", "scale"):
+            return jnp.asarray(np.exp(0.3 * noise))
+        return jnp.asarray(0.5 * noise) if last in ("bias", "mean") else value
+
+    return module, shape, jax.tree_util.tree_map_with_path(leaf, dict(variables))
+
+
+def with_gates(name, seed, closed=0.5):
+    """Variables whose gates are between a half and two, or closed; one at least is open."""
+    module, shape, variables = large(name)
+    rng = np.random.default_rng(seed)
+    gates = {}
+    for path, n in channels.sizes(module.network(shape)).items():
+        values = rng.uniform(0.5, 2, n) * (rng.random(n) > closed)
+        values[rng.integers(n)] = 1
+        gates[path] = {"scale": jnp.asarray(values, jnp.float32)}
+    return {**variables, "params": layer.replace(variables["params"], gates)}
+
+
+def neuron_masks(name, seed, closed=0.4):
+    """Masks of all weights of some outputs of each layer but the last."""
+    module, shape, variables = large(name)
+    rng = np.random.default_rng(seed)
+    last = list(module.network(shape).nodes)[-1]
+
+    def mask(path, leaf):
+        if path == f"{last}/kernel":
+            return jnp.ones(leaf.shape, bool)
+        open_ = rng.random(leaf.shape[-1]) > closed
+        open_[rng.integers(len(open_))] = True
+        return jnp.broadcast_to(open_, leaf.shape)
+
+    return pruning_masks.map_prunable(mask, variables["params"])
+
+
+def outputs(module, variables, x, **kwargs):
+    return jax.jit(functools.partial(module.apply, **kwargs))(variables, x)
+
+
+def same(got, expected, tolerance=1e-5):
+    scale = max(1.0, float(jnp.max(jnp.abs(expected))))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
+
+
+def size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", GATED | MASKED)
+def test_descriptions_are_the_models(name):
+    module, shape, variables = large(name)
+    x = jax.random.normal(jax.random.key(1), (3, *shape))
+    network = graph.check(module.network(shape))
+    if name in GATED:
+        module = module.clone(kind=None) if hasattr(module, "dtype") else module
+        ungated = {path: {"scale": jnp.ones(n)} for path, n in channels.sizes(network).items()}
+        if not hasattr(module, "dtype"):
+            variables = {"params": layer.replace(variables["params"], ungated)}
+    same(outputs(Described(network), variables, x), outputs(module, variables, x))
+    gates = len(jax.tree.leaves(layer.find(variables["params"]))) if name in GATED else 0
+    del gates
+    made = jax.eval_shape(Described(network).init, jax.random.key(0), x)
+    weights = pruning_masks.named_leaves(variables["params"])
+    expected = {path: leaf.shape for path, leaf in weights.items() if "gate" not in path}
+    assert {k: v.shape for k, v in pruning_masks.named_leaves(made["params"]).items()} == expected
+    assert channels.whole(network).parameters == sum(map(np.prod, expected.values()))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_networks_keep_their_outputs(name):
+    module, shape, _ = large(name)
+    variables = with_gates(name, 1)
+    x = jax.random.normal(jax.random.key(2), (5, *shape))
+    small = compact(module, variables, shape)
+    same(outputs(small.module, small.variables, x), outputs(module, variables, x))
+    network = module.network(shape)
+    gates = layer.values(module.kind, variables, network)
+    open_ = {path: value > 0 for path, value in gates.items()}
+    assert small.after == channels.count(network, open_)
+    assert small.before == channels.whole(network)
+    assert size(small.variables["params"]) == small.after.parameters + small.constants
+    assert small.after.parameters < 0.8 * small.before.parameters
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_networks_keep_their_outputs(name):
+    module, shape, variables = large(name)
+    masks = neuron_masks(name, 1)
+    x = jax.random.normal(jax.random.key(2), (5, *shape))
+    small = compact(module, variables, shape, masks=masks)
+    masked = {**variables, "params": pruning_masks.apply(variables["params"], masks)}
+    same(outputs(small.module, small.variables, x), outputs(module, masked, x))
+    assert size(small.variables["params"]) == small.after.parameters + small.constants
+    # Channels in groups are normalised by all of a group.
+    if "group" not in name:
+        assert small.after.parameters < 0.8 * small.before.parameters
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.0, 1.0))
+def test_any_gates(seed, closed):
+    """Residual networks with a padded 3x3 convolution, layers closed whole among them."""
+    module, shape, variables = large("preresnet")
+    rng = np.random.default_rng(seed)
+    gates = {
+        path: {"scale": jnp.asarray(rng.uniform(0.5, 2, n) * (rng.random(n) > closed), jnp.float32)}
+        for path, n in channels.sizes(module.network(shape)).items()
+    }
+    variables = {**variables, "params": layer.replace(variables["params"], gates)}
+    x = jnp.asarray(rng.standard_normal((3, *shape)), jnp.float32)
+    small = compact(module, variables, shape, empty="remove")
+    same(small.module.apply(small.variables, x), module.apply(variables, x))
+    assert size(small.variables["params"]) == small.after.parameters + small.constants
+    open_ = {path: gate["scale"] > 0 for path, gate in gates.items()}
+    assert small.after == channels.count(module.network(shape), open_)
+
+
+def test_double_precision_is_exact():
+    with jax.enable_x64(True):
+        module = Vgg(4, ((6, 5), (8, 7)), L1(), param_dtype=jnp.float64)
+        x = jax.random.normal(jax.random.key(0), (3, 10, 12, 3), jnp.float64)
+        variables = module.init(jax.random.key(1), x)
+        gates = {
+            path: {"scale": jnp.asarray(np.arange(n) % 2, jnp.float64)}
+            for path, n in channels.sizes(module.network(x.shape[1:])).items()
+        }
+        noisy = jax.tree.map(
+            lambda leaf: leaf + 0.3 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), variables
+        )
+        noisy["params"] = layer.replace(noisy["params"], gates)
+        small = compact(module, noisy, x.shape[1:])
+        expected = module.apply(noisy, x)
+        np.testing.assert_allclose(small.module.apply(small.variables, x), expected, rtol=1e-12)
+        assert small.constants > 0
+
+
+def hand_made():
+    """Two channels of which one is closed before its normalisation and a padded convolution."""
+    build = graph.Builder((5, 6, 1))
+    y = build(graph.Conv("input", 2, 1, gate="a/gate"), "a")
+    y = build(graph.Activation(build(graph.Norm(y), "n"), "relu"))
+    build(graph.Conv(y, 1, 3, 1, (1, 1)), "b")
+    params = {
+        "a": {"kernel": jnp.array([[[[2.0, 3.0]]]])},
+        "n": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, 0.7])},
+        "b": {"kernel": jnp.stack([jnp.eye(3), jnp.arange(9.0).reshape(3, 3)], -1)[..., None]},
+    }
+    statistics = {"n": {"mean": jnp.array([0.0, 0.1]), "var": jnp.ones(2) - 1e-5}}
+    return build.network(), params, statistics
+
+
+def test_borders_by_hand():
+    network, params, statistics = hand_made()
+    gates = {"a/gate": jnp.array([1.0, 0.0])}
+    small = compact_network(network, params, statistics, gates=gates)
+    # The closed channel is relu(2 (0 - 0.1) + 0.7) = 0.5 everywhere, and zero around the image.
+    around = np.pad(np.full((5, 6), 0.5), 1)
+    weights = np.arange(9.0).reshape(3, 3)
+    expected = np.array([
+        [np.sum(around[i : i + 3, j : j + 3] * weights) for j in range(6)] for i in range(5)
+    ])  # fmt: skip
+    (shift,) = (
+        node for node in small.module.network.nodes.values() if isinstance(node, graph.Shift)
+    )
+    assert (shift.rows, shift.columns) == ((1, 3, 1), (1, 4, 1))
+    zeros = jnp.zeros((1, 5, 6, 1))
+    np.testing.assert_allclose(
+        small.module.apply(small.variables, zeros)[0, :, :, 0], expected, rtol=1e-6
+    )
+    # 1 kernel, scale and shift, 9 weights; 9 numbers for the borders. Of 2 + 4 + 18.
+    assert small.before.parameters == 24
+    assert (small.after.parameters, small.constants) == (12, 9)
+    assert small.after.multiply_adds == 30 + 9 * 30
+    np.testing.assert_array_equal(small.kept["a"], [0])
+
+
+def test_training_goes_on_as_in_the_large_network():
+    module, shape, _ = large("vgg")
+    variables = with_gates("vgg", 3)
+    x = jax.random.normal(jax.random.key(2), (6, *shape))
+    small = compact(module, variables, shape)
+    train = {"train": True, "mutable": ["batch_stats"]}
+    # In training a closed channel is exactly its shift; make that what it is in evaluation.
+    clean = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    variables = {**variables, "batch_stats": clean}
+    small = compact(module, variables, shape)
+    expected, state = module.apply(variables, x, **train)
+    got, small_state = small.module.apply(small.variables, x, **train)
+    same(got, expected, 1e-4)
+    for name, statistics in small_state["batch_stats"].items():
+        kept = small.kept[name]
+        for leaf, value in statistics.items():
+            same(value, state["batch_stats"][name][leaf][kept], 1e-4)
+
+
+def closed_inside(closed):
+    """A PreResNet with convolutions closed whole."""
+    module, shape, variables = large("preresnet")
+    gates = {
+        path: {"scale": jnp.zeros(n) if path.removesuffix("/gate") in closed else jnp.ones(n)}
+        for path, n in channels.sizes(module.network(shape)).items()
+    }
+    return module, shape, {**variables, "params": layer.replace(variables["params"], gates)}
+
+
+@pytest.mark.parametrize(
+    "closed",
+    [
+        # Its constant passes a padded convolution, normalisation, ReLU: a map, not a number.
+        ["stage1_block2/Conv_0"],
+        ["stage2_block1/Conv_0", "stage1_block1/Conv_1", "stage2_block2/Conv_2"],
+        # The outputs do not depend on the input.
+        ["Conv_0"],
+    ],
+)
+def test_layers_left_empty(closed):
+    module, shape, variables = closed_inside(closed)
+    with pytest.raises(ValueError, match=f"no channel is left of .*{closed[0]}.*empty='remove'"):
+        compact(module, variables, shape)
+    small = compact(module, variables, shape, empty="remove")
+    assert set(closed) <= set(small.removed)
+    x = jax.random.normal(jax.random.key(4), (2, *shape))
+    same(outputs(small.module, small.variables, x), outputs(module, variables, x))
+
+
+def test_small_networks_are_as_small_as_they_get():
+    module, shape, _ = large("preresnet")
+    variables = with_gates("preresnet", 5)
+    small = compact(module, variables, shape)
+    again = compact_network(
+        small.module.network, small.variables["params"], small.variables["batch_stats"]
+    )
+    assert again.before.parameters == size(again.variables["params"])
+    assert again.module.network == small.module.network
+    x = jax.random.normal(jax.random.key(4), (2, *shape))
+    same(outputs(again.module, again.variables, x), outputs(small.module, small.variables, x), 1e-6)
+
+
+def test_weights_of_zero_are_no_way():
+    """Channels that only weights of zero read are taken out, gates or not."""
+    module = LeNet(2, (), 5, (4, 3))
+    params = models.init(module, jax.random.key(0), (5,))
+    kernel = params["Dense_1"]["kernel"].at[2].set(0)
+    params = {**params, "Dense_1": {**params["Dense_1"], "kernel": kernel}}
+    small = compact(module, {"params": params}, (5,))
+    np.testing.assert_array_equal(small.kept["Dense_0"], [0, 1, 3])
+    x = jax.random.normal(jax.random.key(1), (4, 5))
+    same(small.module.apply(small.variables, x), module.apply({"params": params}, x))
+    assert small.constants == 0
+
+
+def test_an_order_of_channels_counts():
+    module = models.create("lenet5", kind=Dam(-2.5))
+    variables = module.init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))
+    ranks = {"Conv_0": {"gate": {"ranks": jnp.array([5, 0, 1, 2, 3, 4])}}}
+    rest = {
+        path.split("/")[0]: {"gate": {"ranks": jnp.arange(n)}}
+        for path, n in channels.sizes(module.network((28, 28, 1))).items()
+    }
+    variables = {**variables, "gates": {**rest, **ranks}}
+    small = compact(module, variables, (28, 28, 1))
+    np.testing.assert_array_equal(small.kept["Conv_0"], [0, 4, 5])
+    x = jax.random.normal(jax.random.key(1), (4, 28, 28, 1))
+    same(small.module.apply(small.variables, x), module.apply(variables, x))
+
+
+def test_bad_input():
+    network, params, statistics = hand_made()
+    gates = {"a/gate": jnp.array([1.0, 0.0])}
+    for arguments, message in (
+        ({"gates": {}}, r"gates are \[\], the network has \['a/gate'\]"),
+        ({"gates": {"a/gate": jnp.ones(3)}}, r"shape \(3,\), expected \(2,\)"),
+        ({"gates": {"a/gate": jnp.array([1, jnp.nan])}}, "expected finite numbers"),
+        ({"empty": "keep"}, "empty='keep' is unknown"),
+        ({"statistics": {}}, "there is no statistic 'n/mean'"),
+        ({"params": {**params, "b": {}}}, "there is no parameter 'b/kernel'"),
+        ({"params": {**params, "b": {"kernel": jnp.ones(3)}}}, r"shape \(3,\), expected \(3, 3, 2"),
+        (
+            {"params": {**params, "a": {"kernel": params["a"]["kernel"] * jnp.inf}}},
+            "'a/kernel' is not finite",
+        ),
+        ({"masks": {"a": None}}, "masks must have the structure of params"),
+    ):
+        call = {"params": params, "statistics": statistics, "gates": gates, **arguments}
+        with pytest.raises(ValueError, match=message):
+            compact_network(network, **call)
+    small = compact_network(network, params, statistics, gates=gates)
+    with pytest.raises(ValueError, match=r"examples have shape \(4, 6, 1\)"):
+        small.module.apply(small.variables, jnp.ones((1, 4, 6, 1)))
