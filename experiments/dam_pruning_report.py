@@ -1,7 +1,7 @@
 """The report of the structured pruning study: summary.json, report.md and the figures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from experiments.dam_pruning_members import runs_of
 from experiments.dam_pruning_published import TABLE7, Published, published
 from experiments.dam_pruning_stages import Stage
 from experiments.statistics import spread
+from experiments.study import seconds_per_step
 from ntt_sparse.gates.channels import Counts
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
@@ -45,12 +46,22 @@ def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) ->
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
         "whole": whole._asdict(),
+        "stages": [
+            {
+                "name": stage.name,
+                "steps": stage.plan.total_steps,
+                "seconds": _seconds(workdir, stage),
+            }
+            for stage in stages
+        ],
         "networks": rows,
         "published": [row._asdict() for row in published(config)],
     }
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, summary))
+    write_text(workdir / "report.md", _markdown(config, workdir, summary))
     _draw(config, workdir, log, groups, rows)
+    if len(stages) > 1:
+        _draw_stages(config, workdir, logs, groups)
     labelled = {
         _label(config, setting): matrix for setting, matrix in zip(groups, matrices, strict=False)
     }
@@ -117,7 +128,12 @@ def _add_similarity(
     return [matrices[members[0]] for members in groups.values()]
 
 
-def _markdown(config: Any, summary: dict[str, Any]) -> str:
+def _seconds(workdir: Path, stage: Stage) -> float | None:
+    seconds = seconds_per_step(workdir, stage.name) * stage.plan.total_steps
+    return round(seconds, 1) if np.isfinite(seconds) else None
+
+
+def _markdown(config: Any, workdir: Path, summary: dict[str, Any]) -> str:
     whole, rows = summary["whole"], summary["networks"]
     lines = [
         f"# Structured pruning with gates: {config.name}",
@@ -146,6 +162,10 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
             f"{row['parameters_best_validation']['mean']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if len(summary["stages"]) > 1:
+        lines += _stage_lines(summary["stages"], len(runs_of(config)))
+    if (workdir / "compact.json").exists():
+        lines += _compact_lines(config, json.loads((workdir / "compact.json").read_text()))
     if summary["published"]:
         lines += _published_lines(summary["published"])
     if config.similarity:
@@ -240,6 +260,74 @@ def _draw(
             labels[setting]: np.mean(row["widths"], axis=0)
             for setting, row in zip(groups, rows, strict=True)
         },
+    )
+
+
+def _stage_lines(stages: list[dict[str, Any]], networks: int) -> list[str]:
+    lines = [
+        "",
+        f"Stages, of all {networks} networks together, compiling and records included:",
+        "",
+        "| stage | steps | seconds |",
+        "| --- | --- | --- |",
+    ]
+    for stage in stages:
+        seconds = "" if stage["seconds"] is None else f"{stage['seconds']:.0f}"
+        lines.append(f"| {stage['name']} | {stage['steps']} | {seconds} |")
+    return lines
+
+
+def _compact_lines(config: Any, found: dict[str, Any]) -> list[str]:
+    """One line per setting: the largest difference of all seeds, latency of the first."""
+    worst = max(row["difference"] for row in found.values())
+    lines = [
+        "",
+        "Made small (first seed of each setting; milliseconds of one evaluation before and after, "
+        f"here and then). The outputs of all {len(found)} differ by at most {worst:.1e} of the "
+        "largest.",
+        "",
+        "| network | parameters | constants | multiply-adds | batch 1 | batch 128 | removed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found.items():
+        if "latency" not in row:
+            continue
+        times = [f"{each['before']:.3g} → {each['after']:.3g}" for each in row["latency"].values()]
+        cells = [
+            name, f"{row['parameters']:,}", f"{row['constants']:,}", f"{row['multiply_adds']:,}",
+            *times, ", ".join(row["removed"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _draw_stages(
+    config: Any,
+    workdir: Path,
+    logs: Mapping[str, MetricsLog],
+    groups: dict[tuple[Any, ...], list[int]],
+) -> None:
+    """Accuracy and channels through the stages (Fig. 7)."""
+    steps, offset = [], 0
+    columns: dict[str, list[Any]] = {"validation/accuracy": [], "channels": []}
+    for log in logs.values():
+        at, _ = log.column("channels")
+        steps.append(np.asarray(at) + offset)
+        offset += int(at[-1])
+        for name, found in columns.items():
+            found.append(log.column(name)[1])
+    joined = {name: np.concatenate(found) for name, found in columns.items()}
+    figures.through_stages(
+        workdir / "figures" / "stages",
+        np.concatenate(steps),
+        {
+            _label(config, setting): {
+                "validation accuracy (%)": 100 * joined["validation/accuracy"][:, members],
+                "open channels": joined["channels"][:, members],
+            }
+            for setting, members in groups.items()
+        },
+        boundaries=[int(each[-1]) for each in steps[:-1]],
     )
 
 

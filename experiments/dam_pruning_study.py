@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import dam_pruning_report
+from experiments import dam_pruning_compact, dam_pruning_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_pruning_checks import check_config, check_sizes
 from experiments.dam_pruning_members import make_model, member_names, runs_of
@@ -48,6 +48,8 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         save_networks(claimed / "networks", member_names(runs_of(config)), members)
         if config.similarity:
             save_similarities(claimed / "similarities.npz", config, setup, members)
+        if config.compact:
+            dam_pruning_compact.write(config, setup, members, claimed)
         whole = channels.whole(setup.network)
         return dam_pruning_report.write(config, claimed, whole, setup.stages)
 

@@ -195,6 +195,32 @@ def channels_over_training(
         axis.legend(fontsize="small", frameon=False, ncols=1 + len(lines) // 12)
 
 
+def through_stages(
+    path: Path,
+    steps: np.ndarray,
+    lines: Mapping[str, Mapping[str, np.ndarray]],
+    boundaries: Sequence[int],
+) -> None:
+    """Quantities over the steps of several stages, a panel for each.
+
+    Args:
+        path: Where to, without a suffix.
+        steps: `(r,)`, counted on from stage to stage.
+        lines: `{label: {quantity: (r, members)}}`, of the same quantities each.
+        boundaries: Steps at which a stage ends and another begins.
+    """
+    quantities = list(next(iter(lines.values())))
+    with _figure(path, 1, len(quantities), figsize=(4.6 * len(quantities), 3.8)) as axes:
+        for axis, quantity in zip(axes[0], quantities, strict=True):
+            for index, (label, values) in enumerate(lines.items()):
+                _band(axis, steps, values[quantity], label, f"C{index}")
+            for step in boundaries:
+                axis.axvline(step, color="grey", linestyle=":", linewidth=1)
+            axis.set_xlabel("training step, of all stages")
+            axis.set_ylabel(quantity)
+        axes[0, 0].legend(fontsize="small", frameon=False)
+
+
 def trade_offs(
     path: Path,
     panels: Mapping[

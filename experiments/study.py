@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from ntt_sparse.training.program import gather, make_program
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import StepFn
 
+# What each run of each stage took; unlike records it is of this machine and moment.
+_SECONDS = "seconds.jsonl"
 _logger = logging.getLogger(__name__)
 
 
@@ -130,20 +133,40 @@ def fit_stage(
     data_digest = "" if made else digest((train_data, evaluation_data)).tobytes().hex()
     identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
-        state = fit(
-            program,
-            members,
-            train_data,
-            plan,
-            log=log,
-            checkpoints=checkpoints,
-            member_names=names,
-            evaluate=lambda current: mapped(current, *evaluation_data),
-            should_stop=lambda records: out_of_patience(records, patience),
-            tensorboard=board,
-        )
+        first, began = max(checkpoints.steps(), default=0), time.monotonic()
+        try:
+            state = fit(
+                program,
+                members,
+                train_data,
+                plan,
+                log=log,
+                checkpoints=checkpoints,
+                member_names=names,
+                evaluate=lambda current: mapped(current, *evaluation_data),
+                should_stop=lambda records: out_of_patience(records, patience),
+                tensorboard=board,
+            )
+        finally:
+            steps = max(checkpoints.steps(), default=0) - first
+            if steps > 0:
+                took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
+                with (workdir / _SECONDS).open("a") as file:
+                    file.write(json.dumps(took) + "\n")
     board.close()
     return state.members
+
+
+def seconds_per_step(workdir: Path, stage: str) -> float:
+    """What a step of a stage took, of all members together, compiling and records included.
+
+    From what was measured of each run of the study; NaN if nothing was.
+    """
+    path = workdir / _SECONDS
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["stage"] == stage]
+    steps = sum(row["steps"] for row in rows)
+    return sum(row["seconds"] for row in rows) / steps if steps else float("nan")
 
 
 def out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:

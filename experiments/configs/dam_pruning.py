@@ -107,8 +107,9 @@ _BASE: dict[str, Any] = {
         "max_steps": 0,
     },
     # Stages before and after, of the rivals of DAM; without epochs they are left out.
-    "pretrain": _STAGE,
-    "finetune": _STAGE,
+    # Copies: one object in two places is one setting.
+    "pretrain": {**_STAGE},
+    "finetune": {**_STAGE},
     # Channels of each layer that are kept in any case.
     "slimming": {"keep": 0},
     # Weights of the losses that hold the budget and make gates crisp.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from ntt_sparse._types import Scalar
+from ntt_sparse.gates.slimming import place_of
 
 START = (1.0, 2.0)
 """Steepness of the logistic and of the Heaviside function in the first epoch."""
@@ -180,6 +181,6 @@ def cut(
     if not values:
         raise ValueError("there are no gates, expected one per gated layer")
     pooled = jnp.sort(jnp.concatenate(list(values.values())))
-    place = jnp.floor((1 - jnp.asarray(target)) * len(pooled)).astype(jnp.int32)
-    threshold = jnp.minimum(pooled[jnp.clip(place, 0, len(pooled) - 1)], HIGHEST_THRESHOLD)
+    place = jnp.clip(place_of(1 - jnp.asarray(target), len(pooled)), 0, len(pooled) - 1)
+    threshold = jnp.minimum(pooled[place], HIGHEST_THRESHOLD)
     return {path: value > threshold for path, value in values.items()}

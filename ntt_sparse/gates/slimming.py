@@ -103,11 +103,17 @@ def keep(
     if not isinstance(fraction, Tracer) and not 0.0 <= float(np.asarray(fraction)) < 1.0:
         raise ValueError(f"fraction is {fraction}, expected at least 0 and below 1")
     pooled = jnp.sort(jnp.concatenate(list(values.values())))
-    place = jnp.floor(jnp.asarray(fraction) * len(pooled)).astype(jnp.int32)
+    place = place_of(fraction, len(pooled))
     kept = {path: value > pooled[place] for path, value in values.items()}
     if not at_least:
         return kept
     return {path: _with_largest(mask, values[path], at_least) for path, mask in kept.items()}
+
+
+def place_of(fraction: float | Real[ArrayLike, ""], total: int) -> Int[Array, ""]:
+    """`int(fraction * total)`, for decimal fractions in single precision too."""
+    # 0.6 of 5 is a little below 3 there.
+    return jnp.floor(jnp.round(jnp.asarray(fraction) * total, 3)).astype(jnp.int32)
 
 
 def _with_largest(mask: Any, values: Any, count: int) -> Any:

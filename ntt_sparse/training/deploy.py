@@ -1,7 +1,8 @@
 """Networks to be used elsewhere: with their description in a file, or as compiled programs."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,40 @@ def _read_orbax(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def compiled(module: Any, variables: Mapping[str, Any], x: Any) -> Callable[[], Any]:
+    """A call that runs a network in evaluation on some examples and waits for its outputs."""
+    variables, x = jax.device_put((dict(variables), jnp.asarray(x)))
+    program = jax.jit(lambda variables, x: module.apply(variables, x)).lower(variables, x).compile()
+    return lambda: jax.block_until_ready(program(variables, x))
+
+
+def latencies(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 15, least: float = 0.02
+) -> dict[str, list[float]]:
+    """Times calls in turn, so that what else the machine does falls on all of them.
+
+    Args:
+        calls: By name.
+        rounds: Turns of each, 1 or more; one more that does not count comes first.
+        least: Seconds that a turn takes at least: it is the mean of as many calls as that needs.
+
+    Returns:
+        Seconds of one call, of each turn.
+
+    Raises:
+        ValueError: There are no calls, or no rounds.
+    """
+    if not calls or rounds < 1:
+        raise ValueError(f"{len(calls)} calls in {rounds} rounds, expected 1 or more of both")
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
+        for name, call in calls.items():
+            count, began = 0, time.perf_counter()
+            while not count or time.perf_counter() - began < least:
+                call()
+                count += 1
+            if round_:
+                found[name].append((time.perf_counter() - began) / count)
+    return found

@@ -15,6 +15,7 @@ from experiments.dam_pruning_published import published
 from ntt_sparse import models
 from ntt_sparse.gates import channels, dam, layer
 from ntt_sparse.models.preresnet import PreResNet
+from ntt_sparse.training.loop import Plan
 
 
 def small(**settings):
@@ -141,7 +142,7 @@ def test_the_penalty_moves_offsets_as_the_equilibrium_says():
     config = small(
         **{"training.learning_rate": 0.1, "training.weight_decay": 0.5, "training.milestones": ()}
     )
-    transform = members.make_optimizer(config, study.Plan(2000, 10, 10))
+    transform = members.make_optimizer(config, config.training, Plan(2000, 10, 10))
     params = {f"l{i}": {"gate": {"beta": jnp.float32(1.0)}} for i in range(4)}
 
     def loss(p):
@@ -164,7 +165,7 @@ def test_gates_decay_if_asked(decays):
         "training.learning_rate": 1.0,
     })  # fmt: skip
     params = {"a": {"kernel": jnp.ones(2), "gate": {"beta": jnp.float32(1.0)}}}
-    transform = members.make_optimizer(config, study.Plan(10, 10, 10))
+    transform = members.make_optimizer(config, config.training, Plan(10, 10, 10))
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = transform.update(zeros, transform.init(params), params)
     np.testing.assert_allclose(updates["a"]["kernel"], -0.1)
@@ -195,7 +196,7 @@ def test_the_optimiser_of_a_study():
         "training.cold_start": 0.5, "training.learning_rate": 0.1, "training.weight_decay": 0.01,
         "training.momentum": 0.9, "training.milestones": (0.5,), "training.milestone_factor": 0.5,
     })  # fmt: skip
-    transform = members.make_optimizer(config, study.Plan(8, 4, 4))
+    transform = members.make_optimizer(config, config.training, Plan(8, 4, 4))
     params = {"a": {"kernel": jnp.ones(1), "gate": {"beta": jnp.float32(1.0)}}}
     state, values, buffers = transform.init(params), [1.0, 1.0], [0.0, 0.0]
     for step in range(8):
@@ -261,6 +262,22 @@ def test_published_numbers():
         ({"budget": "channels", "targets": (0.5,), "coefficients": (0.0,)}, "what closes channels"),
         ({"gate": "l1", "initial": -1.0}, "config.initial is -1.0: initial is -1.0, expected"),
         ({"gate": "l1", "orders": (1,)}, "expected 'dam'"),
+        (
+            {"gate": "l1", "budget": "channels", "targets": (0.5,), "coefficients": (1.0,)},
+            "config.budget is 'channels' with gate 'l1', expected none",
+        ),
+        (
+            {"gate": "slimming", "budget": "parameters", "targets": (0.5,), "coefficients": (1.0,)},
+            "config.budget is 'parameters' with gate 'slimming', expected channels",
+        ),
+        ({"gate": "slimming"}, "cuts networks to a budget and trains them on: expected"),
+        (
+            {"gate": "chipnet", "budget": "volume", "targets": (0.5,), "coefficients": (1.0,)},
+            "config.finetune.epochs above 0",
+        ),
+        ({"finetune.epochs": 3}, "config.finetune.epochs is 3, expected 0: gate 'dam' has no"),
+        ({"pretrain.batch_size": 1}, "config.pretrain.batch_size is 1"),
+        ({"finetune.milestones": (2.0,)}, "config.finetune.milestones"),
         ({"coefficients": (float("nan"),)}, "config.coefficients holds nan"),
         ({"coefficients": (-0.1,)}, "config.coefficients holds -0.1"),
         ({"orders": (0.5,)}, "expected integers"),

