@@ -60,6 +60,7 @@ def compact(
     input_shape: tuple[int, ...],
     *,
     masks: Masks | None = None,
+    gates: Mapping[str, Any] | None = None,
     empty: str = "refuse",
 ) -> Compacted:
     """The small network of a gated or masked one of `ntt_sparse.models`.
@@ -73,6 +74,8 @@ def compact(
         variables: Of it: `params`, and what else it has.
         input_shape: Of one example. Constants at borders are for images of this size.
         masks: Of the parameters; weights that are masked are zero.
+        gates: What channels are multiplied by, `(n,)` of each gate by path, in place of what
+            the variables say; such as `ntt_sparse.training.export.load_gates` reads.
         empty: What to do about a layer of which no channel is left: `"refuse"`, or `"remove"`
             it, so that its constant stands in its place (a residual block becomes its
             shortcut).
@@ -86,7 +89,9 @@ def compact(
     """
     network = graph.check(module.network(input_shape))
     params = variables["params"]
-    values = gates_layer.values(getattr(module, "kind", None), variables, network)
+    values = gates
+    if values is None:
+        values = gates_layer.values(getattr(module, "kind", None), variables, network)
     return compact_network(
         network, params, variables.get(STATISTICS, {}), gates=values, masks=masks, empty=empty,
         dtype=module.dtype if hasattr(module, "dtype") else None,

@@ -373,3 +373,36 @@ def test_bad_input():
     small = compact_network(network, params, statistics, gates=gates)
     with pytest.raises(ValueError, match=r"examples have shape \(4, 6, 1\)"):
         small.module.apply(small.variables, jnp.ones((1, 4, 6, 1)))
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "channels", "features"),
+    [(3, 1, (1, 1), 2, 3), (5, 1, (0, 0), 1, 4), (3, 2, (1, 1), 3, 2), (4, 3, (1, 2), 4, 1)],
+)
+def test_convolutions_of_few_terms(size, stride, padding, channels, features):
+    """They are written out on CPU; values and derivatives are those of the convolution."""
+    build = graph.Builder((9, 8, channels))
+    build(graph.Conv("input", features, size, stride, padding), "a")
+    network = build.network()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 9, 8, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((size, size, channels, features)), jnp.float32)
+
+    def ours(x, kernel):
+        return Described(network).apply({"params": {"a": {"kernel": kernel}}}, x)
+
+    def direct(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), [padding, padding],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    assert "conv_general_dilated" not in jax.jit(ours).lower(x, kernel).compile().as_text()
+    same(ours(x, kernel), direct(x, kernel))
+    weights = jnp.asarray(rng.standard_normal(direct(x, kernel).shape), jnp.float32)
+    slopes, expected = (
+        jax.grad(lambda x, kernel, f=f: jnp.sum(weights * f(x, kernel)), (0, 1))(x, kernel)
+        for f in (ours, direct)
+    )
+    for got, wanted in zip(slopes, expected, strict=True):
+        same(got, wanted)

@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntt_sparse.training.export import load_model_state, load_network, save_network
+from ntt_sparse.gates import network as graph
+from ntt_sparse.gates.l1 import L1
+from ntt_sparse.models.lenet import LeNet
+from ntt_sparse.pruning.compact import compact
+from ntt_sparse.training.export import (
+    load_gates,
+    load_masks,
+    load_model_state,
+    load_network,
+    save_gates,
+    save_network,
+)
 
 
 def test_a_network_comes_back(tmp_path):
@@ -68,3 +79,42 @@ def test_the_state_of_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "n.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match="no network file, or damaged"):
         load_model_state(tmp_path / "n.npz")
+
+
+def test_masks_and_gates_of_a_file_are_checked_against_the_network(tmp_path):
+    module = LeNet(2, (), 5, (4, 3), kind=L1(), gated=2)
+    params = module.init(jax.random.key(0), jnp.ones((1, 5)))["params"]
+    network = module.network((5,))
+    masks = jax.tree.map(lambda leaf: leaf > 0 if leaf.ndim == 2 else None, params)
+    save_network(tmp_path / "n.npz", params, masks)
+    again = load_masks(tmp_path / "n.npz", params)
+    jax.tree.map(np.testing.assert_array_equal, again, masks)
+    for name, mask, message in (
+        ("Dense_9/kernel", np.ones((5, 4), bool), "has a mask of 'Dense_9/kernel', the network"),
+        ("Dense_0/kernel", np.ones((4, 5), bool), r"is bool\[4, 5\], expected bool\[5, 4\]"),
+        ("Dense_0/kernel", np.ones((5, 4)), r"is float32\[5, 4\], expected bool"),
+    ):
+        np.savez(tmp_path / "m.npz", **{f"masks/{name}": mask})
+        with pytest.raises(ValueError, match=message):
+            load_masks(tmp_path / "m.npz", params)
+    np.savez(tmp_path / "m.npz", other=np.ones(2))
+    with pytest.raises(ValueError, match="holds no masks"):
+        load_masks(tmp_path / "m.npz", params)
+
+    gates = {"Dense_0/gate": np.array([True, False, True, True]), "Dense_1/gate": np.ones(3) / 2}
+    save_gates(tmp_path / "g.npz", gates)
+    loaded = load_gates(tmp_path / "g.npz", network)
+    assert {path: value.tolist() for path, value in loaded.items()} == {
+        "Dense_0/gate": [1, 0, 1, 1], "Dense_1/gate": [0.5] * 3
+    }  # fmt: skip
+    small = compact(module, {"params": params}, (5,), gates=loaded)
+    np.testing.assert_array_equal(small.kept["Dense_0"], [0, 2, 3])
+    for wrong, message in (
+        ({"Dense_0/gate": gates["Dense_0/gate"]}, "has gates .*, the network has"),
+        ({**gates, "Dense_1/gate": np.ones(4)}, r"shape \(4,\), expected \(3,\)"),
+        ({**gates, "Dense_1/gate": np.full(3, np.nan)}, "are not finite"),
+    ):
+        save_gates(tmp_path / "g.npz", wrong)
+        with pytest.raises(ValueError, match=message):
+            load_gates(tmp_path / "g.npz", network)
+    assert graph.gated_channels(network) == {"Dense_0/gate": 4, "Dense_1/gate": 3}
