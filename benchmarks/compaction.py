@@ -42,10 +42,7 @@ def pruned(network: str, gate: str, keep: float) -> tuple[Any, dict[str, Any], t
     """A module with some of its gates closed, its variables, and the shape of an input."""
     shape, kind = _SHAPES[network], _KINDS[gate]()
     module = models.create(network, kind=kind)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
-    variables = jax.tree_util.tree_map_with_path(
-        functools.partial(_leaf, np.random.default_rng(0)), dict(shapes)
-    )
+    variables = _variables(module, shape)
     description = module.network(shape)
     sizes = channels.sizes(description)
     if gate == "dam":
@@ -71,6 +68,13 @@ def pruned(network: str, gate: str, keep: float) -> tuple[Any, dict[str, Any], t
     return module, {**variables, **layer.state(description, open=chipnet.cut(values, keep))}, shape
 
 
+def _variables(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    return jax.tree_util.tree_map_with_path(
+        functools.partial(_leaf, np.random.default_rng(0)), dict(shapes)
+    )
+
+
 def _leaf(rng: np.random.Generator, path: Any, like: Any) -> Any:
     noise = rng.standard_normal(like.shape)
     last = path[-1].key
@@ -89,7 +93,8 @@ def measure(
     """One row of the table."""
     module, variables, shape = pruned(network, gate, keep)
     small = compact(module, variables, shape)
-    whole = compact(module.clone(kind=None), _without_gates(variables), shape)
+    bare = models.create(network)
+    whole = compact(bare, _variables(bare, shape), shape)
     x = jax.random.normal(jax.random.key(2), (max(batches), *shape))
     before = jax.jit(module.apply)(variables, x)
     after = jax.jit(small.module.apply)(small.variables, x)
@@ -117,19 +122,6 @@ def measure(
             "described_ratio": _ratio(times["described"], times["after"]),
         }
     return row
-
-
-def _without_gates(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables of the network without gates."""
-
-    def without(tree):
-        return {
-            key: without(value) if isinstance(value, dict) else value
-            for key, value in tree.items()
-            if not key.lower().startswith("gate")
-        }
-
-    return {key: without(value) for key, value in variables.items() if key != layer.STATE}
 
 
 def _ratio(times: list[float], base: list[float]) -> float:

@@ -115,7 +115,7 @@ def ways(
     # From the output back; who reads a node comes after it.
     readers: dict[str, list[Array]] = {name: [] for name in network.nodes}
     last = list(network.nodes)[-1]
-    for name, node in reversed(network.nodes.items()):
+    for name, node in reversed(list(network.nodes.items())):
         if name == last:
             wanted = jnp.ones_like(reached[name])
             counted[name] = wanted

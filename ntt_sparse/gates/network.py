@@ -243,6 +243,14 @@ def inputs(node: Node) -> tuple[str, ...]:
     return node.inputs if isinstance(node, Add | Multiply) else (node.input,)
 
 
+def input_shape(network: Network) -> tuple[int, ...]:
+    """The shape of one example."""
+    first = next(iter(network.nodes.values()))
+    if not isinstance(first, Input):
+        raise ValueError(f"the first node is {first}, expected the input")
+    return first.shape
+
+
 def gate(node: Node) -> str | None:
     """The path of the gate on a node, if it has one."""
     return node.gate if isinstance(node, Conv | Dense | Norm) else None

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -163,9 +163,8 @@ def evaluate(
         ValueError: Examples have another shape than was described.
     """
     x = jnp.asarray(x)
-    first = next(iter(network.nodes.values()))
-    if not isinstance(first, graph.Input) or x.shape[1:] != first.shape:
-        raise ValueError(f"examples have shape {x.shape[1:]}, expected {first}")
+    if x.shape[1:] != (expected := graph.input_shape(network)):
+        raise ValueError(f"examples have shape {x.shape[1:]}, expected {expected}")
     flat_params = traverse_util.flatten_dict(dict(params), sep="/")
     flat_statistics = traverse_util.flatten_dict(dict(statistics), sep="/")
     values: dict[str, Array] = {}
@@ -184,10 +183,9 @@ def evaluate(
             values[name], state = _batch_norm(own, state, given[0], train, dtype)
             flat_statistics |= {path: state[leaf] for leaf, path in paths.items()}
         elif isinstance(node, graph.Dropout):
-            rng = jax.random.fold_in(key, index) if key is not None else None
-            values[name] = nn.Dropout(node.rate, deterministic=not train, parent=None).apply(
-                {}, given[0], rngs={"dropout": rng} if rng is not None else {}
-            )
+            rngs = {"dropout": jax.random.fold_in(key, index)} if key is not None else {}
+            drop = nn.Dropout(node.rate, deterministic=not train, parent=None)
+            values[name] = cast(Array, drop.apply({}, given[0], rngs=rngs))
         else:
             kernel = flat_params.get(f"{name}/kernel")
             values[name] = _run(node, given, kernel, flat_params.get(f"{name}/bias"), dtype)

@@ -11,7 +11,6 @@ the few different rows and columns that it has. So the small network is the same
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -25,9 +24,8 @@ from ntt_sparse.gates.network import Conv, Dense, Network, Norm
 from ntt_sparse.models import described
 from ntt_sparse.models.described import STATISTICS, Described
 from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.pruning._small import SmallNetwork
 
-# Constants that differ by less, relative to the largest, are the same one.
-_SAME = 1e-10
 _CHOICES = ("refuse", "remove")
 
 
@@ -151,7 +149,7 @@ def compact_network(
             f"no channel is left of {', '.join(removed)}: keep one open there (a budget with "
             "keep=1), or empty='remove', which puts the constant that they give in their place"
         )
-    builder = _Builder(
+    builder = SmallNetwork(
         network, weights, state, kept, {k: np.asarray(v) for k, v in reached.items()}
     )
     small = builder.build()
@@ -227,222 +225,3 @@ def _connected(network: Network, weights: Mapping[str, np.ndarray]) -> dict[str,
         elif isinstance(node, Norm) and not node.groups:
             found[name] = jnp.asarray(weights[f"{name}/scale"] != 0)
     return found
-
-
-class _Builder:
-    """Builds the small network node by node."""
-
-    def __init__(self, network, weights, state, kept, reached):
-        self.network, self.weights, self.state = network, weights, state
-        self.kept, self.reached = kept, reached
-        self.constants = _constants(network, weights, state)
-        first = next(iter(network.nodes.values()))
-        self.nodes = graph.Builder(first.shape)
-        self.params: dict[str, np.ndarray] = {}
-        self.statistics: dict[str, np.ndarray] = {}
-        # Of each node of the whole network: its name in the small one, and which of its channels
-        # are there. None where no channel is.
-        self.there: dict[str, tuple[str | None, np.ndarray]] = {}
-
-    def build(self) -> Network:
-        """The description of the small network."""
-        for name, node in self.network.nodes.items():
-            wanted = self.kept[name]
-            built = self._node(name, node, wanted) if len(wanted) else None
-            self.there[name] = (built, wanted)
-        return self.nodes.network()
-
-    def variables(self) -> dict[str, Any]:
-        """Its parameters and running statistics."""
-        found = {"params": _nested(self.params)}
-        if self.statistics:
-            found[STATISTICS] = _nested(self.statistics)
-        return found
-
-    def _node(self, name: str, node: Any, wanted: np.ndarray) -> str:
-        match node:
-            case graph.Input():
-                return "input"
-            case Conv() | Dense():
-                return self._layer(name, node, wanted)
-            case Norm(groups=groups):
-                x = self._aligned(node.input, wanted)
-                for leaf in ("scale", "bias"):
-                    self.params[f"{name}/{leaf}"] = self.weights[f"{name}/{leaf}"][wanted]
-                if not groups:
-                    for leaf in ("mean", "var"):
-                        self.statistics[f"{name}/{leaf}"] = self.state[f"{name}/{leaf}"][wanted]
-                left = groups * len(wanted) // self._width(name)
-                return self.nodes(Norm(x, left), name)
-            case graph.Add():
-                return self._sum(name, node, wanted)
-            case graph.Multiply():
-                factors = tuple(self._aligned(each, wanted) for each in node.inputs)
-                return self.nodes(graph.Multiply(factors), name)
-            case graph.Subsample():
-                before = self._width(node.input)
-                x = self._aligned(node.input, wanted[wanted < before])
-                return self.nodes(graph.Subsample(x, len(wanted), node.stride), name)
-            case graph.Reshape():
-                x = self._aligned(node.input, np.arange(self._width(node.input)))
-                return self.nodes(graph.Reshape(x, node.shape), name)
-            case graph.Select(channels=taken):
-                return self._aligned(node.input, np.array(taken)[wanted])
-            case graph.Embed(places=places):
-                there = np.isin(wanted, places)
-                x = self._aligned(node.input, np.searchsorted(places, wanted[there]))
-                return self._placed(x, np.flatnonzero(there), len(wanted))
-            case graph.Shift():
-                x = self._aligned(node.input, wanted)
-                self.params[f"{name}/bias"] = self.weights[f"{name}/bias"][..., wanted]
-                return self.nodes(graph.Shift(x, node.rows, node.columns), name)
-        x = self._aligned(node.input, wanted)
-        fields = {key: value for key, value in vars(node).items() if key != "input"}
-        return self.nodes(type(node)(x, **fields), name)
-
-    def _width(self, name: str) -> int:
-        return len(self.reached[name])
-
-    def _layer(self, name: str, node: Any, wanted: np.ndarray) -> str:
-        """A convolution or dense layer; what its lost inputs add becomes its bias."""
-        read, width = self.kept[node.input], self._width(node.input)
-        kernel = self.weights[f"{name}/kernel"]
-        by_channel = kernel.reshape(*kernel.shape[:-2], -1, width, node.channels)
-        lost = np.where(self.reached[node.input], 0.0, self.constants[node.input])
-        constant = _apply(node, lost, kernel)[..., wanted]
-        if node.bias:
-            constant = constant + self.weights[f"{name}/bias"][wanted]
-        dtype = kernel.dtype
-        x = self.there[node.input][0]
-        if x is None:
-            # Of the outputs nothing is left but what they are for every input.
-            return self._constant(name, constant, dtype)
-        small = by_channel[..., read, :][..., wanted]
-        self.params[f"{name}/kernel"] = (
-            small.reshape(-1, len(wanted)) if isinstance(node, Dense)
-            else small.reshape(*kernel.shape[:2], len(read), len(wanted))
-        )  # fmt: skip
-        bias, rows, _ = _compressed(constant)
-        flat = not rows
-        has_bias = flat and bool(node.bias or np.any(bias))
-        fields = {**vars(node), "input": x, "channels": len(wanted), "gate": None}
-        y = self.nodes(type(node)(**{**fields, "bias": has_bias}), name)
-        if has_bias:
-            self.params[f"{name}/bias"] = bias.astype(dtype)
-        return y if flat else self._shifted(y, name, constant, dtype)
-
-    def _sum(self, name: str, node: graph.Add, wanted: np.ndarray) -> str:
-        """A sum: of a channel that is not there in a source, its constant is."""
-        parts, constant = [], 0.0
-        for source in node.inputs:
-            new, have = self.there[source]
-            missing = ~np.isin(wanted, have)
-            constant = constant + np.where(missing, self.constants[source][..., wanted], 0.0)
-            if new is not None and not np.all(missing):
-                parts.append(self._aligned(source, wanted, fill=False))
-        dtype = np.result_type(*self.weights.values())
-        if not parts:
-            return self._constant(name, constant, dtype)
-        y = self.nodes(graph.Add(tuple(parts)), name) if len(parts) > 1 else parts[0]
-        return self._shifted(y, name, constant, dtype)
-
-    def _aligned(self, source: str, wanted: np.ndarray, *, fill: bool = True) -> str:
-        """A node with just these channels; of those that are not there, their constants."""
-        new, have = self.there[source]
-        dtype = np.result_type(*self.weights.values())
-        constant = np.where(np.isin(wanted, have), 0.0, self.constants[source][..., wanted])
-        common = np.intersect1d(wanted, have)
-        if new is None or not len(common):
-            return self._constant(source, constant, dtype)
-        if len(common) < len(have):
-            places = np.searchsorted(have, common)
-            new = self.nodes(graph.Select(new, tuple(places.tolist())))
-        new = self._placed(new, np.searchsorted(wanted, common), len(wanted))
-        return self._shifted(new, source, constant, dtype) if fill else new
-
-    def _placed(self, x: str, places: np.ndarray, size: int) -> str:
-        if len(places) == size:
-            return x
-        return self.nodes(graph.Embed(x, tuple(places.tolist()), size))
-
-    def _shifted(self, y: str, name: str, constant: Any, dtype: Any) -> str:
-        """A node plus a constant, unless that is zero."""
-        if not np.any(constant):
-            return y
-        bias, rows, columns = _compressed(constant)
-        shift = self.nodes(
-            graph.Shift(y, rows, columns), f"{name}_constant_{len(self.nodes.nodes)}"
-        )
-        self.params[f"{shift}/bias"] = bias.astype(dtype)
-        return shift
-
-    def _constant(self, name: str, constant: np.ndarray, dtype: Any) -> str:
-        """A node that is the same for every input."""
-        bias, rows, columns = _compressed(constant)
-        if not rows and constant.ndim == 3:
-            rows, columns = constant.shape[:1], constant.shape[1:2]
-            bias = bias[None, None]
-        new = self.nodes(
-            graph.Constant("input", constant.shape, rows, columns),
-            f"{name}_constant_{len(self.nodes.nodes)}",
-        )
-        self.params[f"{new}/bias"] = bias.astype(dtype)
-        return new
-
-
-def _nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    arrays = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
-    return traverse_util.unflatten_dict(arrays, sep="/")
-
-
-def _constants(network: Network, weights: Any, state: Any) -> dict[str, np.ndarray]:
-    """Every node of one example of zeros, in double precision.
-
-    Of a channel that does not depend on the input this is what it always is.
-    """
-    with jax.enable_x64(True):
-        trees = (
-            traverse_util.unflatten_dict(
-                {path: jnp.asarray(leaf, jnp.float64) for path, leaf in leaves.items()}, sep="/"
-            )
-            for leaves in (weights, state)
-        )
-        shape = next(iter(network.nodes.values())).shape
-        # Not compiled as a whole: deep networks repeat few kinds of layers.
-        values, _ = described.evaluate(network, *trees, jnp.zeros((1, *shape), jnp.float64))
-        return {name: np.asarray(value[0]) for name, value in values.items()}
-
-
-def _apply(node: Any, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """A layer without its bias, of one example, in double precision."""
-    if isinstance(node, Dense):
-        return x.reshape(-1) @ kernel.astype(np.float64)
-    if not np.any(x):
-        # Nearly always.
-        return np.zeros(node.channels)
-    with jax.enable_x64(True):
-        y = described.convolve(
-            jnp.asarray(x[None]), jnp.asarray(kernel, jnp.float64), node.stride, node.padding
-        )
-        return np.asarray(y[0])
-
-
-def _compressed(constant: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
-    """A constant without repeated rows and columns, and how often each is repeated.
-
-    One that is the same everywhere is one number per channel, with no rows.
-    """
-    if constant.ndim != 3:
-        return constant, (), ()
-    limit = _SAME * np.max(np.abs(constant), initial=0.0)
-    counts = []
-    for axis in (0, 1):
-        steps = np.abs(np.diff(constant, axis=axis))
-        new = np.max(steps, axis=tuple(a for a in range(3) if a != axis), initial=0.0) > limit
-        starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-        ends = np.append(starts[1:], constant.shape[axis])
-        counts.append(tuple((ends - starts).tolist()))
-        constant = np.take(constant, starts, axis)
-    if constant.shape[:2] == (1, 1):
-        return constant[0, 0], (), ()
-    return constant, counts[0], counts[1]

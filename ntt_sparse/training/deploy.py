@@ -49,7 +49,7 @@ def save(path: str | Path, module: Described, variables: Mapping[str, Any]) -> N
     if path.exists():
         raise ValueError(f"{path} exists: expected a new directory, or a file ending in {_SUFFIX}")
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    ocp.save(path.absolute(), {"header": text, "arrays": arrays})
+    ocp.save(str(path.absolute()), {"header": text, "arrays": arrays})
 
 
 def load(path: str | Path) -> tuple[Described, dict[str, Any]]:
@@ -150,7 +150,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 def _read_orbax(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     from orbax.checkpoint import v1 as ocp
 
-    tree = ocp.load(path.absolute())
+    tree = ocp.load(str(path.absolute()))
     return json.loads(bytes(np.asarray(tree["header"]))), tree["arrays"]
 
 
