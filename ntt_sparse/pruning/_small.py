@@ -20,7 +20,23 @@ _SAME = 1e-10
 class SmallNetwork:
     """Builds the small network node by node."""
 
-    def __init__(self, network, weights, state, kept, reached):
+    def __init__(
+        self,
+        network: Network,
+        weights: Mapping[str, np.ndarray],
+        state: Mapping[str, np.ndarray],
+        kept: Mapping[str, np.ndarray],
+        reached: Mapping[str, np.ndarray],
+    ):
+        """Computes the constants of the whole network.
+
+        Args:
+            network: The whole one.
+            weights: Its parameters by path, gates and masks in them.
+            state: Its running statistics by path.
+            kept: Of each node, which channels are kept, growing.
+            reached: Of each node, which channels depend on the input.
+        """
         self.network, self.weights, self.state = network, weights, state
         self.kept, self.reached = kept, reached
         self.constants = _constants(network, weights, state)
