@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.export
+import numpy as np
 import pytest
 
 import ntt_sparse
@@ -74,10 +77,20 @@ def test_every_public_function_is_documented():
                 assert attribute.startswith("_") or value.__doc__, f"{name}.{attribute}"
 
 
-def test_the_readme_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_readme_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made_small, transfer = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(transfer, "README.md", "exec"), {})
     assert re.search(r"total\s+2,510\s+50,200\s+0\.05000", capsys.readouterr().out)
+    names = {}
+    exec(compile(made_small, "README.md", "exec"), names)
+    whole, left, constants = map(int, capsys.readouterr().out.split())
+    assert (whole, constants) == (61_706, 0) and left < 20_000
+    x = np.ones((2, 28, 28, 1), np.float32)
+    expected = names["small"].module.apply(names["small"].variables, x)
+    np.testing.assert_allclose(names["module"].apply(names["variables"], x), expected)
+    program = jax.export.deserialize(bytearray(names["program"]))
+    np.testing.assert_allclose(program.call(x), expected, atol=1e-6)
 
 
 def has_field(config, path):
