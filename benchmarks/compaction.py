@@ -47,7 +47,8 @@ def pruned(network: str, gate: str, keep: float) -> tuple[Any, dict[str, Any], t
     sizes = channels.sizes(description)
     if gate == "dam":
         # Between two order numbers.
-        offsets = {path: -5.0 * (n - round(keep * n) + 0.5) / n for path, n in sizes.items()}
+        closed = {path: n - max(round(keep * n), 1) for path, n in sizes.items()}
+        offsets = {path: -5.0 * (closed[path] + 0.5) / n for path, n in sizes.items()}
         gates = {path: {"beta": jnp.float32(beta)} for path, beta in offsets.items()}
         return module, {**variables, "params": layer.replace(variables["params"], gates)}, shape
     params = layer.parameters(kind, variables["params"], description)
@@ -60,7 +61,7 @@ def pruned(network: str, gate: str, keep: float) -> tuple[Any, dict[str, Any], t
             {**variables, "params": pruning_masks.apply(variables["params"], masks)},
             shape,
         )
-    # Some of the channels of each layer are the highest.
+    # Some of the channels of each layer are among the highest.
     rng = np.random.default_rng(1)
     values = {
         path: jnp.asarray(rng.permutation(np.linspace(0, 0.9, n))) for path, n in sizes.items()

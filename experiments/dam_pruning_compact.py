@@ -18,6 +18,7 @@ from ntt_sparse.training.state import Member
 _BATCHES = (1, 128)
 _ROUNDS = 15
 _PROBE = 16
+_LARGEST_DIFFERENCE = 1e-4
 
 
 def write(config: Any, setup: Setup, members: Member, workdir: Path) -> None:
@@ -38,8 +39,9 @@ def write(config: Any, setup: Setup, members: Member, workdir: Path) -> None:
     shape, images = setup.data.input_shape, setup.data.validation.x
     apply = jax.jit(lambda variables, x: setup.module.apply(variables, x))
     found = {}
+    members = jax.device_get(members)
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-        member = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), jax.device_get(members))
+        member = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), members)
         variables = variables_of(member)
         small = compact(setup.module, variables, shape, empty="remove")
         deploy.save(directory / f"{name}.safetensors", small.module, small.variables)
@@ -54,9 +56,16 @@ def write(config: Any, setup: Setup, members: Member, workdir: Path) -> None:
                 jnp.max(jnp.abs(after - before)) / jnp.maximum(jnp.max(jnp.abs(before)), 1e-6)
             ),
         }
+        if not found[name]["difference"] < _LARGEST_DIFFERENCE:
+            raise FloatingPointError(
+                f"the small network of {name} differs by {found[name]['difference']} of the "
+                f"largest output, expected less than {_LARGEST_DIFFERENCE}"
+            )
         if run.seed == config.seeds[0]:
             found[name]["latency"] = {
-                batch: _latency(setup.module, variables, small, np.resize(images, (batch, *shape)))
+                str(batch): _latency(
+                    setup.module, variables, small, np.resize(images, (batch, *shape))
+                )
                 for batch in _BATCHES
             }
     write_text(path, json.dumps(found, indent=1) + "\n")

@@ -232,7 +232,11 @@ def open_channels(
         return slimming.keep(scales, 1 - member.context["target"], at_least=config.slimming.keep)
     values = layer.values(kind, variables, network)
     if stage.name == MAIN and config.gate == "chipnet":
-        return chipnet.cut(values, member.context["target"])
+        return chipnet.cut(
+            values,
+            member.context["target"],
+            lambda crisp: channels.soft_fractions(network, crisp)[config.budget],
+        )
     return {path: value != 0 for path, value in values.items()}
 
 

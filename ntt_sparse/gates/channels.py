@@ -289,9 +289,10 @@ def _multiply_adds(network: Network, left: Mapping[str, Any]) -> Any:
 def soft_fractions(network: Network, gates: Mapping[str, Real[Array, "_"]]) -> dict[str, Any]:
     """How much of a network is there whose channels are open by halves, differentiably.
 
-    With gates of zeros and ones a channel counts here if it is open, whether or not anything
-    reads it; what a sum of nodes has of a channel is the most that one of them has. ChipNet
-    holds networks to budgets of this kind.
+    A channel counts by its own gate and by the gates it is read through: what is normalised and
+    then gated takes the weights before it along. What a sum has of a channel is the most that one
+    of its parts has. With gates of zeros and ones, one at least of each layer open, this is
+    `count`. ChipNet holds networks to budgets of this kind.
 
     Args:
         network: Its description.
@@ -316,7 +317,18 @@ def soft_fractions(network: Network, gates: Mapping[str, Real[Array, "_"]]) -> d
             value = value * gates[path]
             volume.append((math.prod(shapes[name][:-1]), gates[path]))
         there[name] = value
-    left = {name: jnp.sum(value) for name, value in there.items()}
+    # From the output back: the most that one of its readers reads of a channel.
+    read: dict[str, list[Array]] = {name: [] for name in network.nodes}
+    left = {}
+    for name, node in reversed(list(network.nodes.items())):
+        wanted = (
+            functools.reduce(jnp.maximum, read[name]) if read[name] else jnp.ones_like(there[name])
+        )
+        left[name] = jnp.sum(there[name] * wanted)
+        path = graph.gate(node)
+        through = wanted * gates[path] if path and isinstance(node, Norm) else wanted
+        for before in graph.inputs(node):
+            read[before].append(_soft_read(node, through, shapes[before][-1]))
     full = whole(network)
     opened = [value for _, value in volume]
     return {
@@ -326,6 +338,21 @@ def soft_fractions(network: Network, gates: Mapping[str, Real[Array, "_"]]) -> d
         "parameters": _parameters(network, left) / full.parameters,
         "multiply_adds": _multiply_adds(network, left) / full.multiply_adds,
     }
+
+
+def _soft_read(node: Node, wanted: Any, width: int) -> Any:
+    match node:
+        case Conv() | Dense() | Reshape():
+            return jnp.ones(width)
+        case Constant():
+            return jnp.zeros(width)
+        case Subsample():
+            return wanted[:width]
+        case Select(channels=channels):
+            return jnp.zeros(width).at[np.array(channels)].set(wanted)
+        case Embed(places=places):
+            return wanted[np.array(places)]
+    return wanted
 
 
 def _soft(node: Node, given: list[Any], width: int) -> Any:

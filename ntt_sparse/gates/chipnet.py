@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from ntt_sparse._types import Scalar
-from ntt_sparse.gates.slimming import place_of
 
 START = (1.0, 2.0)
 """Steepness of the logistic and of the Heaviside function in the first epoch."""
@@ -166,21 +167,54 @@ def channel_fraction(gates: Mapping[str, Real[ArrayLike, "_"]]) -> Float[Array, 
 
 
 def cut(
-    gates: Mapping[str, Real[ArrayLike, "_"]], target: float | Real[ArrayLike, ""]
+    gates: Mapping[str, Real[ArrayLike, "_"]],
+    target: float | Real[ArrayLike, ""],
+    cost: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Bool[Array, "_"]]:
-    """Which channels stay: those above a threshold that leaves a fraction of all of them.
+    """Which channels stay: the highest gates, no more than it takes to have a fraction left.
 
-    The threshold is entry `int((1 - target) * total)` of the sorted gates, and at most 0.9, as
-    in the published code.
+    The published code lowers a threshold in steps of 1e-4 until the budget is there, from at most
+    0.9; here it falls from gate to gate. So gates above 0.9 stay, whatever the budget.
 
     Args:
         gates: Of each layer, `(n,)`, by path.
-        target: The fraction that stays, between 0 and 1; may be traced.
+        target: The fraction that is to be left, between 0 and 1; may be traced.
+        cost: What fraction is left where these channels are open, `{path: (n,)}` of zeros and
+            ones; it must not fall when one is opened. By default `channel_fraction`.
+
+    Returns:
+        Of each layer, `(n,)`.
+
+    Raises:
+        ValueError: There are no gates, or the target is out of range.
     """
     values = {path: jnp.asarray(value) for path, value in gates.items()}
     if not values:
         raise ValueError("there are no gates, expected one per gated layer")
-    pooled = jnp.sort(jnp.concatenate(list(values.values())))
-    place = jnp.clip(place_of(1 - jnp.asarray(target), len(pooled)), 0, len(pooled) - 1)
-    threshold = jnp.minimum(pooled[place], HIGHEST_THRESHOLD)
-    return {path: value > threshold for path, value in values.items()}
+    if not isinstance(target, Tracer) and not 0.0 < float(np.asarray(target)) <= 1.0:
+        raise ValueError(f"target is {target}, expected a fraction above 0, at most 1")
+    cost = cost or channel_fraction
+    pooled = jnp.concatenate(list(values.values()))
+    # Of equal gates the first goes last.
+    place = jnp.argsort(jnp.argsort(-pooled, stable=True))
+    widths = np.cumsum([len(value) for value in values.values()])[:-1]
+
+    def highest(count: Any) -> dict[str, Any]:
+        layers = jnp.split(place < count, widths)
+        return dict(zip(values, layers, strict=True))
+
+    def enough(count: Any) -> Any:
+        crisp = {path: mask.astype(pooled.dtype) for path, mask in highest(count).items()}
+        # Decimal fractions in single precision.
+        return cost(crisp) >= jnp.asarray(target) - 1e-6
+
+    def halve(_: Any, ends: Any) -> Any:
+        low, high = ends
+        middle = (low + high) // 2
+        there = enough(middle)
+        return jnp.where(there, low, middle + 1), jnp.where(there, middle, high)
+
+    least = jnp.sum(pooled > HIGHEST_THRESHOLD, dtype=jnp.int32)
+    ends = least, jnp.full_like(least, len(pooled))
+    count, _ = jax.lax.fori_loop(0, len(pooled).bit_length(), halve, ends)
+    return highest(count)

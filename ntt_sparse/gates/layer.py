@@ -132,7 +132,7 @@ def parameters(kind: Kind, params: Params, network: Network) -> dict[str, Any]:
     """
     expected = gated_channels(network)
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    norms = {gate(node) for node in network.nodes.values() if isinstance(node, Norm)}
+    norms = _gated_norms(network)
     scales = {
         path: {leaf: flat[f"{path}/{leaf}"] for leaf in ("scale", "bias")}
         for path in expected
@@ -142,6 +142,10 @@ def parameters(kind: Kind, params: Params, network: Network) -> dict[str, Any]:
     if set(found) != set(expected):
         raise ValueError(f"the parameters hold gates {sorted(found)}, expected {sorted(expected)}")
     return {path: found[path] for path in expected}
+
+
+def _gated_norms(network: Network) -> set[str | None]:
+    return {gate(node) for node in network.nodes.values() if isinstance(node, Norm)}
 
 
 def values(
@@ -167,8 +171,9 @@ def values(
         state.setdefault("/".join(path[:-1]), {})[path[-1]] = value
     found: dict[str, Any] = {}
     sizes = gated_channels(network)
+    norms = _gated_norms(network)
     for path, params in parameters(kind, variables["params"], network).items():
-        if "bias" in params:
+        if kind.place == SCALE and path in norms:
             found[path] = ((params["scale"] != 0) | (params["bias"] != 0)).astype(float)
         else:
             found[path] = kind.values(params, sizes[path], **state.get(path, {}))

@@ -7,8 +7,12 @@ leave of a network, `ntt_sparse.pruning.compact` builds what is left, and
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
+
+ACTIVATION_NAMES = ("none", "relu", "leaky_relu", "elu", "tanh", "sine")
+"""Functions that an `Activation` may have, see `ntt_sparse.models.activations`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +202,7 @@ _KINDS: dict[str, Callable[..., Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A network as the nodes it consists of.
 
@@ -213,6 +217,12 @@ class Network:
         """Of the nodes in their order."""
         return hash(tuple(self.nodes.items()))
 
+    def __eq__(self, other: object) -> bool:
+        """Whether nodes and their order are the same: the last one is the output."""
+        if not isinstance(other, Network):
+            return NotImplemented
+        return tuple(self.nodes.items()) == tuple(other.nodes.items())
+
 
 class Builder:
     """Collects the nodes of a network in the order in which they are computed."""
@@ -222,8 +232,14 @@ class Builder:
         self.nodes: dict[str, Node] = {"input": Input(tuple(input_shape))}
 
     def __call__(self, node: Node, name: str = "") -> str:
-        """Adds a node and returns its name; without one it gets one of its own."""
+        """Adds a node and returns its name; without one it gets one of its own.
+
+        Raises:
+            ValueError: Another node has the name.
+        """
         name = name or f"{type(node).__name__.lower()}_{len(self.nodes)}"
+        if name in self.nodes:
+            raise ValueError(f"two nodes are named {name!r}, expected a name for each")
         self.nodes[name] = node
         return name
 
@@ -313,6 +329,8 @@ def _shape(node: Node, given: list[tuple[int, ...]]) -> tuple[int, ...]:
                 raise ValueError(f"{channels} channels among {node.channels}")
             return (-(-height // node.stride), -(-width // node.stride), node.channels)
         case Reshape(shape=shape):
+            if math.prod(shape) != math.prod(given[0]):
+                raise ValueError(f"{math.prod(given[0])} numbers in {math.prod(shape)}")
             return shape
         case Select(channels=channels):
             _check_places(channels, given[0][-1])
@@ -355,6 +373,7 @@ def check(network: Network) -> Network:
             raise ValueError(f"{name!r} is another input, expected one")
         if isinstance(node, Reshape) and name != names[-1]:
             raise ValueError(f"{name!r} reshapes channels, expected that as the last node alone")
+        _check_fields(name, node)
     found = shapes(network)
     gates = [gate(node) for node in network.nodes.values() if gate(node)]
     if len(set(gates)) < len(gates):
@@ -366,6 +385,33 @@ def check(network: Network) -> Network:
                 "closing the layer, expected 2 channels or more"
             )
     return network
+
+
+def _check_fields(name: str, node: Node) -> None:
+    """Checks the values of a node by themselves."""
+
+    def numbers(value, least):
+        values = value if isinstance(value, tuple) else (value,)
+        return all(type(number) is int and number >= least for number in values)
+
+    least = {
+        "shape": 1, "channels": 0 if isinstance(node, Select) else 1, "size": 1, "stride": 1,
+        "padding": 0, "groups": 0, "places": 0, "rows": 1, "columns": 1,
+    }  # fmt: skip
+    for field, value in vars(node).items():
+        right = {
+            "padding": lambda v: isinstance(v, tuple) and len(v) == 2 and numbers(v, 0),
+            "rate": lambda v: isinstance(v, float | int) and 0 <= v < 1,
+            "bias": lambda v: isinstance(v, bool),
+            "gate": lambda v: v is None or (isinstance(v, str) and v),
+            "function": lambda v: v in ACTIVATION_NAMES,
+            "input": lambda v: isinstance(v, str),
+            "inputs": lambda v: len(v) > 0 and all(isinstance(each, str) for each in v),
+        }.get(field, lambda v, field=field: numbers(v, least[field]))
+        if not right(value):
+            raise ValueError(f"{name!r}, {node}, has {field} {value!r}, which makes no sense")
+    if not name:
+        raise ValueError(f"{node} has no name")
 
 
 def to_json(network: Network) -> str:
@@ -386,7 +432,7 @@ def from_json(text: str) -> Network:
     """
     try:
         return check(Network({key: _node(**fields) for key, fields in json.loads(text).items()}))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"this describes no network: {error}") from None
 
 

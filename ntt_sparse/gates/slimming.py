@@ -82,9 +82,10 @@ def keep(
 ) -> dict[str, Bool[Array, "_"]]:
     """Which channels stay when a fraction of all of them goes, those of the smallest scales.
 
-    As the published code has it: the threshold is entry `int(fraction * total)` of the sorted
-    absolute scales, and what is larger stays, so that one more than asked goes, and others that
-    are equal to it. Layers may be left without any.
+    As the published code has it: the threshold is that entry of the sorted absolute scales which
+    the fraction points at, and what is larger stays, so that one more than asked goes, and others
+    that are equal to it. Layers may be left without any. (That code leaves the stream of residual
+    networks at full width and selects from it; what is counted here is what is read.)
 
     Args:
         scales: Of each layer, `(n,)`, by path.
@@ -95,13 +96,19 @@ def keep(
         Of each layer, `(n,)`.
 
     Raises:
-        ValueError: There are no scales, or the fraction is out of range.
+        ValueError: There are no scales, one is not finite, or a number is out of range.
     """
     values = {path: jnp.abs(jnp.asarray(scale)) for path, scale in scales.items()}
     if not values:
         raise ValueError("there are no scales, expected those of one layer or more")
     if not isinstance(fraction, Tracer) and not 0.0 <= float(np.asarray(fraction)) < 1.0:
         raise ValueError(f"fraction is {fraction}, expected at least 0 and below 1")
+    if at_least < 0:
+        raise ValueError(f"at_least is {at_least}, expected 0 channels or more")
+    if not any(isinstance(value, Tracer) for value in values.values()):
+        for path, value in values.items():
+            if not np.all(np.isfinite(value)):
+                raise ValueError(f"scales of {path!r} are not finite: {np.asarray(value)}")
     pooled = jnp.sort(jnp.concatenate(list(values.values())))
     place = place_of(fraction, len(pooled))
     kept = {path: value > pooled[place] for path, value in values.items()}
@@ -111,8 +118,10 @@ def keep(
 
 
 def place_of(fraction: float | Real[ArrayLike, ""], total: int) -> Int[Array, ""]:
-    """`int(fraction * total)`, for decimal fractions in single precision too."""
-    # 0.6 of 5 is a little below 3 there.
+    """How many a fraction of a total is, rounded down, for decimal fractions as written.
+
+    0.6 of 5 is 3, and 0.29 of 100 is 29, where floating point may have a little less.
+    """
     return jnp.floor(jnp.round(jnp.asarray(fraction) * total, 3)).astype(jnp.int32)
 
 

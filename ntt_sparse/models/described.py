@@ -75,7 +75,7 @@ class Described(nn.Module):
             self.network, params, {name: each.value for name, each in stored.items()}, x,
             train=train, dtype=self.dtype, key=self.make_rng("dropout") if drops else None,
         )  # fmt: skip
-        if train and self.is_mutable_collection(STATISTICS) and not self.is_initializing():
+        if train and not self.is_initializing():
             for name, each in stored.items():
                 each.value = statistics[name]
         return values[list(self.network.nodes)[-1]]
@@ -200,7 +200,7 @@ def _run(node: Node, given: list[Any], kernel: Any, bias: Any, dtype: Any) -> An
             return add_bias(_convolved(x, kernel, node), bias)
         case Dense():
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
-            return add_bias(x.reshape(x.shape[0], -1) @ kernel, bias)
+            return add_bias(x.reshape(x.shape[0], math.prod(x.shape[1:])) @ kernel, bias)
         case graph.Activation(function=function):
             return ACTIVATIONS[function](x)
         case graph.Pool():

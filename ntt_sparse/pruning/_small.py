@@ -1,5 +1,7 @@
 """How the small network of `ntt_sparse.pruning.compact` is put together, node by node."""
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,11 +43,17 @@ class SmallNetwork:
         self.kept, self.reached = kept, reached
         self.constants = _constants(network, weights, state)
         self.nodes = graph.Builder(graph.input_shape(network))
+        self.shapes = graph.shapes(network)
+        self.dtype = np.result_type(*weights.values()) if weights else np.dtype(np.float32)
+        self.added = 0
+        """Numbers of constants that were put in."""
         self.params: dict[str, np.ndarray] = {}
         self.statistics: dict[str, np.ndarray] = {}
         # Of each node of the whole network: its name in the small one, and which of its channels
         # are there. None where no channel is.
         self.there: dict[str, tuple[str | None, np.ndarray]] = {}
+        # Those that were aligned before, see `_aligned`.
+        self.aligned: dict[tuple[str, bytes, bool], str] = {}
 
     def build(self) -> Network:
         """The description of the small network."""
@@ -65,7 +73,13 @@ class SmallNetwork:
     def _node(self, name: str, node: Any, wanted: np.ndarray) -> str:
         match node:
             case graph.Input():
+                if len(wanted) < self._width(name):
+                    return self._new(graph.Select("input", tuple(wanted.tolist())), "read")
                 return "input"
+            case graph.Constant(rows=rows, columns=columns):
+                # Those it had are counted with the network.
+                self.added -= len(wanted) * max(1, len(rows) * len(columns))
+                return self._constant(name, self.constants[name][..., wanted])
             case Conv() | Dense():
                 return self._layer(name, node, wanted)
             case Norm(groups=groups):
@@ -99,9 +113,10 @@ class SmallNetwork:
                 x = self._aligned(node.input, wanted)
                 self.params[f"{name}/bias"] = self.weights[f"{name}/bias"][..., wanted]
                 return self.nodes(graph.Shift(x, node.rows, node.columns), name)
-        x = self._aligned(node.input, wanted)
-        fields = {key: value for key, value in vars(node).items() if key != "input"}
-        return self.nodes(type(node)(x, **fields), name)
+            case graph.Activation() | graph.Pool() | graph.Mean() | graph.Field() | graph.Dropout():
+                x = self._aligned(node.input, wanted)
+                return self.nodes(dataclasses.replace(node, input=x), name)
+        raise TypeError(f"{name!r} is {node}, of which nothing can be taken out")
 
     def _width(self, name: str) -> int:
         return len(self.reached[name])
@@ -115,11 +130,12 @@ class SmallNetwork:
         constant = _apply(node, lost, kernel)[..., wanted]
         if node.bias:
             constant = constant + self.weights[f"{name}/bias"][wanted]
-        dtype = kernel.dtype
         x = self.there[node.input][0]
         if x is None:
             # Of the outputs nothing is left but what they are for every input.
-            return self._constant(name, constant, dtype)
+            shape = (*self.shapes[name][:-1], len(wanted))
+            self.added -= len(wanted) * node.bias
+            return self._constant(name, np.broadcast_to(constant, shape))
         small = by_channel[..., read, :][..., wanted]
         self.params[f"{name}/kernel"] = (
             small.reshape(-1, len(wanted)) if isinstance(node, Dense)
@@ -128,11 +144,14 @@ class SmallNetwork:
         bias, rows, _ = _compressed(constant)
         flat = not rows
         has_bias = flat and bool(node.bias or np.any(bias))
-        fields = {**vars(node), "input": x, "channels": len(wanted), "gate": None}
-        y = self.nodes(type(node)(**{**fields, "bias": has_bias}), name)
+        small_node = dataclasses.replace(
+            node, input=x, channels=len(wanted), bias=has_bias, gate=None
+        )
+        y = self.nodes(small_node, name)
+        self.added += len(wanted) * (has_bias - node.bias)
         if has_bias:
-            self.params[f"{name}/bias"] = bias.astype(dtype)
-        return y if flat else self._shifted(y, name, constant, dtype)
+            self.params[f"{name}/bias"] = bias.astype(kernel.dtype)
+        return y if flat else self._shifted(y, name, constant)
 
     def _sum(self, name: str, node: graph.Add, wanted: np.ndarray) -> str:
         """A sum: of a channel that is not there in a source, its constant is."""
@@ -143,53 +162,65 @@ class SmallNetwork:
             constant = constant + np.where(missing, self.constants[source][..., wanted], 0.0)
             if new is not None and not np.all(missing):
                 parts.append(self._aligned(source, wanted, fill=False))
-        dtype = np.result_type(*self.weights.values())
         if not parts:
-            return self._constant(name, constant, dtype)
+            return self._constant(name, constant)
         y = self.nodes(graph.Add(tuple(parts)), name) if len(parts) > 1 else parts[0]
-        return self._shifted(y, name, constant, dtype)
+        return self._shifted(y, name, constant)
 
     def _aligned(self, source: str, wanted: np.ndarray, *, fill: bool = True) -> str:
         """A node with just these channels; of those that are not there, their constants."""
+        key = (source, wanted.tobytes(), fill)
+        if key not in self.aligned:
+            self.aligned[key] = self._align(source, wanted, fill=fill)
+        return self.aligned[key]
+
+    def _align(self, source: str, wanted: np.ndarray, *, fill: bool) -> str:
         new, have = self.there[source]
-        dtype = np.result_type(*self.weights.values())
         constant = np.where(np.isin(wanted, have), 0.0, self.constants[source][..., wanted])
         common = np.intersect1d(wanted, have)
         if new is None or not len(common):
-            return self._constant(source, constant, dtype)
+            return self._constant(source, constant)
         if len(common) < len(have):
             places = np.searchsorted(have, common)
-            new = self.nodes(graph.Select(new, tuple(places.tolist())))
+            new = self._new(graph.Select(new, tuple(places.tolist())), f"{source}_part")
         new = self._placed(new, np.searchsorted(wanted, common), len(wanted))
-        return self._shifted(new, source, constant, dtype) if fill else new
+        return self._shifted(new, source, constant) if fill else new
 
     def _placed(self, x: str, places: np.ndarray, size: int) -> str:
         if len(places) == size:
             return x
-        return self.nodes(graph.Embed(x, tuple(places.tolist()), size))
+        return self._new(graph.Embed(x, tuple(places.tolist()), size), f"{x}_placed")
 
-    def _shifted(self, y: str, name: str, constant: Any, dtype: Any) -> str:
+    def _new(self, node: graph.Node, name: str) -> str:
+        """Adds a node that the whole network has none of, under a name that is free."""
+        free = next(
+            candidate
+            for candidate in itertools.chain(
+                [name], (f"{name}_{number}" for number in itertools.count(1))
+            )
+            if candidate not in self.network.nodes and candidate not in self.nodes.nodes
+        )
+        return self.nodes(node, free)
+
+    def _shifted(self, y: str, name: str, constant: Any) -> str:
         """A node plus a constant, unless that is zero."""
         if not np.any(constant):
             return y
         bias, rows, columns = _compressed(constant)
-        shift = self.nodes(
-            graph.Shift(y, rows, columns), f"{name}_constant_{len(self.nodes.nodes)}"
-        )
-        self.params[f"{shift}/bias"] = bias.astype(dtype)
+        shift = self._new(graph.Shift(y, rows, columns), f"{name}_shift")
+        self.params[f"{shift}/bias"] = bias.astype(self.dtype)
+        self.added += bias.size
         return shift
 
-    def _constant(self, name: str, constant: np.ndarray, dtype: Any) -> str:
+    def _constant(self, name: str, constant: np.ndarray) -> str:
         """A node that is the same for every input."""
         bias, rows, columns = _compressed(constant)
         if not rows and constant.ndim == 3:
             rows, columns = constant.shape[:1], constant.shape[1:2]
             bias = bias[None, None]
-        new = self.nodes(
-            graph.Constant("input", constant.shape, rows, columns),
-            f"{name}_constant_{len(self.nodes.nodes)}",
-        )
-        self.params[f"{new}/bias"] = bias.astype(dtype)
+        new = self._new(graph.Constant("input", constant.shape, rows, columns), f"{name}_constant")
+        self.params[f"{new}/bias"] = bias.astype(self.dtype)
+        self.added += bias.size
         return new
 
 
@@ -239,14 +270,17 @@ def _compressed(constant: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], tupl
     """
     if constant.ndim != 3:
         return constant, (), ()
-    limit = _SAME * np.max(np.abs(constant), initial=0.0)
+    # Of each channel by itself, as they may be of any scale.
+    limit = _SAME * np.max(np.abs(constant), axis=(0, 1))
     counts = []
     for axis in (0, 1):
-        steps = np.abs(np.diff(constant, axis=axis))
-        new = np.max(steps, axis=tuple(a for a in range(3) if a != axis), initial=0.0) > limit
-        starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-        ends = np.append(starts[1:], constant.shape[axis])
-        counts.append(tuple((ends - starts).tolist()))
+        lines = np.moveaxis(constant, axis, 0)
+        starts = [0]
+        for index in range(1, len(lines)):
+            # With where the run began: a drift is no repetition.
+            if np.any(np.abs(lines[index] - lines[starts[-1]]) > limit):
+                starts.append(index)
+        counts.append(tuple(np.diff([*starts, len(lines)]).tolist()))
         constant = np.take(constant, starts, axis)
     if constant.shape[:2] == (1, 1):
         return constant[0, 0], (), ()

@@ -63,12 +63,13 @@ def compact(
 ) -> Compacted:
     """The small network of a gated or masked one of `ntt_sparse.models`.
 
-    In evaluation it gives the outputs of the large one, up to rounding. In training it does as
-    well, but for the statistics of channels that were taken out, and for dropout on them.
+    In evaluation it gives the outputs of the large one, up to rounding of the parameters' dtype:
+    1e-5 of the largest output in float32. Constants are those of evaluation; in training, where a
+    closed channel is its shift, they are the same if its running mean is zero. Dropout draws anew.
 
     Args:
         module: The large network, with a method `network` that describes it and, if it has
-            gates, their `kind`.
+            gates, their `kind`; or a `Described` one.
         variables: Of it: `params`, and what else it has.
         input_shape: Of one example. Constants at borders are for images of this size.
         masks: Of the parameters; weights that are masked are zero.
@@ -85,7 +86,12 @@ def compact(
         ValueError: Masks, gates or parameters do not fit the network, a number is not finite,
             or a layer is left empty and `empty` is `"refuse"`.
     """
-    network = graph.check(module.network(input_shape))
+    if isinstance(module, Described):
+        network = module.network
+        if graph.input_shape(network) != tuple(input_shape):
+            raise ValueError(f"input_shape is {input_shape}, the network is of {network}")
+    else:
+        network = graph.check(module.network(input_shape))
     params = variables["params"]
     values = gates
     if values is None:
@@ -163,7 +169,7 @@ def compact_network(
         kept,
         channels.whole(network),
         after,
-        channels.whole(small).parameters - after.parameters,
+        builder.added,
         removed,
     )
 

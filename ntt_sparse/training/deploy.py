@@ -67,6 +67,7 @@ def load(path: str | Path) -> tuple[Described, dict[str, Any]]:
         raise FileNotFoundError(f"there is no network at {path}")
     try:
         header, arrays = (_read_safetensors if path.is_file() else _read_orbax)(path)
+        header, arrays = dict(header), dict(arrays)
     except Exception as error:  # What is damaged raises many kinds.
         raise ValueError(f"{path} is no network file, or damaged ({_line(error)})") from error
     if header.get("format") != _FORMAT:
@@ -80,6 +81,8 @@ def load(path: str | Path) -> tuple[Described, dict[str, Any]]:
         kinds = (dtype and jnp.dtype(dtype), jnp.dtype(header.get("param_dtype", "")))
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None
+    if not all(kind is None or jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        raise ValueError(f"{path} is of dtypes {kinds}, expected floating-point ones")
     module = Described(network, *kinds)
     arrays = _checked(module, arrays, str(path))
     nested = traverse_util.unflatten_dict(arrays, sep="/")
@@ -137,6 +140,11 @@ def _checked(module: Described, arrays: dict[str, Any], where: str) -> dict[str,
     given = {path: jnp.shape(leaf) for path, leaf in arrays.items()}
     if wrong := sorted(set(given.items()) ^ set(expected.items())):
         raise ValueError(f"{where} do not fit the network: {wrong[0]} and {len(wrong) - 1} more")
+    for path, leaf in arrays.items():
+        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+            raise ValueError(f"{where}: {path!r} is {leaf.dtype}, expected floating-point numbers")
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(f"{where}: {path!r} holds numbers that are not finite")
     return arrays
 
 

@@ -127,6 +127,10 @@ def load_gates(path: str | Path, network: Network) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: gate {name!r} has shape {value.shape}, expected ({expected[name]},)"
             )
+        if value.dtype != bool and not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"{path}: gate {name!r} is {value.dtype}, expected numbers or booleans"
+            )
         if not np.all(np.isfinite(value)):
             raise ValueError(f"{path}: gate {name!r} holds numbers that are not finite")
     return {name: jnp.asarray(found[name], jnp.float32) for name in expected}

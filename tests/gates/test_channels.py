@@ -11,8 +11,10 @@ from ntt_sparse import models
 from ntt_sparse.gates import budget, layer
 from ntt_sparse.gates import channels as accounting
 from ntt_sparse.gates import network as graph
+from ntt_sparse.gates.chipnet import ChipNet
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.network import Conv, Network
+from ntt_sparse.gates.slimming import Slimming
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.vgg import Vgg
@@ -230,6 +232,12 @@ def test_numbers_beyond_int32():
         ({"sum": graph.Shift("b", (2, 2), (1,))}, "a constant of 4 x 1 positions"),
         ({"sum": graph.Subsample("b", 2, 1)}, "3 channels among 2"),
         ({"b": graph.Input((2,))}, "'b' is another input"),
+        ({"b": Conv("a", 3, 1, 0)}, "has stride 0, which makes no sense"),
+        ({"norm": graph.Norm("sum", -1)}, "has groups -1"),
+        ({"sum": graph.Activation("b", "exec")}, "has function 'exec'"),
+        ({"sum": graph.Dropout("b", 1.0)}, "has rate 1.0"),
+        ({"sum": graph.Shift("b", (-1, 6), (1,))}, "has rows"),
+        ({"out": graph.Reshape("norm", (4, 4))}, "15 numbers in 16"),
     ],
 )
 def test_descriptions_that_do_not_fit(change, message):
@@ -246,6 +254,17 @@ def test_a_gate_on_one_channel():
         graph.check(Network({}))
 
 
+def test_names_and_order_matter():
+    build = graph.Builder((2,))
+    build(graph.Dense("input", 3), "a")
+    with pytest.raises(ValueError, match="two nodes are named 'a'"):
+        build(graph.Dense("input", 3), "a")
+    build(graph.Dense("input", 3), "b")
+    nodes = build.nodes
+    swapped = Network({name: nodes[name] for name in ("input", "b", "a")})
+    assert swapped != build.network() and build.network() == Network(dict(nodes))
+
+
 @pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
 def test_descriptions_as_text(name):
     network = small(name)[2]
@@ -256,7 +275,13 @@ def test_descriptions_as_text(name):
 @pytest.mark.parametrize(
     "text", ["", "[]", "3", '{"a": 3}', '{"a": {"node": "Lambda"}}', '{"a": {"node": "Input"}}',
              '{"a": {"node": "Input", "shape": [2], "code": 1}}',
-             '{"a": {"node": "Input", "shape": "ab"}}', '{"a": {"node": "Pool", "input": "a"}}'],
+             '{"a": {"node": "Input", "shape": "ab"}}', "[" * 100_000,
+             '{"a": {"node": "Input", "shape": [2.5]}}',
+             '{"a": {"node": "Input", "shape": [4]}, '
+             '"b": {"node": "Dense", "input": "a", "channels": "x"}}',
+             '{"a": {"node": "Input", "shape": [9, 9, 1]}, "b": {"node": "Conv", "input": "a", '
+             '"channels": 1, "size": 1, "padding": [1, 1, 1]}}',
+             '{"a": {"node": "Pool", "input": "a"}}'],
 )  # fmt: skip
 def test_text_that_describes_nothing(text):
     with pytest.raises(ValueError, match="describes no network"):
@@ -278,10 +303,12 @@ def test_gates_that_do_not_fit():
     assert accounting.whole(ungated).channels == 0
 
 
+@pytest.mark.parametrize("kind", [Dam(), Slimming(), ChipNet()])
 @pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
-def test_soft_fractions_of_crisp_gates(name):
-    """Where every channel that is open is on a way, they are the exact counts."""
-    network = small(name)[2]
+def test_soft_fractions_of_crisp_gates(name, kind):
+    """They are the exact counts where one channel of each layer is open."""
+    module, shape, _ = small(name)
+    network = module.clone(kind=kind).network(shape)
     whole = accounting.whole(network)
     rng = np.random.default_rng(3)
     gates = {}
@@ -292,9 +319,8 @@ def test_soft_fractions_of_crisp_gates(name):
     crisp = accounting.soft_fractions(network, {k: v.astype(float) for k, v in gates.items()})
     counts = accounting.count(network, gates)
     for key in ("channels", "parameters", "multiply_adds"):
-        np.testing.assert_allclose(
-            crisp[key] * getattr(whole, key), getattr(counts, key), rtol=1e-5
-        )
+        expected = getattr(counts, key) / getattr(whole, key)
+        np.testing.assert_allclose(crisp[key], expected, rtol=1e-5)
     assert 0 < crisp["volume"] < 1
 
 

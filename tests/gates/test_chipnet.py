@@ -78,16 +78,43 @@ def test_the_budget_loss_and_its_derivative(cost):
             np.testing.assert_allclose(chipnet.channel_fraction(gates), pooled.mean(), rtol=1e-6)
 
 
-def test_the_threshold_of_the_published_code():
-    gates = {"a": jnp.array([0.1, 0.5, 0.99]), "b": jnp.array([0.3, 0.95])}
-    pooled = np.sort(np.float32([0.1, 0.5, 0.99, 0.3, 0.95]))
-    for target in (0.2, 0.4, 0.6, 0.99):
-        threshold = min(pooled[int((1 - target) * 5)], 0.9)
+def test_no_more_than_the_budget_asks_for_stays():
+    """As lowering a threshold by 1e-4 from 0.9 until the budget is there."""
+    rng = np.random.default_rng(0)
+    gates = {"a": rng.uniform(0, 1, 7).astype(np.float32), "b": rng.uniform(0, 1, 12) ** 2}
+    gates["b"] = gates["b"].astype(np.float32)
+    pooled = np.concatenate(list(gates.values()))
+    for target in (0.05, 0.2, 0.5, 0.6, 1.0):
+        threshold = 0.9
+        while np.mean(pooled > threshold) < target:
+            threshold -= 1e-4
         kept = chipnet.cut(gates, target)
         for path, value in gates.items():
-            np.testing.assert_array_equal(kept[path], np.asarray(value) > threshold)
-    # What is above 0.9 stays.
-    assert sum(int(each.sum()) for each in chipnet.cut(gates, 0.01).values()) == 2
+            np.testing.assert_array_equal(kept[path], value > threshold)
+        again = jax.jit(chipnet.cut)(gates, jnp.float32(target))
+        jax.tree.map(np.testing.assert_array_equal, again, kept)
+
+
+@pytest.mark.parametrize("cost", ["parameters", "multiply_adds", "volume"])
+def test_budgets_of_other_kinds(cost):
+    network = Vgg(3, ((3, 4), (5,)), ChipNet()).network((8, 8, 3))
+    rng = np.random.default_rng(1)
+    gates = {
+        path: jnp.asarray(rng.uniform(0, 0.9, n)) for path, n in channels.sizes(network).items()
+    }
+
+    def left(open_):
+        crisp = {path: jnp.asarray(mask, float) for path, mask in open_.items()}
+        return channels.soft_fractions(network, crisp)[cost]
+
+    kept = chipnet.cut(gates, 0.4, left)
+    assert left(kept) >= 0.4
+    path, index = min(
+        ((path, i) for path, mask in kept.items() for i in range(len(mask)) if mask[i]),
+        key=lambda place: float(gates[place[0]][place[1]]),
+    )
+    fewer = {**kept, path: kept[path].at[index].set(False)}
+    assert left(fewer) < 0.4
 
 
 @pytest.mark.parametrize(
@@ -131,6 +158,9 @@ def test_bad_input():
         ChipNet(float("nan"))
     with pytest.raises(ValueError, match="there are no gates"):
         ChipNet().penalty([])
+    for target in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected a fraction above 0, at most 1"):
+            chipnet.cut({"a": jnp.ones(3)}, target)
     for function in (chipnet.channel_fraction, lambda gates: chipnet.cut(gates, 0.5)):
         with pytest.raises(ValueError, match="there are no gates"):
             function({})

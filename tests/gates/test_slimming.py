@@ -42,9 +42,12 @@ def test_bad_input():
         ({}, 0.5, "there are no scales"),
         ({"a": jnp.ones(2)}, 1.0, "fraction is 1.0, expected at least 0 and below 1"),
         ({"a": jnp.ones(2)}, float("nan"), "fraction is nan"),
+        ({"a": jnp.array([1, jnp.nan])}, 0.5, "scales of 'a' are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             slimming.keep(scales, fraction)
+    with pytest.raises(ValueError, match="at_least is -1"):
+        slimming.keep({"a": jnp.ones(2)}, 0.5, at_least=-1)
     with pytest.raises(ValueError, match="initial is 0"):
         Slimming(0.0)
     with pytest.raises(ValueError, match="there are no scales"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.l1 import L1
 from ntt_sparse.models.autoencoder import Autoencoder, Perceptron
-from ntt_sparse.models.described import Described
+from ntt_sparse.models.described import Described, parameter_shapes, statistics_shapes
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.resnet import ResNet
@@ -122,6 +123,14 @@ def without_gates(params):
     }
 
 
+def check_counts(small):
+    """What is counted is what is there, and what was put in is counted where it is."""
+    there = channels.whole(small.module.network)
+    assert size(small.variables["params"]) == there.parameters
+    assert there.parameters == small.after.parameters + small.constants
+    assert there.multiply_adds == small.after.multiply_adds and small.constants >= 0
+
+
 def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -159,7 +168,7 @@ def test_gated_networks_keep_their_outputs(name):
     open_ = {path: value > 0 for path, value in gates.items()}
     assert small.after == channels.count(network, open_)
     assert small.before == channels.whole(network)
-    assert size(small.variables["params"]) == small.after.parameters + small.constants
+    check_counts(small)
     assert small.after.parameters < small.before.parameters
 
 
@@ -171,7 +180,7 @@ def test_masked_networks_keep_their_outputs(name):
     small = compact(module, variables, shape, masks=masks)
     masked = {**variables, "params": pruning_masks.apply(variables["params"], masks)}
     same(outputs(small.module, small.variables, x), outputs(module, masked, x))
-    assert size(small.variables["params"]) == small.after.parameters + small.constants
+    check_counts(small)
     # Channels in groups are normalised by all of a group.
     if "group" not in name:
         assert small.after.parameters < 0.8 * small.before.parameters
@@ -196,7 +205,7 @@ def test_any_gates(seed, closed):
     x = jnp.asarray(rng.standard_normal((3, *shape)), jnp.float32)
     small = compact(module, variables, shape, empty="remove")
     same(outputs(small.module, small.variables, x), apply_narrow(variables, x))
-    assert size(small.variables["params"]) == small.after.parameters + small.constants
+    check_counts(small)
     open_ = {path: gate["scale"] > 0 for path, gate in gates.items()}
     assert small.after == channels.count(module.network(shape), open_)
 
@@ -264,9 +273,8 @@ def test_training_goes_on_as_in_the_large_network():
     module, shape, _ = large("vgg")
     variables = with_gates("vgg", 3)
     x = jax.random.normal(jax.random.key(2), (6, *shape))
-    small = compact(module, variables, shape)
     train = {"train": True, "mutable": ["batch_stats"]}
-    # In training a closed channel is exactly its shift; make that what it is in evaluation.
+    # In training a closed channel is its shift, in evaluation so if its running mean is zero.
     clean = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     variables = {**variables, "batch_stats": clean}
     small = compact(module, variables, shape)
@@ -317,7 +325,10 @@ def test_small_networks_are_as_small_as_they_get():
         small.module.network, small.variables["params"], small.variables["batch_stats"]
     )
     assert again.before.parameters == size(again.variables["params"])
-    assert again.module.network == small.module.network
+    kinds, expected = (
+        [type(node) for node in each.module.network.nodes.values()] for each in (again, small)
+    )
+    assert kinds == expected
     x = jax.random.normal(jax.random.key(4), (2, *shape))
     same(outputs(again.module, again.variables, x), outputs(small.module, small.variables, x), 1e-6)
 
@@ -406,3 +417,135 @@ def test_convolutions_of_few_terms(size, stride, padding, channels, features):
     )
     for got, wanted in zip(slopes, expected, strict=True):
         same(got, wanted)
+
+
+def described(build, seed=0, scale=0.5):
+    """A description with random parameters and statistics, some weights of which are zero."""
+    network, rng = build.network(), np.random.default_rng(seed)
+    leaves = {}
+    for path, leaf in parameter_shapes(network).items():
+        value = scale * rng.standard_normal(leaf.shape)
+        if path.endswith("scale"):
+            value = np.where(rng.random(leaf.shape) < 0.8, 1 + value, 0)
+        if path.endswith("kernel"):
+            # Outputs, and single weights.
+            value = value * (rng.random(leaf.shape[-1]) < 0.7) * (rng.random(leaf.shape) < 0.9)
+            # Inputs.
+            value = value * (rng.random((*leaf.shape[-2:-1], 1)) < 0.8)
+        leaves[path] = jnp.asarray(value, jnp.float32)
+    state = {
+        path: jnp.asarray(rng.uniform(0.2, 1, leaf.shape), jnp.float32)
+        for path, leaf in statistics_shapes(network).items()
+    }
+    nested = (traverse_util.unflatten_dict(each, sep="/") for each in (leaves, state))
+    return network, *nested
+
+
+def agrees(network, params, statistics, x):
+    """Compacts, checks, and returns what came of it."""
+    small = compact_network(network, params, statistics, empty="remove")
+    variables = {"params": params, "batch_stats": statistics}
+    expected = outputs(Described(network), variables, x)
+    got = outputs(small.module, small.variables, x)
+    assert got.shape == expected.shape
+    same(got, expected)
+    check_counts(small)
+    return small
+
+
+def random_description(seed):
+    """Layers of all kinds one after another, with sums of what came before."""
+    rng = np.random.default_rng(seed)
+    build = graph.Builder((7, 6, 3))
+    y, shapes = "input", {}
+    for index in range(7):
+        shapes = graph.shapes(graph.Network(build.nodes))
+        height, _, channels_ = shapes[y]
+        kind = rng.integers(9)
+        name = f"n{index}"
+        if kind <= 3:
+            size = int(rng.integers(1, 4))
+            padding = tuple(int(each) for each in rng.integers(0, 3, 2))
+            stride = 1 + int(rng.random() < 0.2 and height > 4)
+            node = graph.Conv(y, int(rng.integers(2, 6)), size, stride, padding, bool(kind % 2))
+        elif kind == 4:
+            node = graph.Norm(y, groups=int(rng.choice([0, channels_])))
+        elif kind == 5:
+            node = graph.Activation(y, str(rng.choice(["relu", "tanh", "sine", "elu"])))
+        elif kind == 6:
+            node = graph.Subsample(y, channels_ + int(rng.integers(0, 3)), 1)
+        else:
+            alike = [each for each, shape in shapes.items() if shape == shapes[y]]
+            inputs = tuple(str(each) for each in rng.choice(alike, 2))
+            node = graph.Add(inputs) if kind == 7 else graph.Multiply(inputs)
+        y = build(node, name)
+    if rng.random() < 0.7:
+        y = build(graph.Activation(build(graph.Conv(y, 3, 3, 1, (1, 1)), "last"), "relu"))
+        build(graph.Dense(y, 4), "out")
+    return build
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks_and_what_is_left_of_them_compacted_again(seed):
+    build = random_description(seed)
+    network, params, statistics = described(build, seed)
+    x = jax.random.normal(jax.random.key(seed), (3, 7, 6, 3))
+    small = agrees(network, params, statistics, x)
+    # Close more of the small one.
+    closed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            leaf.at[..., 0].set(0) if path[-1].key == "kernel" and leaf.shape[-1] > 1 else leaf
+        ),
+        small.variables["params"],
+    )
+    state = small.variables.get("batch_stats", {})
+    agrees(small.module.network, closed, state, x)
+
+
+def test_inputs_that_nothing_reads():
+    module = LeNet(3, (), 5, (6, 4))
+    params = models.init(module, jax.random.key(0), (12,))
+    masks = pruning_masks.full(params)
+    masks["Dense_0"]["kernel"] = masks["Dense_0"]["kernel"].at[jnp.array([3, 7])].set(False)
+    small = compact(module, {"params": params}, (12,), masks=masks)
+    x = jax.random.normal(jax.random.key(1), (4, 12))
+    expected = module.apply({"params": pruning_masks.apply(params, masks)}, x)
+    same(small.module.apply(small.variables, x), expected)
+    assert small.after.parameters == 10 * 6 + 6 + 6 * 4 + 4 + 4 * 3 + 3
+
+
+def test_borders_of_channels_of_other_scales_are_kept():
+    """A constant of a million in one channel, of a hundred-thousandth in the next."""
+    build = graph.Builder((5, 5, 1))
+    y = build(graph.Conv("input", 2, 1, bias=True), "a")
+    y = build(graph.Conv(y, 2, 3, 1, (1, 1)), "b")
+    build(graph.Norm(y), "n")
+    kernel = jnp.zeros((3, 3, 2, 2)).at[1, 1, 1, 0].set(1e6).at[:, :, 1, 1].set(1e-5)
+    params = {
+        "a": {"kernel": jnp.array([[[[1.0, 0.0]]]]), "bias": jnp.array([0.0, 1.0])},
+        "b": {"kernel": kernel.at[0, 0, 0].set(1.0)},
+        "n": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+    }
+    statistics = {"n": {"mean": jnp.zeros(2), "var": jnp.array([1e12, 1e-10])}}
+    x = jnp.zeros((1, 5, 5, 1))
+    small = agrees(build.network(), params, statistics, x)
+    got = np.asarray(small.module.apply(small.variables, x))[0, :, 2, 1]
+    assert got[0] < 0.7 * got[2]
+
+
+def test_networks_without_parameters_and_empty_batches():
+    build = graph.Builder((3, 4, 2))
+    build(graph.Add((build(graph.Activation("input", "tanh")), "input")))
+    agrees(*described(build), jnp.ones((2, 3, 4, 2)))
+    module, shape, variables = large("vgg")
+    small = compact(module, variables, shape)
+    assert small.module.apply(small.variables, jnp.zeros((0, *shape))).shape == (0, 4)
+
+
+def test_a_small_network_is_compacted_like_any_other():
+    module, shape, _ = large("vgg")
+    small = compact(module, with_gates("vgg", 5), shape)
+    again = compact(small.module, small.variables, shape)
+    assert again.module.network == small.module.network
+    with pytest.raises(ValueError, match=r"input_shape is \(4, 4, 3\)"):
+        compact(small.module, small.variables, (4, 4, 3))
