@@ -43,10 +43,15 @@ ROOMS = {
     "data": {"_types", "data"},
     "gates": {"_types", "gates"},
     "models": {"_types", "gates", "models"},
-    "pruning": {"_types", "pruning"},
+    # Small networks are built from descriptions, as models.
+    "pruning": {"_types", "gates", "models.described", "pruning"},
     "similarity": {"_types", "similarity"},
     "objectives": {"_types", "ntk", "objectives", "pruning.masks", "similarity"},
-    "training": {"_types", "data.batches", "pruning.masks", "training"},
+    # Of gates and models, descriptions and what runs them, which files hold.
+    "training": {
+        *("_types", "data.batches", "gates.network", "models.described", "pruning.masks"),
+        "training",
+    },
 }
 
 
