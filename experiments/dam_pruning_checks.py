@@ -14,7 +14,7 @@ from experiments.checks import (
     check_seeds,
     check_values,
 )
-from experiments.dam_pruning_members import CUT, make_kind, target_of
+from experiments.dam_pruning_members import CUT, is_fraction, make_kind, target_of
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates import channels
 from ntt_sparse.gates.network import Network
@@ -22,14 +22,14 @@ from ntt_sparse.training.loop import Plan
 
 _BUDGETS = {
     "channels": ("dam", *CUT),
-    "parameters": ("dam", "chipnet"),
-    "multiply_adds": ("dam", "chipnet"),
+    "parameters": ("dam", *CUT),
+    "multiply_adds": ("dam", *CUT),
     "volume": ("chipnet",),
     "layers": ("dam",),
 }
 """What a budget counts, and of which gates."""
 _CHOICES = {
-    "gate": ("dam", "l1", *CUT),
+    "gate": ("dam", *CUT),
     "convention": ("paper", "code"),
     "budget": ("", *_BUDGETS),
     "model.name": (
@@ -53,6 +53,7 @@ _RANGES = {
     "slimming.keep": (0, LARGEST_INT),
     "chipnet.budget": (0, 1e30),
     "chipnet.crispness": (0, 1e30),
+    "chipnet.continuation_epochs": (0, LARGEST_INT),
     **{
         f"{stage}.{field}": limits
         for stage, least in (("pretrain", 0), ("training", 1), ("finetune", 0))
@@ -124,7 +125,7 @@ def _check_stages(config: Any) -> None:
             f"config.budget is {config.budget!r} with gate {config.gate!r}, expected "
             f"{known or 'none'}"
         )
-    cut = config.gate in CUT
+    cut = config.gate in CUT and (config.gate != "l1" or config.budget or config.finetune.epochs)
     if cut and not (config.budget and config.finetune.epochs):
         raise ValueError(
             f"config.gate is {config.gate!r}, which cuts networks to a budget and trains them on: "
@@ -152,7 +153,7 @@ def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[s
             make_kind(config).init(n)
         except ValueError as error:
             raise ValueError(f"config.initial is {config.initial}: {error}") from error
-    if config.budget and config.gate == "dam":
+    if config.budget and not is_fraction(config):
         _check_targets(config, network)
     if config.similarity and f"{config.similarity}/gate" not in sizes:
         names = ", ".join(path.removesuffix("/gate") for path in sizes)

@@ -34,8 +34,8 @@ _GATE_STREAM = 1002
 _LARGEST_ZETA = 0.01
 
 
-CUT = ("slimming", "chipnet")
-"""Gates of which channels are cut after training, in a stage of their own."""
+CUT = ("slimming", "chipnet", "l1")
+"""Gates whose channels are cut after training, if there is a budget, and trained on then."""
 
 
 class Run(NamedTuple):
@@ -85,7 +85,7 @@ def make_optimizer(
         config: The settings.
         settings: Those of the stage.
         plan: Of the stage.
-        key: Of the noise on gradients, which is part of the optimiser's state.
+        key: Of the member, for the noise on gradients, which is part of the optimiser's state.
     """
     # Coupled with the step, as in the training it comes from, but for AdamW.
     decay = optax.add_decayed_weights(
@@ -103,7 +103,8 @@ def make_optimizer(
     rate = decayed_rate(settings, plan.total_steps, settings.milestone_factor)
     parts = [cold_start(moved, steps) if steps else moved, optax.scale_by_learning_rate(rate)]
     if config.gradient_noise:
-        parts.insert(0, gradient_noise(config.gradient_noise, key))
+        noise = None if key is None else jax.random.fold_in(key, _NOISE_STREAM)
+        parts.insert(0, gradient_noise(config.gradient_noise, noise))
     return optax.chain(*parts)
 
 
@@ -131,8 +132,8 @@ def start_members(
 ) -> Member:
     """All networks at their start. A seed fixes weights and the order of the data.
 
-    The context of each is its `coefficient` and, with a budget, its `target`: a fraction, or of
-    DAM an integer, and where its budget stands. Orders other than that of the index, and what
+    The context of each is its `coefficient` and, with a budget, its `target` (see `is_fraction`)
+    and, of DAM, where its budget stands. Orders other than that of the index, and what
     ChipNet's gates know, are in the model state.
 
     Args:
@@ -154,19 +155,18 @@ def start_members(
         params = variables.pop("params")
         variables |= ranks
         context = {"coefficient": coefficient}
-        if config.gate in CUT:
+        if config.budget:
             context |= {"target": target}
-        elif config.budget:
+        if config.budget and config.gate == "dam":
             offsets = {path: gate["beta"] for path, gate in gates.find(params).items()}
-            context |= {"target": target, "budget": budgets.start(offsets)}
+            context |= {"budget": budgets.start(offsets)}
         if config.gate == "chipnet":
             params = gates.replace(params, _drawn(sizes, jax.random.fold_in(key, _GATE_STREAM)))
             # All open, until the stage that trains them.
             variables |= gates.state(
                 network, open={path: jnp.ones(n, bool) for path, n in sizes.items()}
             )
-        noise = jax.random.fold_in(key, _NOISE_STREAM)
-        optimizer = make_optimizer(config, settings, plan, key=noise)
+        optimizer = make_optimizer(config, settings, plan, key=key)
         masks = jax.tree.map(lambda _: None, params)
         return create_member(params, masks, optimizer, key, context, variables)
 
@@ -187,10 +187,15 @@ def _drawn(sizes: Mapping[str, int], key: PRNGKey) -> dict[str, Any]:
     }
 
 
+def is_fraction(config: Any) -> bool:
+    """Whether gates are held to a fraction, as published, in place of a number of its kind."""
+    return config.gate == "chipnet" or (config.gate, config.budget) == ("slimming", "channels")
+
+
 def _limit(config: Any, network: Network, target: float) -> Any:
-    if config.gate in CUT:
-        return target
-    return target_of(config, network, target) if config.budget else ()
+    if not config.budget:
+        return ()
+    return target if is_fraction(config) else target_of(config, network, target)
 
 
 def orders(config: Any, sizes: Mapping[str, int], number: int) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The stages of structured pruning: how a network is trained, cut and trained on.
 
 DAM and L1 gates close channels as they train, in one stage. Network Slimming trains scales, cuts
-the channels of the smallest and trains what is left; ChipNet trains a network, then its gates
-under a budget, cuts those that are lowest and trains what is left. A stage is there if it has
-epochs.
+the channels of the smallest and trains what is left, and so do L1 gates that have a budget;
+ChipNet trains a network, then its gates under a budget, cuts those that are lowest and trains
+what is left. A stage is there if it has epochs.
 """
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.dam_pruning_members import (
+    CUT,
+    is_fraction,
     make_kind,
     make_optimizer,
     member_names,
@@ -24,6 +27,7 @@ from experiments.study import augment_images, fit_stage, make_plan
 from ntt_sparse.data import images
 from ntt_sparse.gates import budget as budgets
 from ntt_sparse.gates import channels, chipnet, layer, slimming
+from ntt_sparse.gates import cut as cuts
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.network import Network
 from ntt_sparse.pruning import masks as pruning_masks
@@ -99,23 +103,19 @@ def enter(config: Any, setup: Setup, index: int, members: Member) -> Member:
     The optimiser begins anew, and so does the order of the data.
     """
     stage, before = setup.stages[index], setup.stages[index - 1] if index else None
-    kind, network = make_kind(config), setup.network
+    network = setup.network
 
     def one(member: Member) -> Member:
         params, masks, state = member.params, member.masks, member.model_state
         if before is not None and before.name == MAIN:
-            open_ = open_channels(config, network, member, before)
-            if config.gate == "slimming":
-                masks = layer.masks(kind, params, network, open_)
-            elif config.gate == "chipnet":
-                state = {**state, **layer.state(network, open=open_)}
+            masks, state = cut(config, network, member, before)
         elif config.gate == "chipnet" and stage.name == MAIN:
             beta, gamma = (jnp.asarray(value, float) for value in chipnet.START)
             state = {**state, **layer.state(network, beta=beta, gamma=gamma)}
         if not index:
             return member._replace(model_state=state)
-        optimizer = make_optimizer(config, stage.settings, stage.plan, key=member.key)
         key = jax.random.fold_in(member.key, index)
+        optimizer = make_optimizer(config, stage.settings, stage.plan, key=key)
         return create_member(params, masks, optimizer, key, member.context, state)
 
     return jax.jit(jax.vmap(one))(members)
@@ -126,7 +126,7 @@ def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
     if stage.name != MAIN:
         return {"task": terms.task()}
     kind, network = make_kind(config), setup.network
-    per_epoch = stage.plan.steps_per_epoch
+    schedule = _schedule(config, stage)
 
     def gate(inputs: TermInputs):
         params = list(layer.parameters(kind, inputs.params, network).values())
@@ -136,14 +136,14 @@ def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
     def crisp(inputs: TermInputs):
         variables = {"params": inputs.params, **inputs.model_state}
         values = layer.values(kind, variables, network)
-        steep = _steepness(inputs.step, per_epoch)
+        steep = _steepness(inputs.step, schedule)
         params = list(layer.parameters(kind, inputs.params, network).values())
         crispness = cast(Any, kind).penalty(params, **steep)
         missed = chipnet.budget_loss(
             values,
             lambda soft: channels.soft_fractions(network, soft)[config.budget],
             inputs.context["target"],
-            chipnet.budget_steepness(jnp.asarray(inputs.step) / per_epoch),
+            chipnet.budget_steepness(inputs.step * schedule.numerator / schedule.denominator),
         )
         total = config.chipnet.budget * missed + config.chipnet.crispness * crispness
         logs = {"crispness": crispness, "budget": missed}
@@ -152,8 +152,16 @@ def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
     return {"task": terms.task(), "gate": crisp if config.gate == "chipnet" else gate}
 
 
-def _steepness(step: Any, per_epoch: int) -> dict[str, Any]:
-    beta, gamma = chipnet.continuation(jnp.asarray(step) // per_epoch)
+def _schedule(config: Any, stage: Stage) -> Fraction:
+    """Epochs of ChipNet's schedules in one step: a short stage may run through more of them."""
+    if not config.chipnet.continuation_epochs:
+        return Fraction(1, stage.plan.steps_per_epoch)
+    return Fraction(config.chipnet.continuation_epochs, stage.plan.total_steps)
+
+
+def _steepness(step: Any, schedule: Fraction) -> dict[str, Any]:
+    epoch = jnp.asarray(step) * schedule.numerator // schedule.denominator
+    beta, gamma = chipnet.continuation(epoch)
     return {"beta": beta, "gamma": gamma}
 
 
@@ -164,7 +172,7 @@ def after_update(config: Any, setup: Setup, stage: Stage) -> Callable[..., Membe
     if config.gate == "chipnet":
 
         def sharpen(member: Member, step: Any) -> Member:
-            steep = layer.state(setup.network, **_steepness(step, stage.plan.steps_per_epoch))
+            steep = layer.state(setup.network, **_steepness(step, _schedule(config, stage)))
             return member._replace(model_state={**member.model_state, **steep})
 
         return sharpen
@@ -224,20 +232,24 @@ def open_channels(
     """Which channels of each gate are open, or would be if the network were cut now."""
     kind = make_kind(config)
     variables = variables_of(member)
-    if stage.name == MAIN and config.gate == "slimming":
-        scales = {
-            path: gate["scale"]
-            for path, gate in layer.parameters(kind, member.params, network).items()
-        }
-        return slimming.keep(scales, 1 - member.context["target"], at_least=config.slimming.keep)
     values = layer.values(kind, variables, network)
-    if stage.name == MAIN and config.gate == "chipnet":
+    cutting = stage.name == MAIN and config.gate in CUT and config.budget
+    if not cutting:
+        return {path: value != 0 for path, value in values.items()}
+    target = member.context["target"]
+    if config.gate == "chipnet":
         return chipnet.cut(
-            values,
-            member.context["target"],
-            lambda crisp: channels.soft_fractions(network, crisp)[config.budget],
+            values, target, lambda crisp: channels.soft_fractions(network, crisp)[config.budget]
         )
-    return {path: value != 0 for path, value in values.items()}
+    scales = {
+        path: jnp.abs(gate["scale"]) if config.gate == "slimming" else values[path]
+        for path, gate in layer.parameters(kind, member.params, network).items()
+    }
+    if is_fraction(config):
+        return slimming.keep(scales, 1 - target, at_least=config.slimming.keep)
+    kept = cuts.within(scales, target, costs(config, network), at_least=config.slimming.keep)
+    # What has closed before is not opened again.
+    return {path: mask & (values[path] != 0) for path, mask in kept.items()}
 
 
 def variables_of(member: Member) -> dict[str, Any]:
@@ -246,14 +258,14 @@ def variables_of(member: Member) -> dict[str, Any]:
 
 
 def cut(config: Any, network: Network, member: Member, stage: Stage) -> tuple[Any, Any]:
-    """Masks and model state of a member as if it were cut now."""
-    kind = make_kind(config)
-    if stage.name == MAIN and config.gate in ("slimming", "chipnet"):
-        open_ = open_channels(config, network, member, stage)
-        if config.gate == "slimming":
-            return layer.masks(kind, member.params, network, open_), member.model_state
+    """Masks and model state of a member as if it were cut now, where its kind is cut."""
+    if stage.name != MAIN or config.gate not in CUT or not config.budget:
+        return member.masks, member.model_state
+    open_ = open_channels(config, network, member, stage)
+    if config.gate == "chipnet":
         return member.masks, {**member.model_state, **layer.state(network, open=open_)}
-    return member.masks, member.model_state
+    masks = layer.masks(make_kind(config), member.params, network, open_)
+    return masks, member.model_state
 
 
 def evaluation(config: Any, setup: Setup, stage: Stage) -> Callable[..., dict[str, Any]]:

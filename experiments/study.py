@@ -1,9 +1,10 @@
 """What studies share: held-out data, one stage over all devices, networks as files."""
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,7 @@ def fit_stage(
     data_digest = "" if made else digest((train_data, evaluation_data)).tobytes().hex()
     identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
-        first, began = max(checkpoints.steps(), default=0), time.monotonic()
-        try:
+        with _timed(workdir, stage, checkpoints):
             state = fit(
                 program,
                 members,
@@ -147,14 +147,22 @@ def fit_stage(
                 should_stop=lambda records: out_of_patience(records, patience),
                 tensorboard=board,
             )
-        finally:
-            steps = max(checkpoints.steps(), default=0) - first
-            if steps > 0:
-                took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
-                with (workdir / _SECONDS).open("a") as file:
-                    file.write(json.dumps(took) + "\n")
     board.close()
     return state.members
+
+
+@contextlib.contextmanager
+def _timed(workdir: Path, stage: str, checkpoints: Checkpoints) -> Iterator[None]:
+    """Notes what the steps took that a run checkpoints, also of one that is interrupted."""
+    first, began = max(checkpoints.steps(), default=0), time.monotonic()
+    try:
+        yield
+    finally:
+        steps = max(checkpoints.steps(), default=0) - first
+        if steps > 0:
+            took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
+            with (workdir / _SECONDS).open("a") as file:
+                file.write(json.dumps(took) + "\n")
 
 
 def seconds_per_step(workdir: Path, stage: str) -> float:

@@ -49,7 +49,14 @@ ROOMS = {
     "objectives": {"_types", "ntk", "objectives", "pruning.masks", "similarity"},
     # Of gates and models, descriptions and what runs them, which files hold.
     "training": {
-        *("_types", "data.batches", "gates.network", "models.described", "pruning.masks"),
+        *(
+            "_types",
+            "data.batches",
+            "gates.network",
+            "gates.network_text",
+            "models.described",
+            "pruning.masks",
+        ),
         "training",
     },
 }

@@ -216,8 +216,18 @@ def count(
     Raises:
         ValueError: Gates are missing, unknown or of another size.
     """
+    return tally(network, open_, used(network, open_, connected=connected))
+
+
+def tally(network: Network, open_: Mapping[str, Any], counted: Mapping[str, Any]) -> Counts:
+    """What a network costs of which these channels count, as `count` has it.
+
+    Args:
+        network: Its description.
+        open_: Of each gate, which channels are open, `(n,)`.
+        counted: From `used`.
+    """
     total = whole(network)
-    counted = used(network, open_, connected=connected)
     left = {name: jnp.sum(mask, dtype=jnp.int32) for name, mask in counted.items()}
     opened = [jnp.sum(mask, dtype=jnp.int32) for mask in open_.values()]
     numbers = [

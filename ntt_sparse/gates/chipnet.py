@@ -20,6 +20,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from ntt_sparse._types import Scalar
+from ntt_sparse.gates._checks import per_channel
+from ntt_sparse.gates.cut import check, fewest, highest
 
 START = (1.0, 2.0)
 """Steepness of the logistic and of the Heaviside function in the first epoch."""
@@ -29,12 +31,12 @@ HIGHEST_THRESHOLD = 0.9
 
 
 def logistic(zeta: Real[ArrayLike, "..."], beta: Real[ArrayLike, ""]) -> Float[Array, "..."]:
-    r"""$\tilde\zeta = 1 / (1 + e^{-\beta\zeta})$ (Eq. 2)."""
+    r"""$\tilde\zeta = 1 / (1 + e^{-\beta\zeta})$."""
     return jax.nn.sigmoid(jnp.asarray(beta) * jnp.asarray(zeta))
 
 
 def heaviside(soft: Real[ArrayLike, "..."], gamma: Real[ArrayLike, ""]) -> Float[Array, "..."]:
-    r"""$z = 1 - e^{-\gamma\tilde\zeta} + \tilde\zeta e^{-\gamma}$ (Eq. 1), from 0 to 1."""
+    r"""$z = 1 - e^{-\gamma\tilde\zeta} + \tilde\zeta e^{-\gamma}$, from 0 to 1."""
     soft, gamma = jnp.asarray(soft), jnp.asarray(gamma)
     return -jnp.expm1(-gamma * soft) + soft * jnp.exp(-gamma)
 
@@ -99,9 +101,7 @@ class ChipNet:
             ValueError: There are others than `n`.
         """
         del ranks
-        zeta = params["zeta"]
-        if zeta.shape != (n,):
-            raise ValueError(f"gates have shape {zeta.shape}, expected ({n},)")
+        zeta = per_channel(params, "zeta", n)
         if open is not None:
             return jnp.asarray(open).astype(zeta.dtype)
         return heaviside(logistic(zeta, beta), gamma)
@@ -113,7 +113,7 @@ class ChipNet:
         beta: Real[ArrayLike, ""] = START[0],
         gamma: Real[ArrayLike, ""] = START[1],
     ) -> Scalar:
-        r"""The crispness loss (Eq. 4): the mean of $(z - \tilde\zeta)^2$ over all channels."""
+        r"""The crispness loss: the mean of $(z - \tilde\zeta)^2$ over all channels."""
         if not layers:
             raise ValueError("there are no gates, expected one per gated layer")
         soft = logistic(jnp.concatenate([layer["zeta"] for layer in layers]), beta)
@@ -146,7 +146,7 @@ def budget_loss(
     target: Real[ArrayLike, ""],
     steepness: Real[ArrayLike, ""],
 ) -> Scalar:
-    r"""How far a network is from its budget (Eq. 5), $(V - V_0)^2$.
+    r"""How far a network is from its budget, $(V - V_0)^2$.
 
     Args:
         gates: Of each layer, `(n,)`, by path.
@@ -186,35 +186,17 @@ def cut(
         Of each layer, `(n,)`.
 
     Raises:
-        ValueError: There are no gates, or the target is out of range.
+        ValueError: There are no gates, one is not finite, or the target is out of range.
     """
-    values = {path: jnp.asarray(value) for path, value in gates.items()}
-    if not values:
-        raise ValueError("there are no gates, expected one per gated layer")
+    values = check(gates)
     if not isinstance(target, Tracer) and not 0.0 < float(np.asarray(target)) <= 1.0:
         raise ValueError(f"target is {target}, expected a fraction above 0, at most 1")
     cost = cost or channel_fraction
-    pooled = jnp.concatenate(list(values.values()))
-    # Of equal gates the first goes last.
-    place = jnp.argsort(jnp.argsort(-pooled, stable=True))
-    widths = np.cumsum([len(value) for value in values.values()])[:-1]
 
-    def highest(count: Any) -> dict[str, Any]:
-        layers = jnp.split(place < count, widths)
-        return dict(zip(values, layers, strict=True))
-
-    def enough(count: Any) -> Any:
-        crisp = {path: mask.astype(pooled.dtype) for path, mask in highest(count).items()}
+    def enough(open_: Any) -> Any:
+        crisp = {path: mask.astype(values[path].dtype) for path, mask in open_.items()}
         # Decimal fractions in single precision.
         return cost(crisp) >= jnp.asarray(target) - 1e-6
 
-    def halve(_: Any, ends: Any) -> Any:
-        low, high = ends
-        middle = (low + high) // 2
-        there = enough(middle)
-        return jnp.where(there, low, middle + 1), jnp.where(there, middle, high)
-
-    least = jnp.sum(pooled > HIGHEST_THRESHOLD, dtype=jnp.int32)
-    ends = least, jnp.full_like(least, len(pooled))
-    count, _ = jax.lax.fori_loop(0, len(pooled).bit_length(), halve, ends)
-    return highest(count)
+    least = [jnp.sum(value > HIGHEST_THRESHOLD, dtype=jnp.int32) for value in values.values()]
+    return highest(values, fewest(values, enough, jnp.sum(jnp.stack(least))))

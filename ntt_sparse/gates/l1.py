@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ntt_sparse._types import Scalar
+from ntt_sparse.gates._checks import check_initial, per_channel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,7 @@ class L1:
         Raises:
             ValueError: The gates would start closed, for good.
         """
-        if not 0.0 < self.initial < float("inf"):
-            raise ValueError(
-                f"initial is {self.initial}, expected a finite number above 0: a gate that is "
-                "zero has no derivative and stays closed"
-            )
+        check_initial(self.initial, ": a gate that is zero has no derivative and stays closed")
 
     def init(self, n: int) -> dict[str, Array]:
         """The parameters of one layer of `n` channels: `{"scale": (n,)}`."""
@@ -52,9 +49,7 @@ class L1:
             ValueError: There are others than `n`.
         """
         del ranks
-        if params["scale"].shape != (n,):
-            raise ValueError(f"gates have shape {params['scale'].shape}, expected ({n},)")
-        return jax.nn.relu(params["scale"])
+        return jax.nn.relu(per_channel(params, "scale", n))
 
     def penalty(self, layers: Sequence[Mapping[str, Array]]) -> Scalar:
         """The mean over layers of the mean gate."""

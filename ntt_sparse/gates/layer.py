@@ -136,7 +136,7 @@ def parameters(kind: Kind, params: Params, network: Network) -> dict[str, Any]:
     scales = {
         path: {leaf: flat[f"{path}/{leaf}"] for leaf in ("scale", "bias")}
         for path in expected
-        if kind.place == SCALE and path in norms
+        if kind.place == SCALE and path in norms and f"{path}/scale" in flat
     }
     found = scales if len(scales) == len(expected) else scales | find(params)
     if set(found) != set(expected):

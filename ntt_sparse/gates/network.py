@@ -6,9 +6,8 @@ leave of a network, `ntt_sparse.pruning.compact` builds what is left, and
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 ACTIVATION_NAMES = ("none", "relu", "leaky_relu", "elu", "tanh", "sine")
@@ -193,13 +192,6 @@ Node: TypeAlias = (
     Input | Conv | Dense | Norm | Activation | Pool | Mean | Field | Dropout | Add | Multiply
     | Subsample | Reshape | Select | Embed | Shift | Constant
 )  # fmt: skip
-_KINDS: dict[str, Callable[..., Any]] = {
-    kind.__name__: kind
-    for kind in (
-        *(Input, Conv, Dense, Norm, Activation, Pool, Mean, Field, Dropout, Add, Multiply),
-        *(Subsample, Reshape, Select, Embed, Shift, Constant),
-    )
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -250,6 +242,17 @@ class Builder:
             ValueError: They do not fit together, see `check`.
         """
         return check(Network(self.nodes))
+
+
+def image_builder(input_shape: tuple[int, ...]) -> Builder:
+    """A builder for networks of images `(height, width, channels)`.
+
+    Raises:
+        ValueError: Not the shape of images.
+    """
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ValueError(f"images have shape {input_shape}, expected (height, width, channels)")
+    return Builder(input_shape)
 
 
 def inputs(node: Node) -> tuple[str, ...]:
@@ -412,30 +415,3 @@ def _check_fields(name: str, node: Node) -> None:
             raise ValueError(f"{name!r}, {node}, has {field} {value!r}, which makes no sense")
     if not name:
         raise ValueError(f"{node} has no name")
-
-
-def to_json(network: Network) -> str:
-    """The description as text, for files."""
-    return json.dumps(
-        {
-            name: {"node": type(node).__name__, **dataclasses.asdict(node)}
-            for name, node in network.nodes.items()
-        }
-    )
-
-
-def from_json(text: str) -> Network:
-    """The network that `to_json` described.
-
-    Raises:
-        ValueError: The text describes none.
-    """
-    try:
-        return check(Network({key: _node(**fields) for key, fields in json.loads(text).items()}))
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"this describes no network: {error}") from None
-
-
-def _node(node: str, **fields: Any) -> Node:
-    tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-    return _KINDS[node](**{**fields, **tuples})

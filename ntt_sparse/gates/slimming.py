@@ -8,9 +8,7 @@ Network Slimming", https://arxiv.org/abs/1708.06519, and the published code of i
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from ntt_sparse._types import Scalar
+from ntt_sparse.gates._checks import check_initial, per_channel
+from ntt_sparse.gates.cut import check, protect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Slimming:
         Raises:
             ValueError: The factors would start at zero or below.
         """
-        if not 0.0 < self.initial < math.inf:
-            raise ValueError(f"initial is {self.initial}, expected a finite number above 0")
+        check_initial(self.initial)
 
     def init(self, n: int) -> dict[str, Array]:
         """The parameters of one layer of `n` channels without normalisation: `{"scale": (n,)}`."""
@@ -58,9 +57,7 @@ class Slimming:
             ValueError: There are others than `n`.
         """
         del ranks
-        if params["scale"].shape != (n,):
-            raise ValueError(f"scales have shape {params['scale'].shape}, expected ({n},)")
-        return params["scale"]
+        return per_channel(params, "scale", n)
 
     def penalty(self, layers: Sequence[Mapping[str, Array]]) -> Scalar:
         """The sum of absolute scales of all layers, whose derivative at zero is zero (Eq. 1)."""
@@ -98,33 +95,18 @@ def keep(
     Raises:
         ValueError: There are no scales, one is not finite, or a number is out of range.
     """
-    values = {path: jnp.abs(jnp.asarray(scale)) for path, scale in scales.items()}
-    if not values:
-        raise ValueError("there are no scales, expected those of one layer or more")
+    values = {path: jnp.abs(scale) for path, scale in check(scales).items()}
     if not isinstance(fraction, Tracer) and not 0.0 <= float(np.asarray(fraction)) < 1.0:
         raise ValueError(f"fraction is {fraction}, expected at least 0 and below 1")
-    if at_least < 0:
-        raise ValueError(f"at_least is {at_least}, expected 0 channels or more")
-    if not any(isinstance(value, Tracer) for value in values.values()):
-        for path, value in values.items():
-            if not np.all(np.isfinite(value)):
-                raise ValueError(f"scales of {path!r} are not finite: {np.asarray(value)}")
+    protected = protect(values, at_least)
     pooled = jnp.sort(jnp.concatenate(list(values.values())))
-    place = place_of(fraction, len(pooled))
-    kept = {path: value > pooled[place] for path, value in values.items()}
-    if not at_least:
-        return kept
-    return {path: _with_largest(mask, values[path], at_least) for path, mask in kept.items()}
+    threshold = pooled[_place(fraction, len(pooled))]
+    return {path: value > threshold for path, value in protected.items()}
 
 
-def place_of(fraction: float | Real[ArrayLike, ""], total: int) -> Int[Array, ""]:
+def _place(fraction: float | Real[ArrayLike, ""], total: int) -> Int[Array, ""]:
     """How many a fraction of a total is, rounded down, for decimal fractions as written.
 
     0.6 of 5 is 3, and 0.29 of 100 is 29, where floating point may have a little less.
     """
     return jnp.floor(jnp.round(jnp.asarray(fraction) * total, 3)).astype(jnp.int32)
-
-
-def _with_largest(mask: Any, values: Any, count: int) -> Any:
-    largest = jnp.argsort(-values, stable=True)[:count]
-    return mask.at[largest].set(True)

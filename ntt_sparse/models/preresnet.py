@@ -112,9 +112,7 @@ class PreResNet(nn.Module):
         Raises:
             ValueError: Not the shape of images.
         """
-        if len(input_shape) != 3 or min(input_shape) < 1:
-            raise ValueError(f"images have shape {input_shape}, expected (height, width, channels)")
-        build = graph.Builder(input_shape)
+        build = graph.image_builder(input_shape)
 
         def convolve(y, name, channels, size, stride=1, gated=True):
             gate = self._gate(name) if gated else None

@@ -126,9 +126,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: Not the shape of images.
         """
-        if len(input_shape) != 3 or min(input_shape) < 1:
-            raise ValueError(f"images have shape {input_shape}, expected (height, width, channels)")
-        build = graph.Builder(input_shape)
+        build = graph.image_builder(input_shape)
 
         def convolve(y, place, index, channels, size, stride=1):
             padding, bias = (size // 2, size // 2), self.norm == "none"

@@ -89,7 +89,10 @@ def compact(
     if isinstance(module, Described):
         network = module.network
         if graph.input_shape(network) != tuple(input_shape):
-            raise ValueError(f"input_shape is {input_shape}, the network is of {network}")
+            raise ValueError(
+                f"input_shape is {input_shape}, expected {graph.input_shape(network)}: constants "
+                "are of images of that size"
+            )
     else:
         network = graph.check(module.network(input_shape))
     params = variables["params"]
@@ -159,7 +162,7 @@ def compact_network(
         network, weights, state, kept, {k: np.asarray(v) for k, v in reached.items()}
     )
     small = builder.build()
-    after = channels.count(network, open_, connected=connected)
+    after = channels.tally(network, open_, counted)
     after = Counts(*(int(number) for number in after))
     kinds = {leaf.dtype for leaf in weights.values()}
     module = Described(small, dtype, jnp.result_type(*kinds) if kinds else jnp.float32)

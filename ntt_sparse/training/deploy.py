@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ntt_sparse.gates import network as graph
+from ntt_sparse.gates import network_text
 from ntt_sparse.models import described
 from ntt_sparse.models.described import STATISTICS, Described
 from ntt_sparse.training.files import write_bytes
@@ -34,7 +34,7 @@ def save(path: str | Path, module: Described, variables: Mapping[str, Any]) -> N
     """
     path = Path(path)
     arrays = _checked(module, _flat(variables), "the variables")
-    header = {"format": _FORMAT, "network": graph.to_json(module.network)}
+    header = {"format": _FORMAT, "network": network_text.to_json(module.network)}
     for field in ("dtype", "param_dtype"):
         value = getattr(module, field)
         header[field] = "" if value is None else jnp.dtype(value).name
@@ -75,7 +75,7 @@ def load(path: str | Path) -> tuple[Described, dict[str, Any]]:
             f"{path} has format {header.get('format')!r}, expected {_FORMAT!r}: a network that "
             "ntt_sparse.training.deploy.save wrote"
         )
-    network = graph.from_json(header.get("network", ""))
+    network = network_text.from_json(header.get("network", ""))
     dtype = header.get("dtype") or None
     try:
         kinds = (dtype and jnp.dtype(dtype), jnp.dtype(header.get("param_dtype", "")))

@@ -15,6 +15,7 @@ from ntt_sparse.gates import channels, layer
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.training import deploy
 from ntt_sparse.training.export import load_model_state, load_network
+from ntt_sparse.training.metrics import MetricsLog
 
 
 def small(name, **settings):
@@ -35,9 +36,10 @@ def small(name, **settings):
 
 @pytest.fixture(scope="module", params=["mnist_slimming", "mnist_chipnet"])
 def finished(request, tmp_path_factory):
-    """A finished study of two targets and two seeds."""
+    """A finished study of two targets and two seeds, budgets of channels as published."""
     workdir = tmp_path_factory.mktemp(request.param)
-    config = small(request.param)
+    # The schedule of ChipNet in 12 steps would leave all gates above 0.9, where they stay.
+    config = small(request.param, budget="channels", **{"chipnet.continuation_epochs": 0})
     return config, workdir, study.run(config, workdir)
 
 
@@ -70,6 +72,68 @@ def test_networks_are_cut_to_their_targets(finished):
                 assert kept == np.ceil(row["target"] * 142)
             else:
                 assert kept == 142 - int(np.round((1 - row["target"]) * 142, 3)) - 1
+
+
+@pytest.mark.parametrize("name", ["mnist_slimming", "mnist_l1", "mnist_dam", "mnist_chipnet"])
+def test_networks_of_one_size(tmp_path, name):
+    """Every kind meets a budget of parameters to within one channel, and keeps it to the end."""
+    config = small(
+        name, targets=(0.5, 0.3), seeds=(1,), coefficients=(3.0,),
+        **{"chipnet.continuation_epochs": 0},
+    )  # fmt: skip
+    if name == "mnist_dam":
+        with config.unlocked():
+            # So that offsets get there.
+            config.update({"training": {"max_steps": 150, "record_every": 75, "batch_size": 32}})
+    summary = study.run(config, tmp_path)
+    network = study.prepare(config, None).network
+    whole = channels.whole(network).parameters
+    # The most that one channel of the first three layers has: a map of the second.
+    largest = 150 + 1 + 25 * 120
+    for row in summary["networks"]:
+        count = row["parameters"]["mean"]
+        limit = row["target"] * whole
+        low, high = (0, largest) if name == "mnist_chipnet" else (-largest, 0)
+        assert low <= count - limit <= high
+        log = MetricsLog(tmp_path / f"{summary['stages'][-1]['name']}.jsonl", "any")
+        assert np.ptp(log.column("parameters")[1], axis=0).max() == 0 or name == "mnist_dam"
+
+
+def test_gates_that_closed_before_stay_closed():
+    """L1 gates at zero are not opened to fill a budget."""
+    config = small("mnist_l1", targets=(0.9,), seeds=(1,))
+    setup = study.prepare(config, None)
+    stage = setup.stages[0]
+    member = members.start_members(
+        config, setup.module, setup.data.input_shape, members.runs_of(config), stage.settings,
+        stage.plan,
+    )  # fmt: skip
+    member = jax.tree.map(lambda leaf: leaf[0], member)
+    gates = {
+        path: {"scale": gate["scale"].at[1:].set(-0.1)}
+        for path, gate in layer.find(member.params).items()
+    }
+    member = member._replace(params=layer.replace(member.params, gates))
+    kept = stages.open_channels(config, setup.network, member, stage)
+    assert [int(mask.sum()) for mask in kept.values()] == [1, 1, 1]
+
+
+def test_the_schedule_of_a_short_stage():
+    """ChipNet's 20 epochs of growing steepness in as many parts of the stage."""
+    config = small("mnist_chipnet", **{"training.max_steps": 40})
+    setup = study.prepare(config, None)
+    sharpen = stages.after_update(config, setup, setup.stages[1])
+    stage = setup.stages[1]
+    member = members.start_members(
+        config, setup.module, setup.data.input_shape, members.runs_of(config), stage.settings,
+        stage.plan,
+    )  # fmt: skip
+    member = stages.enter(config, setup, 1, member)
+    member = jax.tree.map(lambda leaf: leaf[0], member)
+    for step, epoch in ((0, 0), (1, 0), (2, 1), (39, 19)):
+        gates = layer.find(sharpen(member, jnp.int32(step)).model_state[layer.STATE])
+        for gate in gates.values():
+            np.testing.assert_allclose(gate["gamma"], min(256, 2 * 2 ** (epoch / 2)), rtol=1e-5)
 
 
 def test_small_networks_are_written_and_measured(finished):
@@ -129,7 +193,10 @@ def test_training_on_keeps_what_is_cut_and_trains_the_rest(finished):
 
 def test_the_loss_of_chipnet():
     """Task, budget and crispness with their weights, against the formulas."""
-    config = small("mnist_chipnet", coefficients=(0.5,), targets=(0.3,), seeds=(1,))
+    config = small(
+        "mnist_chipnet", budget="channels", coefficients=(0.5,), targets=(0.3,), seeds=(1,),
+        **{"chipnet.continuation_epochs": 0},
+    )  # fmt: skip
     setup = study.prepare(config, None)
     runs = members.runs_of(config)
     stage = setup.stages[1]
@@ -187,7 +254,8 @@ def test_with_normalisation(tmp_path, monkeypatch, name):
 def test_of_a_layer_without_open_channels_the_constant_is_left(tmp_path):
     """Nothing holds Network Slimming from emptying a layer."""
     config = small(
-        "mnist_slimming", targets=(0.03,), seeds=(1,), **{"slimming.keep": 0}
+        "mnist_slimming", budget="channels", targets=(0.03,), seeds=(1,),
+        **{"slimming.keep": 0},
     )  # fmt: skip
     (row,) = study.run(config, tmp_path)["networks"]
     (found,) = json.loads((tmp_path / "compact.json").read_text()).values()

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from ntt_sparse import models
-from ntt_sparse.gates import budget, layer
+from ntt_sparse.gates import budget, layer, network_text
 from ntt_sparse.gates import channels as accounting
 from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.chipnet import ChipNet
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.network import Conv, Network
 from ntt_sparse.gates.slimming import Slimming
+from ntt_sparse.models.activations import ACTIVATIONS
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.vgg import Vgg
@@ -254,6 +255,10 @@ def test_a_gate_on_one_channel():
         graph.check(Network({}))
 
 
+def test_descriptions_know_the_activations_there_are():
+    assert set(graph.ACTIVATION_NAMES) == set(ACTIVATIONS)
+
+
 def test_names_and_order_matter():
     build = graph.Builder((2,))
     build(graph.Dense("input", 3), "a")
@@ -268,7 +273,7 @@ def test_names_and_order_matter():
 @pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
 def test_descriptions_as_text(name):
     network = small(name)[2]
-    again = graph.from_json(graph.to_json(network))
+    again = network_text.from_json(network_text.to_json(network))
     assert again == network and hash(again) == hash(network)
 
 
@@ -285,7 +290,7 @@ def test_descriptions_as_text(name):
 )  # fmt: skip
 def test_text_that_describes_nothing(text):
     with pytest.raises(ValueError, match="describes no network"):
-        graph.from_json(text)
+        network_text.from_json(text)
 
 
 def test_gates_that_do_not_fit():

@@ -39,10 +39,10 @@ def test_the_threshold_of_the_published_code(fraction, left):
 
 def test_bad_input():
     for scales, fraction, message in (
-        ({}, 0.5, "there are no scales"),
+        ({}, 0.5, "there are no channels"),
         ({"a": jnp.ones(2)}, 1.0, "fraction is 1.0, expected at least 0 and below 1"),
         ({"a": jnp.ones(2)}, float("nan"), "fraction is nan"),
-        ({"a": jnp.array([1, jnp.nan])}, 0.5, "scales of 'a' are not finite"),
+        ({"a": jnp.array([1, jnp.nan])}, 0.5, "the scores of 'a' are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             slimming.keep(scales, fraction)
