@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse.ntk import _convolution, _program
-from ntt_sparse.ntk._program import Program
+from ntt_sparse import _program
+from ntt_sparse._program import Program
+from ntt_sparse.ntk import _convolution
 
 # Convolutions of fewer channels are one product with patches, and so is their derivative:
 # measured on two CPU cores with the networks of `benchmarks/ntk.py`.

@@ -36,7 +36,7 @@ from jax import core as jax_core
 from jax.extend import core
 from jaxtyping import Array, Float, Shaped
 
-from ntt_sparse.ntk import _program
+from ntt_sparse import _program
 from ntt_sparse.ntk.jacobian import FlatFn, LeafMasks, Leaves, Projections
 
 Implementation: TypeAlias = Literal[

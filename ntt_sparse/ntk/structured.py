@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from ntt_sparse.ntk import _contract, _program, _sites
+from ntt_sparse import _program
+from ntt_sparse.ntk import _contract, _sites
 from ntt_sparse.ntk._blocks import map_blocks
 from ntt_sparse.ntk._varying import varying_as
 from ntt_sparse.ntk.jacobian import (

@@ -13,9 +13,12 @@ scores              scope         method
 `logit_snip`        `"global"`    Logit-SNIP
 `logit_snip`        `"layer"`     Layerwise-Logit-SNIP
 `grasp`             `"global"`    GraSP
+`synflow`           `"global"`    SynFlow, in rounds
 `magnitude`         either        magnitude pruning
 `random`            `"layer"`     random pruning
 ==================  ============  =====================
+
+(`ntt_sparse.pruning.rounds` is for those that score and prune in many rounds.)
 
 All are pure functions of the params they are given. Some published code scores
 a freshly initialised copy of the network instead of the weights it goes on to
@@ -33,6 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from ntt_sparse._types import Params, PRNGKey, Scalar, Scores
+from ntt_sparse.pruning._flow import logarithm
 from ntt_sparse.pruning.masks import Prunable, map_prunable, matrices, named_leaves
 
 
@@ -210,6 +214,68 @@ def grasp(
         _, products = jax.jvp(gradient_fn, (local,), (gradients,))
         products = jax.lax.pmean(products, axis_name)
     return jax.tree.map(lambda weight, product: weight * product, weights, products)
+
+
+def synflow(
+    apply_fn: Callable[[Any, Any], Any],
+    params: Params,
+    input_shape: tuple[int, ...],
+    *,
+    prunable: Prunable = matrices,
+) -> Scores:
+    r"""Synaptic flow: how much of the sum over all paths goes through each weight. No data.
+
+    With all parameters in absolute value and an input of ones, the outputs sum to R, and the
+    score is `|theta * dR/dtheta|`. In a chain of layers without biases the scores of each layer
+    sum to R.
+
+    R grows with each layer and leaves the range of float32 in deep networks; then gradients are
+    infinite or, at low densities, zero. Here numbers carry a power of two of their own through
+    the network, so that scores are right up to their common factor: R, but at least 2^-60 and at
+    most 2^60.
+
+    The published method scores and prunes in 100 rounds (`rounds.prune`); in one round whole
+    layers are lost.
+
+    Args:
+        apply_fn: The network, `(params, x) -> outputs (1, ...)`, positively homogeneous in what
+            flows through it, such as with ReLU. Normalisation is that of evaluation.
+        params: Parameters to score, floating-point arrays.
+        input_shape: Of one example, without a batch.
+        prunable: Predicate `(path, leaf) -> bool`: which leaves get scores.
+
+    Returns:
+        Scores of the shapes and dtypes of the weights, at least 0. All are 0 if nothing flows.
+
+    Raises:
+        ValueError: No leaf is prunable.
+
+    References:
+        Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively
+        conserving synaptic flow, NeurIPS 2020, equation 3 and algorithm 1.
+    """
+    positive = jax.tree.map(jnp.abs, params)
+    weights, treedef = jax.tree.flatten(map_prunable(lambda _, leaf: leaf, positive, prunable))
+    dtype = jnp.result_type(*weights)
+
+    def flow(leaves: Any, x: Any) -> Any:
+        scored = jax.tree.unflatten(treedef, leaves)
+        return apply_fn(
+            jax.tree.map(lambda p, leaf: p if leaf is None else leaf, positive, scored), x
+        )
+
+    def log_flow(leaves: Any) -> Any:
+        total, power = logarithm(flow, leaves, jnp.ones((1, *input_shape), dtype))
+        # Without a flow its logarithm has no derivative, and the scores are zero.
+        return jnp.log(jnp.where(total == 0, 1, jnp.abs(total))), (total, power)
+
+    gradients, (total, power) = jax.grad(log_flow, has_aux=True)(weights)
+    factor = jnp.abs(total) * jnp.exp2(jnp.clip(power, -60, 60).astype(dtype))
+    scores = [
+        (weight * jnp.abs(gradient) * factor).astype(weight.dtype)
+        for weight, gradient in zip(weights, gradients, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, scores)
 
 
 def _sensitivity(

@@ -27,6 +27,10 @@ def network(params, x):
     return hidden @ params["out"]
 
 
+def relu_network(params, x):
+    return jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"]) @ params["out"]
+
+
 def loss(params, batch):
     x, y = batch
     return jnp.mean((network(params, x) - y.astype(params["out"].dtype)) ** 2)
@@ -38,6 +42,7 @@ SALIENCIES = {
     "snip": lambda params, **kwargs: saliency.snip(loss, params, (X, Y), **kwargs),
     "logit_snip": lambda params, **kwargs: saliency.logit_snip(network, params, X, **kwargs),
     "grasp": lambda params, **kwargs: saliency.grasp(loss, params, (X, Y), **kwargs),
+    "synflow": lambda params, **kwargs: saliency.synflow(relu_network, params, (5,), **kwargs),
 }
 every_saliency = pytest.mark.parametrize("score", SALIENCIES.values(), ids=SALIENCIES.keys())
 

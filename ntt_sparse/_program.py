@@ -2,7 +2,7 @@
 
 A program is a list of primitive steps for one example, with the calls that only
 group steps (`jit`, `remat`) opened up. Functions with their own derivative rule
-(`custom_jvp`, `custom_vjp`) stay whole, so that their rule is kept.
+(`custom_jvp`, `custom_vjp`) stay whole, so that their rule is kept, unless asked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 # A call of one of these runs its inner program and does nothing else.
 _TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class Step(NamedTuple):
@@ -39,8 +40,14 @@ class Program(NamedTuple):
         return self.steps[step].equation.outvars[0].aval
 
 
-def read(fn: Callable[..., Any], leaves: Sequence[Array], example: Array) -> Program:
-    """Traces `fn(leaves, example)`, a function with one array as its output."""
+def read(
+    fn: Callable[..., Any], leaves: Sequence[Array], example: Array, *, open_rules: bool = False
+) -> Program:
+    """Traces `fn(leaves, example)`, a function with one array as its output.
+
+    With `open_rules` functions with their own derivative rule are opened up too.
+    """
+    opened = _TRANSPARENT | _RULES if open_rules else _TRANSPARENT
     closed = jax.make_jaxpr(fn)(leaves, example)
     steps: list[Step] = []
     constants: dict[int, Any] = {}
@@ -62,7 +69,7 @@ def read(fn: Callable[..., Any], leaves: Sequence[Array], example: Array) -> Pro
 
         for equation in jaxpr.eqns:
             inputs = tuple(map(slot, equation.invars))
-            inner = _inner(equation)
+            inner = _inner(equation) if equation.primitive.name in opened else None
             if inner is None:
                 outputs = tuple(next(fresh) for _ in equation.outvars)
                 steps.append(Step(equation, inputs, outputs))
@@ -75,11 +82,10 @@ def read(fn: Callable[..., Any], leaves: Sequence[Array], example: Array) -> Pro
     return Program(tuple(steps), constants, output)
 
 
-def _inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The inner jaxpr and constants of a transparent call, `None` for other operations."""
-    if equation.primitive.name not in _TRANSPARENT:
-        return None
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+def _inner(equation: Any) -> tuple[Any, Sequence[Any]]:
+    """The inner jaxpr and constants of a call."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    inner = next(equation.params[name] for name in names if name in equation.params)
     return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
 
 
