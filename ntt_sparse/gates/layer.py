@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
-from ntt_sparse._types import Masks, Params, Scalar
+from ntt_sparse._types import Masks, Params, PRNGKey, Scalar
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.network import Network, Norm, gate, gated_channels
 
@@ -19,13 +19,17 @@ _NAME = re.compile(r"gate(_?\d+)?", re.IGNORECASE)
 
 STATE = "gates"
 """The collection of what gates know besides their parameters, by keywords of `Kind.values`."""
+RNG = "dropout"
+"""The RNG that random gates are drawn with, as what `flax.linen.Dropout` drops."""
 LAYER, NORM, SCALE = "layer", "norm", "scale"
 """Places of gates, see `Kind`."""
 
 
 @runtime_checkable
 class Kind(Protocol):
-    """A kind of gate, as pure functions of its parameters: `Dam`, `L1`, `Slimming`, `ChipNet`.
+    """A kind of gate, as pure functions of its parameters.
+
+    There are `Dam`, `L1`, `Slimming`, `ChipNet` and `HardConcrete`.
 
     Attributes:
         place: `"layer"`: on what a layer writes, before it is normalised; `"norm"`: on what is
@@ -53,6 +57,18 @@ class Kind(Protocol):
         ...
 
 
+@runtime_checkable
+class RandomKind(Kind, Protocol):
+    """A kind whose gates are drawn in training: `HardConcrete`.
+
+    `values` takes what `noise` draws by the keyword `noise`.
+    """
+
+    def noise(self, key: PRNGKey, n: int) -> Float[Array, " n"]:
+        """What the gates of a layer of `n` channels are drawn from, `(n,)`."""
+        ...
+
+
 class Gate(nn.Module):
     """The gates of one layer.
 
@@ -61,7 +77,8 @@ class Gate(nn.Module):
     work: `kernel * gate(n=...)`, its last axis being the channels.
 
     What the variables hold for this layer in the collection `gates` goes to the kind, such as
-    the `ranks` of its channels in the order of `Dam`.
+    the `ranks` of its channels in the order of `Dam`. Random gates are drawn where the network
+    is applied with an RNG `dropout`.
 
     Attributes:
         kind: Of the gate.
@@ -89,7 +106,10 @@ class Gate(nn.Module):
         params = {
             name: self.param(name, lambda _, value=value: value) for name, value in start.items()
         }
-        values = self.kind.values(params, width, **self.variables.get(STATE, {}))
+        known = dict(self.variables.get(STATE, {}))
+        if isinstance(self.kind, RandomKind) and self.has_rng(RNG):
+            known["noise"] = self.kind.noise(self.make_rng(RNG), width)
+        values = self.kind.values(params, width, **known)
         return values if features is None else features * values.astype(features.dtype)
 
 

@@ -122,7 +122,7 @@ def _step(equation: Any, operands: Sequence[Scaled]) -> list[Scaled]:
     given = [value.x for value in operands]
     if not floats:
         return [_scaled(x) for x in _program.bind(equation, given)]
-    first = operands[0].power
+    first: Any = operands[0].power
     # Only what multiplies or sums many moves numbers far from one.
     result = Scaled
     if name in _KEEP and len(equation.outvars) == 1 and len(floats) == 1 and first is not None:
