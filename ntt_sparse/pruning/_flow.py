@@ -122,7 +122,7 @@ def _step(equation: Any, operands: Sequence[Scaled]) -> list[Scaled]:
     given = [value.x for value in operands]
     if not floats:
         return [_scaled(x) for x in _program.bind(equation, given)]
-    first: Any = operands[0].power
+    first = operands[0].power
     # Only what multiplies or sums many moves numbers far from one.
     result = Scaled
     if name in _KEEP and len(equation.outvars) == 1 and len(floats) == 1 and first is not None:
@@ -135,9 +135,9 @@ def _step(equation: Any, operands: Sequence[Scaled]) -> list[Scaled]:
     elif name == "div" and len(floats) == 2:
         power, result = operands[0].power - operands[1].power, _scaled
     elif name == "integer_pow":
-        power, result = first * equation.params["y"], _scaled
+        power, result = operands[0].power * equation.params["y"], _scaled
     elif name == "square":
-        power, result = first * 2, _scaled
+        power, result = operands[0].power * 2, _scaled
     elif name in _ALIGN and len(floats) == len(operands):
         given, power = _aligned(operands)
     elif name == "select_n" and len(floats) == len(operands) - 1:

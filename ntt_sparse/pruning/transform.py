@@ -1,10 +1,11 @@
 """Training under masks with any Optax optimiser."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ntt_sparse.pruning import masks as masking
 
@@ -45,11 +46,7 @@ def keep_masked(inner: optax.GradientTransformation) -> optax.GradientTransforma
     inner = optax.with_extra_args_support(inner)
 
     def update(updates: Any, state: Any, params: Any = None, *, masks: Any = None, **extra: Any):
-        if params is None or masks is None:
-            missing = "params" if params is None else "masks"
-            raise ValueError(
-                f"keep_masked needs {missing}: call update(grads, state, params, masks=masks)"
-            )
+        _check_given("keep_masked", params, masks)
         effective = masking.apply(params, masks)
         updates, state = inner.update(masking.apply(updates, masks), state, effective, **extra)
         return jax.tree.map(_replace_pruned, updates, params, masks), state
@@ -60,3 +57,98 @@ def keep_masked(inner: optax.GradientTransformation) -> optax.GradientTransforma
 def _replace_pruned(update: Any, param: Any, mask: Any) -> Any:
     """The update, or `-param` where pruned, in a dtype that holds both exactly."""
     return update if mask is None else jnp.where(mask, update, -param)
+
+
+class GrowingDecayState(NamedTuple):
+    """The state of `growing_decay`.
+
+    Attributes:
+        step: Updates so far.
+    """
+
+    step: Int[Array, ""]
+
+
+def growing_coefficient(
+    step: Int[ArrayLike, ""],
+    *,
+    every: int = 5,
+    increment: float = 1e-4,
+    ceiling: float = 1.0,
+    power: int = 1,
+) -> Float[Array, ""]:
+    r"""The decay at a step that grows by an increment in every so many steps, then stays.
+
+    It stays once it is above the ceiling, so in the end it is one increment more.
+
+    Args:
+        step: Steps done; may be traced. The first increment is there at step 0.
+        every: Steps between increments.
+        increment: How much is added.
+        ceiling: What the sum is to pass.
+        power: Of the sum, 1, 2 or 3 in the published code: a later rise.
+
+    Raises:
+        ValueError: A number is not positive.
+
+    References:
+        Bai, Wang, Tao, Li & Fu: Dual lottery ticket hypothesis, ICLR 2022,
+        https://arxiv.org/abs/2203.04248, and its published code.
+    """
+    for name, value in (("every", every), ("increment", increment), ("ceiling", ceiling)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}, expected a number above 0")
+    if power < 1:
+        raise ValueError(f"power is {power}, expected 1 or more")
+    most = jnp.floor(ceiling / increment * (1 + 1e-6)) + 1
+    increments = jnp.minimum(jnp.asarray(step) // every + 1, most)
+    return (increments * increment) ** power
+
+
+def growing_decay(coefficient: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Decays the weights that masks prune, and these alone, more and more.
+
+    Random sparse network transformation: what is going to be pruned is drawn to zero while the
+    network is trained whole, so that the others take over what it knew. The decay is added to
+    gradients: put this before momentum, as weight decay. The masks are not applied yet.
+
+    Args:
+        coefficient: By the number of updates so far, such as `growing_coefficient`.
+
+    Returns:
+        A transformation whose `update(grads, state, params, *, masks, **extra)` needs params, and
+        masks that fit them; it raises ValueError where they are missing or do not.
+
+    References:
+        Bai, Wang, Tao, Li & Fu: Dual lottery ticket hypothesis, ICLR 2022,
+        https://arxiv.org/abs/2203.04248, Section 3.2.
+    """
+
+    def init(params: Any) -> GrowingDecayState:
+        del params
+        return GrowingDecayState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, *, masks: Any = None, **extra: Any):
+        del extra
+        _check_given("growing_decay", params, masks)
+        masking.check(params, masks)
+        decay = coefficient(state.step)
+        updates = jax.tree.map(
+            lambda update, param, mask: (
+                update
+                if mask is None
+                else update + jnp.where(mask, 0, decay * param).astype(update.dtype)
+            ),
+            updates,
+            params,
+            masks,
+        )
+        return updates, GrowingDecayState(jnp.asarray(optax.safe_increment(state.step)))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_given(name: str, params: Any, masks: Any) -> None:
+    if params is None or masks is None:
+        missing = "params" if params is None else "masks"
+        raise ValueError(f"{name} needs {missing}: call update(grads, state, params, masks=masks)")

@@ -188,3 +188,54 @@ def test_the_example_of_the_docstring():
     results = doctest.testmod(transform)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+# Growing decay
+
+
+def test_the_coefficient_grows_to_one_increment_above_its_ceiling():
+    """As the loop of the published code: add while the sum is not above the ceiling."""
+    reg, expected = 0.0, []
+    for step in range(60):
+        if step % 5 == 0 and reg <= 0.05:
+            reg += 0.01
+        expected.append(reg)
+    got = [float(transform.growing_coefficient(t, increment=0.01, ceiling=0.05)) for t in range(60)]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(got[-1], 0.06, rtol=1e-6)
+    cubed = jax.jit(lambda t: transform.growing_coefficient(t, every=1, power=3))(9)
+    np.testing.assert_allclose(cubed, (10 * 1e-4) ** 3, rtol=1e-5)
+    np.testing.assert_allclose(transform.growing_coefficient(10**6), 1.0001, rtol=1e-6)
+
+
+def test_growing_decay_draws_the_doomed_to_zero_and_leaves_the_rest():
+    """Through momentum, step by step; a leaf without a mask is left alone."""
+    params = {"w": jnp.array([[1.0, -2.0, 3.0]]), "b": jnp.ones(3)}
+    masks = {"w": jnp.array([[True, False, False]]), "b": None}
+    optimizer = optax.chain(
+        transform.growing_decay(lambda count: 0.1 * (count + 1)), optax.sgd(0.2, momentum=0.5)
+    )
+    state = optimizer.init(params)
+    w, momentum = np.array([1.0, -2.0, 3.0]), np.zeros(3)
+    for step in range(25):
+        grads = {"w": jnp.array([[0.1, 0.0, 0.3]]), "b": jnp.zeros(3)}
+        updates, state = jax.jit(optimizer.update)(grads, state, params, masks=masks)
+        params = optax.apply_updates(params, updates)
+        g = np.array([0.1, 0.0, 0.3]) + 0.1 * (step + 1) * w * np.array([0, 1, 1])
+        momentum = 0.5 * momentum + g
+        w = w - 0.2 * momentum
+        np.testing.assert_allclose(params["w"][0], w, rtol=1e-4, atol=1e-6)
+    assert abs(w[1]) < 1e-3
+    np.testing.assert_array_equal(params["b"], 1)
+
+
+def test_growing_decay_needs_params_and_masks():
+    optimizer = transform.growing_decay(optax.constant_schedule(1.0))
+    params, state = {"w": jnp.ones((1, 2))}, optimizer.init({"w": jnp.ones((1, 2))})
+    with pytest.raises(ValueError, match="growing_decay needs masks"):
+        optimizer.update(params, state, params)
+    with pytest.raises(ValueError, match="masks must have the structure of params"):
+        optimizer.update(params, state, params, masks={"v": jnp.ones((1, 2), bool)})
+    for wrong in ({"every": 0}, {"increment": 0.0}, {"ceiling": float("nan")}, {"power": 0}):
+        with pytest.raises(ValueError, match="expected"):
+            transform.growing_coefficient(1, **wrong)
