@@ -134,7 +134,7 @@ def fit_stage(
     data_digest = "" if made else digest((train_data, evaluation_data)).tobytes().hex()
     identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
-        with _timed(workdir, stage, checkpoints):
+        with _timed(workdir, stage, checkpoints, plan.start):
             state = fit(
                 program,
                 members,
@@ -152,13 +152,13 @@ def fit_stage(
 
 
 @contextlib.contextmanager
-def _timed(workdir: Path, stage: str, checkpoints: Checkpoints) -> Iterator[None]:
+def _timed(workdir: Path, stage: str, checkpoints: Checkpoints, start: int) -> Iterator[None]:
     """Notes what the steps took that a run checkpoints, also of one that is interrupted."""
-    first, began = max(checkpoints.steps(), default=0), time.monotonic()
+    first, began = max(checkpoints.steps(), default=start), time.monotonic()
     try:
         yield
     finally:
-        steps = max(checkpoints.steps(), default=0) - first
+        steps = max(checkpoints.steps(), default=start) - first
         if steps > 0:
             took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
             with (workdir / _SECONDS).open("a") as file:

@@ -51,17 +51,26 @@ class Plan:
         steps_per_epoch: Steps in one pass over the data; a new order is drawn after it.
         record_every: Steps between records; there is one before and one at the end too.
         checkpoint_seconds: Least time between checkpoints; 0 saves after every chunk.
+        start: Step at which the stage begins, for members that have done that many: order of
+            the data and random draws are those of a run that comes by. (A schedule goes by the
+            state of the optimiser.)
     """
 
     total_steps: int
     steps_per_epoch: int
     record_every: int
     checkpoint_seconds: float = 60.0
+    start: int = 0
 
     def __post_init__(self):
         for name in ("total_steps", "steps_per_epoch", "record_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.start < self.total_steps:
+            raise ValueError(
+                f"start is {self.start}, expected 0 or more and less than the {self.total_steps} "
+                "steps of the stage"
+            )
 
     def next_stop(self, step: int) -> int:
         """The next step at which something happens on the host, or the data order changes."""
@@ -118,7 +127,7 @@ def fit(
         checkpoints.save(int(state.step), state, records=len(log.records))
 
     with _interruption() as interrupted:
-        state = _restore(program.init(members, data), log, checkpoints)
+        state = _restore(program.init(members, data, plan.start), log, checkpoints)
         if not log.records:
             state = record(state)
         step, epoch, permutations, length = int(state.step), -1, None, 1

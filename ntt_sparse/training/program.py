@@ -30,7 +30,7 @@ class Program(NamedTuple):
     """The compiled functions of a run.
 
     Attributes:
-        init: `(members, data) -> TrainState` at step 0.
+        init: `(members, data, step=0) -> TrainState` at a step.
         permutations: `(state, epoch, data) -> (M, n)` data order of every member.
         chunk: `(state, data, permutations, stop) -> state` runs the steps up to `stop`,
             which must lie in the same epoch; the state may be donated. One compilation
@@ -81,7 +81,7 @@ def make_program(
     advance = _advance(step_fn, batch_size, pick)
     chunks = _dispatched if mode == "dispatch" and mesh.size == 1 else _compiled
 
-    def init(members, data):
+    def init(members, data, step=0):
         def logs_of(member):
             # Shapes and dtypes alone: the batch is never gathered.
             arrays = jax.tree.map(jnp.asarray, data)
@@ -93,7 +93,7 @@ def make_program(
         never = jnp.full(num_members(members), -1, jnp.int32)
         bad_step = dict.fromkeys([*shapes, *_STATE], never)
         zero = jnp.zeros((), jnp.int32)
-        state = TrainState(zero, members, sums, zero, bad_step)
+        state = TrainState(jnp.int32(step), members, sums, zero, bad_step)
         # A copy: chunks donate the state, and the caller keeps the members.
         return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
 

@@ -1,5 +1,6 @@
 """The loop: records, early stop, divergence, interruption, and death at any moment."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -66,6 +67,23 @@ def test_a_finished_run_is_not_run_again(tmp_path, program):
     again = run(tmp_path, program._replace(chunk=None, permutations=None))
     assert_same(first, again)
     assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("rewound", [3, 6, 8])
+def test_a_stage_that_begins_where_another_ended(tmp_path, program, rewound):
+    """Rewinding: from any step on, in an epoch too, the same steps as those of one long stage."""
+    parts = [tmp_path / name for name in ("whole", "first", "again", "once_more")]
+    for part in parts:
+        part.mkdir()
+    whole = run(parts[0], program)
+    first = run(parts[1], program, dataclasses.replace(PLAN, total_steps=rewound))
+    for part in parts[2:]:
+        later = dataclasses.replace(PLAN, start=rewound)
+        assert_same(run(part, program, later, members=first.members), whole)
+    records = MetricsLog(parts[2] / "metrics.jsonl", "made").records
+    assert [record["step"] for record in records] == [
+        rewound, *(step for step in (5, 10, 12) if step > rewound)
+    ]  # fmt: skip
 
 
 def test_interruption_leaves_a_checkpoint_and_the_run_goes_on(tmp_path, program):
@@ -168,6 +186,12 @@ def test_plan_refuses_nothing_to_do(field):
     settings = {"total_steps": 1, "steps_per_epoch": 1, "record_every": 1, field: 0}
     with pytest.raises(ValueError, match=f"{field} is 0, expected at least 1"):
         loop.Plan(**settings)
+
+
+@pytest.mark.parametrize("start", [-1, 12, 13])
+def test_plan_refuses_to_begin_after_its_end(start):
+    with pytest.raises(ValueError, match=f"start is {start}, expected 0 or more and less than"):
+        dataclasses.replace(PLAN, start=start)
 
 
 def start(workdir):
