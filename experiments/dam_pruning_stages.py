@@ -171,7 +171,8 @@ def after_update(config: Any, setup: Setup, stage: Stage) -> Callable[..., Membe
         return None
     if config.gate == "chipnet":
 
-        def sharpen(member: Member, step: Any) -> Member:
+        def sharpen(member: Member, step: Any, gradients: Any = None) -> Member:
+            del gradients
             steep = layer.state(setup.network, **_steepness(step, _schedule(config, stage)))
             return member._replace(model_state={**member.model_state, **steep})
 
@@ -194,8 +195,8 @@ def hold_budget(config: Any, network: Network) -> Callable[..., Member] | None:
         return None
     kind, sizes = cast(Dam, make_kind(config)), channels.sizes(network)
 
-    def hold(member: Member, step: Any) -> Member:
-        del step
+    def hold(member: Member, step: Any, gradients: Any = None) -> Member:
+        del step, gradients
         context, gates = member.context, layer.find(member.params)
         moved = {path: gate["beta"] for path, gate in gates.items()}
         if config.budget == "layers":

@@ -89,7 +89,8 @@ def refresh_masks(every: int, total_steps: int) -> Callable[[Member, Any], Membe
         scores = saliency.magnitude(member.params)
         return member._replace(masks=pruning_masks.from_counts(scores, member.context["counts"]))
 
-    def after_update(member: Member, step: Any) -> Member:
+    def after_update(member: Member, step: Any, gradients: Any = None) -> Member:
+        del gradients
         due = (step % every == 0) & (step < total_steps - every)
         return jax.lax.cond(due, refresh, lambda member: member, member)
 

@@ -136,6 +136,30 @@ def apply(params: Params, masks: Masks) -> Params:
     )
 
 
+def straight_through(params: Params, masks: Masks) -> Params:
+    """As `apply`, but pruned weights get the gradient they would have if they were there.
+
+    What a network would gain by a weight that it does not have: RigL grows by it.
+
+    Raises:
+        ValueError: `masks` does not fit `params`.
+    """
+    check(params, masks)
+    return jax.tree.map(
+        lambda leaf, mask: leaf if mask is None else _straight_through(leaf, mask), params, masks
+    )
+
+
+@jax.custom_jvp
+def _straight_through(leaf: Array, mask: Array) -> Array:
+    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    return _straight_through(*primals), tangents[0]
+
+
 def rescale(params: Params, masks: Masks) -> Params:
     """Masks `params` and divides the survivors of each layer by the root of its density.
 

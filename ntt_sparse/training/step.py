@@ -52,6 +52,9 @@ Forward: TypeAlias = Callable[[TermInputs], tuple[Any, Any]]
 Augment: TypeAlias = Callable[[PRNGKey, Any], Any]
 """`(key, batch) -> batch` of the same shapes, drawn anew in each step."""
 
+AfterUpdate: TypeAlias = Callable[[Member, Int[Array, ""], Params], Member]
+"""`(member, step, gradients) -> member`, see `make_step`."""
+
 StepFn: TypeAlias = Callable[[Member, Any, Int[Array, ""]], tuple[Member, dict[str, Scalar]]]
 """`(member, batch, step) -> (member, logs)`, pure."""
 
@@ -62,7 +65,7 @@ def make_step(
     *,
     forward: Forward | None = None,
     augment: Augment | None = None,
-    after_update: Callable[[Member, Int[Array, ""]], Member] | None = None,
+    after_update: AfterUpdate | None = None,
 ) -> StepFn:
     """Builds the pure step of one member.
 
@@ -74,8 +77,10 @@ def make_step(
             their inputs; it is differentiated along with them. The model state that it
             returns is the member's from then on. Without it that state stays.
         augment: Changes each batch before anything else sees it.
-        after_update: Called as `after_update(member, step)` after the parameters have
-            moved, with `step` counted from 1: mask schedules live here.
+        after_update: Called as `after_update(member, step, gradients)` after the parameters
+            have moved, with `step` counted from 1 and the gradients of the loss before: mask
+            schedules live here. (Gradients are zero where masks are, unless the forward pass
+            lets them through, see `ntt_sparse.pruning.masks.straight_through`.)
 
     Returns:
         The step. Its logs hold `"loss"`, one entry per term and `"term/name"` for
@@ -124,7 +129,7 @@ def make_step(
         params = optax.apply_updates(member.params, updates)
         member = member._replace(params=params, opt_state=opt_state, model_state=model_state)
         if after_update is not None:
-            member = after_update(member, step + 1)
+            member = after_update(member, step + 1, grads)
         return member, logs
 
     return step_fn

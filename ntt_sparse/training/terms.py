@@ -45,7 +45,7 @@ class NetworkOutputs(NamedTuple):
     """Features of inner layers, by name."""
 
 
-def masked_forward(apply: Callable[..., Any]) -> Forward:
+def masked_forward(apply: Callable[..., Any], *, straight_through: bool = False) -> Forward:
     """One training pass of the masked network over batches `(x, y)`, for all terms.
 
     Args:
@@ -54,14 +54,17 @@ def masked_forward(apply: Callable[..., Any]) -> Forward:
             model state; it returns outputs, features and the collections after the pass, as
             `ntt_sparse.similarity.features.capture` makes it. Batch statistics are those of
             the whole batch, also where its examples are spread over devices.
+        straight_through: Whether pruned weights get the gradient they would have if they were
+            there. (An optimiser that keeps them at zero does not see it.)
 
     Returns:
         A forward pass for `make_step`, whose outputs are `NetworkOutputs`.
     """
+    mask = pruning_masks.straight_through if straight_through else pruning_masks.apply
 
     def forward(inputs: TermInputs):
         state = dict(inputs.model_state)
-        effective = pruning_masks.apply(inputs.params, inputs.masks)
+        effective = mask(inputs.params, inputs.masks)
         outputs, features, state = apply(
             {"params": effective, **state},
             inputs.batch[0],

@@ -327,3 +327,27 @@ def test_a_fair_selection_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         masks.from_scores(random_scores(), 0.5)
+
+
+# Gradients through masks
+
+
+def test_pruned_weights_get_the_gradient_of_being_there():
+    """That of the effective weights, where `apply` has zero; the value is that of `apply`."""
+    params = {"w": jnp.array([[1.0, -2.0], [jnp.inf, 0.5]]), "b": jnp.ones(2)}
+    kept_weights = {"w": jnp.array([[True, False], [False, True]]), "b": None}
+
+    def loss(p):
+        return jnp.sum((jnp.ones((3, 2)) @ p["w"] + p["b"] - 4.0) ** 2)
+
+    effective = masks.apply(params, kept_weights)
+    jax.tree.map(
+        np.testing.assert_array_equal, masks.straight_through(params, kept_weights), effective
+    )
+    expected = jax.grad(loss)(effective)
+    got = jax.jit(jax.grad(lambda p: loss(masks.straight_through(p, kept_weights))))(params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    plain = jax.grad(lambda p: loss(masks.apply(p, kept_weights)))(params)
+    np.testing.assert_array_equal(plain["w"], jnp.where(kept_weights["w"], expected["w"], 0))
+    with pytest.raises(ValueError, match="masks must have the structure of params"):
+        masks.straight_through(params, {"w": kept_weights["w"]})

@@ -7,7 +7,8 @@ import optax
 import problems
 import pytest
 
-from ntt_sparse.pruning import masks
+from ntt_sparse.pruning import dynamic, masks
+from ntt_sparse.pruning.transform import keep_masked
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import program as programs
 from ntt_sparse.training import state as states
@@ -143,7 +144,7 @@ def test_pruned_weights_stay_zero_and_masks_are_kept():
 
 
 def test_after_update_sees_steps_from_one_and_may_change_masks():
-    def after_update(member, step):
+    def after_update(member, step, gradients):
         def refresh(member):
             return member._replace(masks=masks.full(member.params))
 
@@ -157,6 +158,54 @@ def test_after_update_sees_steps_from_one_and_may_change_masks():
         for stop in (2, 3)
     ]
     assert densities == [0.5, 1.0]
+
+
+def test_connections_are_replaced_by_gradients_in_training():
+    """RigL in a step: each layer keeps its number of weights, what comes has the largest
+    gradient of the batch among what was not there, and starts from zero."""
+
+    def apply(variables, x, **kwargs):
+        params = variables["params"]
+        return jnp.tanh(x @ params["in"] + params["bias"]) @ params["out"], {}, {}
+
+    def after_update(member, step, gradients):
+        def grow(member):
+            scores = masks.map_prunable(lambda _, leaf: jnp.abs(leaf), gradients)
+            new = dynamic.replace(member.params, member.masks, scores, 0.3)
+            return member._replace(masks=new, context=gradients)
+
+        due = dynamic.due(step, every=4, end=9)
+        return jax.lax.cond(due, grow, lambda member: member, member)
+
+    fn = steps.make_step(
+        {"task": terms.task()},
+        keep_masked(problems.optimizer),
+        forward=terms.masked_forward(apply, straight_through=True),
+        after_update=after_update,
+    )
+    program = problems.program(fn=fn)
+    members = problems.members()
+    members = members._replace(context=jax.tree.map(jnp.zeros_like, members.params))
+    before = run_chunks(program, members, [3]).members
+    after = run_chunks(program, members, [4]).members
+    for name in ("in", "out"):
+        old, new = np.asarray(before.masks[name]), np.asarray(after.masks[name])
+        counts = new.sum((1, 2))
+        np.testing.assert_array_equal(counts, old.sum((1, 2)))
+        size = np.abs(np.asarray(after.context[name]))
+        for m in range(4):
+            gone, come = old[m] & ~new[m], new[m] & ~old[m]
+            assert come.sum() == gone.sum() > 0
+            # What came beats what was and is not there, unless it has just gone.
+            assert size[m][come].min() >= size[m][~old[m] & ~new[m]].max()
+            assert np.all(np.asarray(after.params[name])[m][come] == 0)
+    # Steps 4 and 8 and no other; weights that came have moved since.
+    end = run_chunks(program, members, [6, 7, 10]).members
+    moved = np.asarray(end.params["in"])[np.asarray(end.masks["in"])]
+    assert np.mean(moved != 0) > 0.95
+    at_seven = run_chunks(program, members, [7]).members.masks
+    np.testing.assert_array_equal(at_seven["in"], after.masks["in"])
+    assert np.any(np.asarray(end.masks["in"]) != np.asarray(after.masks["in"]))
 
 
 def test_first_bad_step_of_each_member_is_remembered():
