@@ -35,7 +35,7 @@ from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import terms
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member, create_member
-from ntt_sparse.training.step import Term, TermInputs, make_step
+from ntt_sparse.training.step import AfterUpdate, Term, TermInputs, make_step
 
 MAIN = "training"
 """The stage in which gates or scales are trained."""
@@ -165,13 +165,13 @@ def _steepness(step: Any, schedule: Fraction) -> dict[str, Any]:
     return {"beta": beta, "gamma": gamma}
 
 
-def after_update(config: Any, setup: Setup, stage: Stage) -> Callable[..., Member] | None:
+def after_update(config: Any, setup: Setup, stage: Stage) -> AfterUpdate | None:
     """What happens to a member after each step of a stage."""
     if stage.name != MAIN:
         return None
     if config.gate == "chipnet":
 
-        def sharpen(member: Member, step: Any, gradients: Any = None) -> Member:
+        def sharpen(member: Member, step: Any, gradients: Any) -> Member:
             del gradients
             steep = layer.state(setup.network, **_steepness(step, _schedule(config, stage)))
             return member._replace(model_state={**member.model_state, **steep})
@@ -189,13 +189,13 @@ def costs(config: Any, network: Network) -> Callable[..., Any]:
     }[config.budget]
 
 
-def hold_budget(config: Any, network: Network) -> Callable[..., Member] | None:
+def hold_budget(config: Any, network: Network) -> AfterUpdate | None:
     """What stops the offsets of a member when its target is reached, after each step."""
     if not config.budget:
         return None
     kind, sizes = cast(Dam, make_kind(config)), channels.sizes(network)
 
-    def hold(member: Member, step: Any, gradients: Any = None) -> Member:
+    def hold(member: Member, step: Any, gradients: Any) -> Member:
         del step, gradients
         context, gates = member.context, layer.find(member.params)
         moved = {path: gate["beta"] for path, gate in gates.items()}

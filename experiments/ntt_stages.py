@@ -12,7 +12,7 @@ from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.pruning import saliency
 from ntt_sparse.training import terms
 from ntt_sparse.training.state import Member
-from ntt_sparse.training.step import Term, TermInputs
+from ntt_sparse.training.step import AfterUpdate, Term, TermInputs
 
 
 def make_optimizer(settings: Any) -> optax.GradientTransformation:
@@ -75,7 +75,7 @@ def transfer_evaluation(config: Any, apply_fn: ApplyFn) -> Callable[..., dict[st
     return evaluate
 
 
-def refresh_masks(every: int, total_steps: int) -> Callable[[Member, Any], Member]:
+def refresh_masks(every: int, total_steps: int) -> AfterUpdate:
     """Re-selects the mask by magnitude of the unmasked weights, every so many steps.
 
     Steps count from 1; none in the last `every` steps, so that the final mask is
@@ -83,13 +83,13 @@ def refresh_masks(every: int, total_steps: int) -> Callable[[Member, Any], Membe
     With `every=0` the initial mask stays.
     """
     if every == 0 or every >= total_steps:
-        return lambda member, step: member
+        return lambda member, step, gradients: member
 
     def refresh(member: Member) -> Member:
         scores = saliency.magnitude(member.params)
         return member._replace(masks=pruning_masks.from_counts(scores, member.context["counts"]))
 
-    def after_update(member: Member, step: Any, gradients: Any = None) -> Member:
+    def after_update(member: Member, step: Any, gradients: Any) -> Member:
         del gradients
         due = (step % every == 0) & (step < total_steps - every)
         return jax.lax.cond(due, refresh, lambda member: member, member)

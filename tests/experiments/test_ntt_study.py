@@ -101,7 +101,7 @@ def test_refresh_schedule(total, every, last, count):
     after_update = jax.jit(ntt_stages.refresh_masks(every, total))
 
     def refreshed(step):
-        mask = after_update(member, jnp.int32(step)).masks["w"][0].tolist()
+        mask = after_update(member, jnp.int32(step), None).masks["w"][0].tolist()
         assert mask in ([False, False, True], [True, False, False])
         return mask == [True, False, False]
 
@@ -113,7 +113,7 @@ def test_refresh_schedule(total, every, last, count):
 
 def test_the_initial_mask_can_stay():
     after_update = ntt_stages.refresh_masks(0, 10)
-    assert after_update("member", 4) == "member"
+    assert after_update("member", 4, None) == "member"
 
 
 def test_an_empty_layer_of_any_method_is_a_warning(study, caplog):

@@ -131,7 +131,7 @@ def test_the_schedule_of_a_short_stage():
     member = stages.enter(config, setup, 1, member)
     member = jax.tree.map(lambda leaf: leaf[0], member)
     for step, epoch in ((0, 0), (1, 0), (2, 1), (39, 19)):
-        gates = layer.find(sharpen(member, jnp.int32(step)).model_state[layer.STATE])
+        gates = layer.find(sharpen(member, jnp.int32(step), None).model_state[layer.STATE])
         for gate in gates.values():
             np.testing.assert_allclose(gate["gamma"], min(256, 2 * 2 ** (epoch / 2)), rtol=1e-5)
 
@@ -207,7 +207,7 @@ def test_the_loss_of_chipnet():
     # Steepness is that of the step's epoch, in the network and in the loss.
     step = 3 * stage.plan.steps_per_epoch
     sharpen = stages.after_update(config, setup, stage)
-    member = sharpen(member, jnp.int32(step))
+    member = sharpen(member, jnp.int32(step), None)
     term = stages.stage_terms(config, setup, stage)["gate"]
     inputs = stages.TermInputs(
         member.params, member.masks, member.context, None, member.key, step, member.model_state
