@@ -17,4 +17,4 @@ from experiments import cli
 from experiments.configs import cka_sr as configs
 
 if __name__ == "__main__":
-    cli.start("cka_sr", configs, doc=__doc__)
+    cli.start("cka_sr", configs, doc=__doc__, study="sparse_training")

@@ -41,17 +41,19 @@ def user_errors() -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
+def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -> None:
     """The whole command line of a study: defines and parses its flags, runs it and exits.
 
     Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
 
     Args:
-        name: Of the study. `experiments.NAME_study` holds `run(config, workdir, data_dir=)`;
-            it is imported late, so that `--help` and errors of flags come at once.
+        name: Of the command.
         configs: The module of its configs. `get_config()` gives the default; all configs of
             a study have the same fields.
         doc: What `--help` says, before the docstring of the configs.
+        study: Of which `experiments.STUDY_study` holds `run(config, workdir, data_dir=)`, by
+            default the name; it is imported late, so that `--help` and errors of flags come at
+            once.
     """
     fields = set(_flatten(configs.get_config().to_dict()))
     _refuse_unknown_fields(fields)
@@ -78,11 +80,11 @@ def start(name: str, configs: ModuleType, *, doc: str | None) -> None:
                 raise ValueError(
                     f"the config has no {', '.join(sorted(missing))}: it is that of another study"
                 )
-        study = importlib.import_module(f"experiments.{name}_study")
+        module = importlib.import_module(f"experiments.{study or name}_study")
         # A name is one folder, whatever is in it.
         folder = re.sub(r"[^\w.-]", "-", f"{name}-{chosen.name}")
         written = Path(workdir.value or f"runs/{folder}")
-        study.run(chosen, written, data_dir=data_dir.value)
+        module.run(chosen, written, data_dir=data_dir.value)
         print(f"\n{(written / 'report.md').read_text()}")
         for made in ("networks", "figures", "summary.json"):
             print(f"{made}: {written / made}")

@@ -30,54 +30,10 @@ ICLR 2022): SGD with Nesterov momentum, 160 epochs, learning rate 0.1 divided by
 and at three quarters, weight decay 5e-4, batch 128.
 """
 
-from typing import Any
-
 import ml_collections
 
 from experiments.configs.common import build
-
-_BASE: dict[str, Any] = {
-    "name": "",
-    # What is compared with no regulariser: cka_sr, aug_cka_sr, each also with _debiased, and
-    # cca_sr, aug_cca_sr. Each is run with every coefficient, density and seed.
-    "regularisers": "cka_sr,aug_cka_sr",
-    "coefficients": (1e-4,),
-    "density": (0.05,),
-    "seeds": (1, 2, 3, 4, 5),
-    # Where the densities of layers come from: erk, uniform, snip (those of a SNIP mask) or
-    # grasp (of a GraSP mask); the mask itself is random.
-    "layer_densities": "erk",
-    # Examples that score SNIP and GraSP masks: the first of the training split.
-    "score_batch_size": 128,
-    # Feature maps, stage by stage: patterns of module paths, several joined by commas. Two
-    # stages on the command line: --config.stages="('Conv_0,Conv_1','Dense_0,Dense_1')". The
-    # map of a layer is its output, of a Dense or Conv before the ReLU, of a residual block after.
-    "stages": (),
-    # Examples of a batch that are compared (0: all), and one batch in how many.
-    "samples": 8,
-    "every": 5,
-    # Held-out images on which similarity is measured.
-    "probe": 256,
-    # Held-out and test images whose accuracy is measured (0: all).
-    "evaluated": 0,
-    "data": {"name": "mnist", "split_seed": 9, "augment": False},
-    "model": {"name": "lenet_300_100", "padding": "", "norm": "", "shortcut": ""},
-    "supervised": {
-        "epochs": 5,
-        "batch_size": 64,
-        "learning_rate": 1e-3,
-        "optimizer": "adam",
-        "weight_decay": 0.0,
-        # Fractions of the run at which the learning rate is divided by ten.
-        "milestones": (),
-        "validation_fraction": 0.1,
-        # 0: once an epoch.
-        "record_every": 0,
-        # 0: epochs decide.
-        "max_steps": 0,
-    },
-    "checkpoint_seconds": 60.0,
-}
+from experiments.configs.sparse_training import BASE, RESNET, SMOKE
 
 _MLP = {"stages": ("Dense_0,Dense_1",), "regularisers": (
     "cka_sr,cka_sr_debiased,aug_cka_sr,aug_cka_sr_debiased"
@@ -88,22 +44,7 @@ _CNN = {
     "model.name": "lenet5_caffe",
 }
 _GRID = {"coefficients": (1e-3, 1e-2, 1e-1)}
-_RESNET = {
-    # The input of each stage and the outputs of its blocks (Eq. 11).
-    "stages": tuple(f"stage{i}_block1:input,stage{i}_block?" for i in (1, 2, 3)),
-    "regularisers": "cka_sr",
-    "data.name": "cifar10",
-    "data.augment": True,
-    "model.name": "resnet20",
-    "model.norm": "batch",
-    "model.shortcut": "B",
-    "supervised.epochs": 160,
-    "supervised.batch_size": 128,
-    "supervised.learning_rate": 0.1,
-    "supervised.optimizer": "sgd",
-    "supervised.weight_decay": 5e-4,
-    "supervised.milestones": (0.5, 0.75),
-}
+_RESNET = RESNET
 _TABLE2 = {
     **_RESNET,
     "coefficients": (*(1e-5, 2e-5, 5e-5, 8e-5, 1e-4, 2e-4, 5e-4, 8e-4, 1e-3, 2e-3, 5e-3, 1e-2),),
@@ -147,13 +88,6 @@ _CONFIGS = {
     "figure1": {**_RESNET, "model.name": "resnet56", "coefficients": (1e-4, 1e-3, 1e-2)},
     "figure2": {**_RESNET, "coefficients": (1e-4, 1e-3, 1e-2)},
 }
-_SMOKE = {
-    "seeds": (1, 2),
-    "probe": 16,
-    "evaluated": 256,
-    "supervised.max_steps": 12,
-    "supervised.record_every": 6,
-}
 
 
 def get_config(name: str = "digits_lenet300") -> ml_collections.ConfigDict:
@@ -162,4 +96,4 @@ def get_config(name: str = "digits_lenet300") -> ml_collections.ConfigDict:
     Raises:
         ValueError: The name or an option is unknown.
     """
-    return build(name, _BASE, _CONFIGS, {"smoke": _SMOKE})
+    return build(name, BASE, _CONFIGS, {"smoke": SMOKE})

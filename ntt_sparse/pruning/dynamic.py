@@ -50,32 +50,22 @@ def cubic_density(
     return jnp.asarray(final) + (jnp.asarray(initial) - jnp.asarray(final)) * left**3
 
 
-def gradual(
-    params: Params, masks: Masks, density: ArrayLike, *, scope: pruning_masks.Scope = "global"
-) -> Masks:
-    """Masks that keep the largest of the weights that are left, at a density that may be traced.
+def gradual(params: Params, masks: Masks, counts: Any) -> Masks:
+    """Masks that keep the largest of the weights that are left.
 
-    Nothing that was pruned comes back: a density above that of the masks changes nothing.
+    Nothing that was pruned comes back: with more to keep than there is nothing changes.
 
     Args:
         params: Parameters.
         masks: Masks of their structure.
-        density: Fraction to keep of all that is prunable, or of each layer.
-        scope: Whether weights compete across the whole network or within their layer.
+        counts: How many to keep, of the whole network or of each layer, as
+            `ntt_sparse.pruning.masks.from_counts` has them; may be traced.
 
     Raises:
-        ValueError: Masks that do not fit, or an unknown scope.
+        ValueError: Masks that do not fit, or counts of another structure.
     """
     pruning_masks.check(params, masks)
-    if scope not in ("global", "layer"):
-        raise ValueError(f"{scope=} is unknown: expected 'global' or 'layer'")
-    scores = _magnitudes(params, masks)
-    leaves = jax.tree.leaves(masks)
-    if scope == "global":
-        counts = _rounded(density, sum(mask.size for mask in leaves))
-    else:
-        counts = jax.tree.map(lambda mask: _rounded(density, mask.size), masks)
-    kept = pruning_masks.from_counts(scores, counts)
+    kept = pruning_masks.from_counts(_magnitudes(params, masks), counts)
     # More may be asked for than there are.
     return jax.tree.map(lambda new, old: new & old, kept, masks)
 
@@ -179,10 +169,6 @@ def _magnitudes(params: Params, masks: Masks) -> Any:
         masks,
         jax.tree.map(lambda leaf, mask: None if mask is None else leaf, params, masks),
     )
-
-
-def _rounded(density: ArrayLike, size: int) -> Int[Array, ""]:
-    return jnp.round(jnp.asarray(density) * size).astype(jnp.int32)
 
 
 def _floored(fraction: ArrayLike, count: Any) -> Int[Array, ""]:

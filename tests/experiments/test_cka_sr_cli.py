@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cka_sr_problems import get_config
 
-from experiments import cka_sr_checks, cka_sr_study
+from experiments import sparse_training_checks, sparse_training_study
 from experiments.cli import UserError
 from experiments.configs import cka_sr as configs
 from ntt_sparse.data import images
@@ -36,7 +36,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", configs._CONFIGS)
 @pytest.mark.parametrize("option", ["", ",smoke"])
 def test_every_config_is_valid(name, option):
-    cka_sr_checks.check_config(configs.get_config(name + option))
+    sparse_training_checks.check_config(configs.get_config(name + option))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_every_config_is_valid(name, option):
 def test_configs_fit_images_of_their_sets(name, monkeypatch):
     """Patterns, stages and sizes, by shapes; one config of each model and number of classes."""
     monkeypatch.setattr(images, "load", lambda name, **options: made_data(*SHAPES[name]))
-    setup = cka_sr_study.prepare(configs.get_config(name), None)
+    setup = sparse_training_study.prepare(configs.get_config(name), None)
     assert setup.module.num_outputs == setup.data.num_classes
     assert len(setup.data.validation.y) == 260
 
@@ -59,7 +59,7 @@ def test_configs_fit_real_images(name, n, monkeypatch):
         pytest.skip(f"{config.data.name} is not prepared: {error}")
     assert len(whole.train.y) == n and whole.input_shape == SHAPES[config.data.name][0]
     monkeypatch.setattr(images, "load", lambda name, **options: whole)
-    setup = cka_sr_study.prepare(config, None)
+    setup = sparse_training_study.prepare(config, None)
     assert (len(setup.data.train.y), len(setup.data.validation.y)) == (0.9 * n, 0.1 * n)
     # total_steps counts a last batch that is not full in each epoch.
     per_epoch = math.ceil(0.9 * n / config.supervised.batch_size)
@@ -138,7 +138,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=lambda v: str(v)[:60])
 def test_mistakes_are_one_line_before_any_work(tmp_path, fields, message):
     with pytest.raises(UserError) as raised:
-        cka_sr_study.run(get_config(**fields), tmp_path / "w", data_dir="/nowhere")
+        sparse_training_study.run(get_config(**fields), tmp_path / "w", data_dir="/nowhere")
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "w").exists()
 
@@ -153,7 +153,7 @@ def test_images_too_small_to_be_augmented_are_found_before_any_work(tmp_path):
     np.savez(tmp_path / "made.npz", **arrays)
     fields = {"data.name": str(tmp_path / "made.npz"), "data.augment": True}
     with pytest.raises(UserError, match=r"config\.data\.augment"):
-        cka_sr_study.run(get_config(**fields), tmp_path / "w")
+        sparse_training_study.run(get_config(**fields), tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 

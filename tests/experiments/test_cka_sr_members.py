@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cka_sr_problems import get_config, member_of, tiny_mlp, tiny_split
 
-from experiments import cka_sr_members, cka_sr_stages
-from experiments.cka_sr_members import Run
+from experiments import sparse_training_members, sparse_training_stages
+from experiments.sparse_training_members import Run
 from ntt_sparse.models.resnet import ResNet
 from ntt_sparse.pruning import masks
 
@@ -17,10 +17,12 @@ def kept_by_layer(member):
 
 
 def start(config, module, train):
-    optimizer = cka_sr_stages.make_optimizer(config, total_steps=10)
-    runs = cka_sr_members.runs_of(config)
+    optimizer = sparse_training_stages.make_optimizer(config, total_steps=10)
+    runs = sparse_training_members.runs_of(config)
     shape = train.x.shape[1:]
-    return runs, cka_sr_members.start_members(config, module, shape, train, optimizer, runs)
+    return runs, sparse_training_members.start_members(
+        config, module, shape, train, optimizer, runs
+    )
 
 
 # Of the 768, 108, 63 and 70 weights of layers 64-12-9-7-10, by sums of shapes and by sizes.
@@ -38,7 +40,7 @@ def test_members_of_a_seed_and_density_differ_in_coefficients_alone(layer_densit
         regularisers="cka_sr,cca_sr", coefficients=(0.5, 2.0),
     )  # fmt: skip
     runs, members = start(config, tiny_mlp(), tiny_split())
-    names = cka_sr_members.member_names(runs)
+    names = sparse_training_members.member_names(runs)
     assert len(runs) == 20 and len(set(names)) == 20
     assert names[0] == "none-c0.0-d0.1-s4" and names[2] == "cka_sr-c0.5-d0.1-s4"
     members = members._replace(key=jax.random.key_data(members.key))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cka_sr_problems import get_config, hand_cka, member_of, tiny_mlp, tiny_split
 
-from experiments import cka_sr_members, cka_sr_study
+from experiments import sparse_training_members, sparse_training_study
 from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import program as programs
@@ -91,7 +91,7 @@ def train_by_program(**fields):
     config = get_config(**(HAND | fields))
     train = tiny_split(np.float64)
     data = images.ImageData(train, train, train, 10, "made", np.zeros(1), np.ones(1))
-    setup = cka_sr_study.Setup(tiny_mlp(jnp.float64), data, Plan(4, 2, 4))
+    setup = sparse_training_study.Setup(tiny_mlp(jnp.float64), data, Plan(4, 2, 4))
     handed = {}
 
     def fit_stage(*arguments, batch_size):
@@ -100,8 +100,8 @@ def train_by_program(**fields):
         return members
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cka_sr_study, "fit_stage", fit_stage)
-        cka_sr_study.train(config, setup, Path("unused"))
+        patch.setattr(sparse_training_study, "fit_stage", fit_stage)
+        sparse_training_study.train(config, setup, Path("unused"))
     mesh = meshes.make_mesh()
     program = programs.make_program(handed["step_fn"], batch_size=16, mesh=mesh)
     data = jax.device_put(jax.tree.map(jnp.asarray, handed["data"]), meshes.replicated(mesh))
@@ -127,7 +127,7 @@ def trained():
 
 @pytest.mark.usefixtures("x64")
 def test_the_program_takes_the_steps_written_by_hand(trained):
-    runs = cka_sr_members.runs_of(get_config(**HAND))
+    runs = sparse_training_members.runs_of(get_config(**HAND))
     assert [run.regulariser for run in runs] == ["none", *HAND["regularisers"].split(",")]
     data = tiny_split(np.float64)
     ends = []

@@ -10,14 +10,14 @@ import pytest
 from cka_sr_problems import get_config, hand_cka, tiny_split
 
 from experiments import (
-    cka_sr_members,
-    cka_sr_report,
-    cka_sr_stages,
-    cka_sr_study,
     figures,
+    sparse_training_members,
+    sparse_training_report,
+    sparse_training_stages,
+    sparse_training_study,
     study,
 )
-from experiments.cka_sr_members import Run
+from experiments.sparse_training_members import Run
 from ntt_sparse.data import images
 from ntt_sparse.models.resnet import ResNet
 from ntt_sparse.pruning import masks
@@ -49,10 +49,10 @@ def test_evaluation_and_files_hold_running_statistics(tmp_path):
     )
     params = variables["params"]
     member = create_member(
-        params, masks.full(params), cka_sr_stages.make_optimizer(config, total_steps=2),
+        params, masks.full(params), sparse_training_stages.make_optimizer(config, total_steps=2),
         jax.random.key(0), (), {"batch_stats": stats},
     )  # fmt: skip
-    values = jax.jit(cka_sr_stages.evaluation(config, module))(
+    values = jax.jit(sparse_training_stages.evaluation(config, module))(
         member, tuple(train), (train.x[:9], train.y[:9]), train.x[:12]
     )
     logits, found = module.apply(
@@ -94,13 +94,13 @@ def test_evaluation_and_files_hold_running_statistics(tmp_path):
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("cka_sr") / "w"
     config = get_config(regularisers="cka_sr,aug_cka_sr_debiased", coefficients=(0.5,))
-    return config, workdir, cka_sr_study.run(config, workdir)
+    return config, workdir, sparse_training_study.run(config, workdir)
 
 
 def test_measurements_are_those_of_the_saved_networks(finished):
     config, workdir, _ = finished
     measured = np.load(workdir / "measurements.npz")
-    names = cka_sr_members.member_names(cka_sr_members.runs_of(config))
+    names = sparse_training_members.member_names(sparse_training_members.runs_of(config))
     assert len(names) == 12 and measured["cka"].shape == (12, 2, 2)
     probe = images.load("digits", validation_fraction=0.1, seed=9).validation.x[:16]
     networks = [load_network(workdir / "networks" / f"{name}.npz") for name in names]
@@ -143,7 +143,7 @@ def paired_by_hand(differences):
 
 def check_summary(config, workdir, summary):
     """Every comparison of the summary, recomputed from the records."""
-    runs = cka_sr_members.runs_of(config)
+    runs = sparse_training_members.runs_of(config)
     records = [json.loads(line) for line in (workdir / "supervised.jsonl").read_text().splitlines()]
     validation = np.array([record["validation/accuracy"] for record in records])
     test = np.array([record["test/accuracy"] for record in records])
@@ -212,7 +212,7 @@ def test_the_report_of_made_records(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "heat_maps", lambda path, maps: drawn.append((path.name, maps)))
     monkeypatch.setattr(figures, "histograms", lambda path, *rest: drawn.append((path.name, *rest)))
     config = get_config("table3", seeds=(1, 2, 3), coefficients=(8e-4, 1e-2))
-    runs = cka_sr_members.runs_of(config)
+    runs = sparse_training_members.runs_of(config)
     rng = np.random.default_rng(5)
     log = MetricsLog(tmp_path / "supervised.jsonl", "supervised")
     names = ("validation/accuracy", "test/accuracy", "similarity/cka", "similarity/cka_debiased",
@@ -231,7 +231,7 @@ def test_the_report_of_made_records(tmp_path, monkeypatch):
         tmp_path / "measurements.npz",
         cka=matrices, cka_debiased=-matrices, counts=counts, edges=np.arange(4.0),
     )  # fmt: skip
-    summary = cka_sr_report.write(config, tmp_path)
+    summary = sparse_training_report.write(config, tmp_path)
     check_summary(config, tmp_path, summary)
     choice = {row["regulariser"]: row["coefficient"] for row in summary["chosen_by_validation"]}
     assert choice["cka_sr"] == 1e-2 and choice["none"] == 0.0
@@ -273,7 +273,7 @@ def test_published_numbers_are_those_of_the_settings():
     def of(name, **fields):
         return {
             (row["density"], row["regulariser"], row["coefficient"]): row["test_accuracy"]
-            for row in cka_sr_report.published(get_config(name, **fields))
+            for row in sparse_training_report.published(get_config(name, **fields))
         }
 
     best = {

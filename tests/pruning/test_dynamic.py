@@ -43,22 +43,23 @@ def test_gradual_pruning_keeps_the_largest_of_what_is_left():
         [np.abs(params["a"]["kernel"]).ravel(), np.abs(params["b"]["kernel"]).ravel()]
     )
     for density in (0.3, 0.1, 1 / 48):
-        got = flat(jax.jit(dynamic.gradual)(params, kept, density))
         count = round(density * 48)
+        got = flat(jax.jit(dynamic.gradual)(params, kept, count))
         threshold = np.sort(magnitude)[-count]
         for path, mask in got.items():
             layer, _ = path.split("/")
             np.testing.assert_array_equal(mask, np.abs(params[layer]["kernel"]) >= threshold)
-    by_layer = flat(dynamic.gradual(params, masks.full(params), 0.5, scope="layer"))
+    counts = {"a": {"kernel": 15, "bias": None}, "b": {"kernel": 9}}
+    by_layer = flat(dynamic.gradual(params, masks.full(params), counts))
     assert [int(mask.sum()) for mask in by_layer.values()] == [15, 9]
 
 
 def test_what_is_pruned_stays_pruned():
     params, kept = network(density=0.25)
-    jax.tree.map(np.testing.assert_array_equal, dynamic.gradual(params, kept, 0.9), kept)
+    jax.tree.map(np.testing.assert_array_equal, dynamic.gradual(params, kept, 43), kept)
     # Weights that are zero without being pruned come before those that are pruned.
     zeros = jax.tree.map(jnp.zeros_like, params)
-    got = flat(dynamic.gradual(zeros, kept, 0.25))
+    got = flat(dynamic.gradual(zeros, kept, 12))
     for path, mask in flat(kept).items():
         np.testing.assert_array_equal(got[path], mask)
 
@@ -163,4 +164,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="scores have the structure"):
         dynamic.replace(params, kept, {"a": params["a"]["kernel"]}, 0.1)
     with pytest.raises(ValueError, match="masks must have the structure of params"):
-        dynamic.gradual(params, {"a": kept["a"]}, 0.1)
+        dynamic.gradual(params, {"a": kept["a"]}, 5)

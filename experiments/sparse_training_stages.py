@@ -1,4 +1,4 @@
-"""What the CKA-SR study minimises and measures."""
+"""What sparse training minimises and measures."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

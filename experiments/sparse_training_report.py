@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
-from experiments.cka_sr_members import Run, member_names, runs_of
-from experiments.cka_sr_stages import BASELINE, EPSILONS, REGULARISERS
+from experiments.sparse_training_members import Run, member_names, runs_of
+from experiments.sparse_training_stages import BASELINE, EPSILONS, REGULARISERS
 from experiments.statistics import holm, paired, spread
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog

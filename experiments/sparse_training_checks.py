@@ -1,4 +1,4 @@
-"""Checks of the CKA-SR study's config that types do not make, before any work."""
+"""Checks of the config of sparse training that types do not make, before any work."""
 
 import math
 from typing import Any
@@ -13,18 +13,21 @@ from experiments.checks import (
     check_milestones,
     check_names,
 )
-from experiments.cka_sr_members import layer_counts
-from experiments.cka_sr_stages import (
+from experiments.sparse_training_masks import GROWN, METHODS, SCORED, layer_counts, mask_schedule
+from experiments.sparse_training_stages import (
     REGULARISERS,
     all_patterns,
     block_patterns,
     stage_patterns,
 )
 from ntt_sparse.data.images import ImageData
+from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture, select
+from ntt_sparse.training.loop import Plan
 
 _CHOICES = {
-    "layer_densities": ("erk", "uniform", "snip", "grasp"),
+    "method": METHODS,
+    "layer_densities": ("erk", "uniform", "global", "snip", "grasp"),
     "model.padding": ("", "VALID", "SAME"),
     "model.norm": ("", "batch", "group", "none"),
     "model.shortcut": ("", "A", "B"),
@@ -32,6 +35,13 @@ _CHOICES = {
 }
 _RANGES = {
     "score_batch_size": (1, LARGEST_INT),
+    "rounds": (1, LARGEST_INT),
+    "growth.every": (1, LARGEST_INT),
+    "growth.end": (0, 1),
+    "growth.fraction": (1e-6, 1),
+    "gradual.every": (1, LARGEST_INT),
+    "gradual.start": (0, 1),
+    "gradual.end": (0, 1),
     "samples": (0, LARGEST_INT),
     "every": (1, LARGEST_INT),
     "probe": (4, LARGEST_INT),
@@ -67,6 +77,7 @@ def check_config(config: Any) -> None:
                 "to 1e30: the network without a regulariser is always there"
             )
     check_milestones(config.supervised.milestones, "config.supervised.milestones")
+    _check_method(config)
     chosen = [REGULARISERS[name] for name in config.regularisers.split(",")]
     needed = 4 if any(regulariser.debiased for regulariser in chosen) else 3
     batch_size = config.supervised.batch_size
@@ -90,14 +101,34 @@ def check_config(config: Any) -> None:
         )
 
 
-def check_sizes(config: Any, module: Any, data: ImageData) -> None:
+def _check_method(config: Any) -> None:
+    """Checks which methods have which densities of layers, and rounds."""
+    random = ("random", *GROWN)
+    known = (
+        ("erk", "uniform", "snip", "grasp") if config.method in random
+        else ("global", "uniform", "erk")
+    )  # fmt: skip
+    if config.layer_densities not in known:
+        raise ValueError(
+            f"config.layer_densities is {config.layer_densities!r} with method "
+            f"{config.method!r}, expected {' or '.join(known)}"
+        )
+    if config.rounds > 1 and config.method not in SCORED:
+        raise ValueError(
+            f"config.rounds is {config.rounds} with method {config.method!r}, expected 1: rounds "
+            f"are of {', '.join(SCORED)}"
+        )
+
+
+def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
     """Checks that data and model are large enough for what is compared, by shapes alone.
 
     Raises:
         ValueError: They are not; the message names the field.
     """
     sizes = {"probe": len(data.validation.y)}
-    if config.layer_densities in ("snip", "grasp"):
+    scored = ("snip", "grasp", "logit_snip")
+    if config.layer_densities in scored or config.method in scored:
         sizes["score_batch_size"] = len(data.train.y)
     for field, size in sizes.items():
         if config[field] > size:
@@ -113,8 +144,9 @@ def check_sizes(config: Any, module: Any, data: ImageData) -> None:
         return variables["params"], select(features, stage_patterns(config)), blocks
 
     params, stages, blocks = jax.eval_shape(shapes, jax.random.key(0))
-    # A density that keeps no weight is an error here.
-    layer_counts(config, params)
+    _check_counts(config, params)
+    # A schedule that never changes a mask is an error here.
+    mask_schedule(config, plan)
     over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
     for pattern, maps in zip(config.stages, stages, strict=True):
         if over_stages and len(maps) < 2:
@@ -124,3 +156,18 @@ def check_sizes(config: Any, module: Any, data: ImageData) -> None:
             )
     if len(blocks) < 2:
         raise ValueError(f"config.stages match {len(blocks)} layer, expected two or more")
+
+
+def _check_counts(config: Any, params: Any) -> None:
+    """Checks that every layer that has a density of its own keeps a weight."""
+    # A density that keeps no weight at all is an error there.
+    for density, counts in layer_counts(config, params).items():
+        if isinstance(counts, int):
+            continue
+        empty = [name for name, count in named_leaves(counts).items() if count == 0]
+        if empty:
+            raise ValueError(
+                f"config.density holds {density!r}, which is less than one weight of "
+                f"{', '.join(empty)}: expected more, or another config.layer_densities than "
+                f"{config.layer_densities!r}"
+            )

@@ -1,4 +1,4 @@
-"""The CKA-SR study: prepare, train all networks as one program, measure, report."""
+"""Sparse training: prepare, train all networks as one program, measure, report."""
 
 import functools
 from pathlib import Path
@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cka_sr_report
-from experiments.cka_sr_checks import check_config, check_sizes
-from experiments.cka_sr_members import member_names, runs_of, start_members
-from experiments.cka_sr_stages import (
+from experiments import sparse_training_report
+from experiments.cli import claim_workdir, user_errors
+from experiments.sparse_training_checks import check_config, check_sizes
+from experiments.sparse_training_masks import mask_schedule
+from experiments.sparse_training_members import member_names, runs_of, start_members
+from experiments.sparse_training_stages import (
     all_patterns,
     evaluation,
     layer_similarities,
     make_optimizer,
     training_terms,
 )
-from experiments.cli import claim_workdir, user_errors
 from experiments.study import augment_images, fit_stage, hold_out, make_plan, save_networks
 from ntt_sparse import models
 from ntt_sparse.data import images
@@ -45,7 +46,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
     """Runs the study, or goes on with it.
 
     Args:
-        config: From `experiments.configs.cka_sr.get_config`.
+        config: From `experiments.configs.sparse_training.get_config`, or that of `cka_sr`.
         workdir: Where everything is written; an earlier run of the same config there is
             continued, and a finished one only draws its report again.
         data_dir: Where prepared TensorFlow Datasets are; by default as TFDS decides.
@@ -64,7 +65,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         members = train(config, setup, claimed)
         save_networks(claimed / "networks", member_names(runs_of(config)), members)
         save_measurements(claimed / "measurements.npz", config, setup, members)
-        return cka_sr_report.write(config, claimed)
+        return sparse_training_report.write(config, claimed)
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:
@@ -77,7 +78,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     options = {name: config.model[name] for name in fields if config.model[name]}
     module = models.create(config.model.name, num_outputs=data.num_classes, **options)
     plan = make_plan(config.supervised, len(data.train.y), config.checkpoint_seconds)
-    check_sizes(config, module, data)
+    check_sizes(config, module, data, plan)
     return Setup(module, data, plan)
 
 
@@ -90,9 +91,11 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         training_terms(config),
         optimizer,
         forward=masked_forward(
-            capture(setup.module, all_patterns(config), examples=config.samples or None)
+            capture(setup.module, all_patterns(config), examples=config.samples or None),
+            straight_through=config.method == "rigl",
         ),
         augment=augment_images if config.data.augment else None,
+        after_update=mask_schedule(config, setup.plan),
     )
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
     count = config.evaluated or None

@@ -1,0 +1,143 @@
+r"""Settings of sparse training: how networks get their masks, with and without regularisers.
+
+A name picks the settings. `,smoke` shrinks them, to see that all parts work:
+
+    python -m experiments.sparse_training --config=experiments/configs/sparse_training.py:mnist_snip
+
+====================  ================================================================
+digits_synflow        the default: 8x8 digits inside scikit-learn, no download
+mnist_METHOD          LeNet-300-100, densities 0.2 to 0.002
+cifar10_METHOD        ResNet-20, densities 0.1, 0.05, 0.02
+====================  ================================================================
+
+Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`
+and `gradual`. Settings of training are those of random sparse training (Liu et al., ICLR 2022) for
+all, so that only masks differ.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from experiments.configs.common import build
+
+BASE: dict[str, Any] = {
+    "name": "",
+    # How masks are made: random; magnitude, snip, logit_snip, grasp, synflow (scores at
+    # initialisation); set, rigl (random at first, connections replaced in training); gradual
+    # (magnitude, while the network is trained).
+    "method": "random",
+    # Rounds in which scores are pruned; 100 for SynFlow.
+    "rounds": 1,
+    # Connections that set and rigl replace: every so many steps until a fraction of the run, a
+    # fraction of each layer that falls by a cosine.
+    "growth": {"every": 100, "end": 0.75, "fraction": 0.3},
+    # Between which fractions of the run gradual pruning happens, every so many steps.
+    "gradual": {"every": 100, "start": 0.1, "end": 0.6},
+    # What is compared with no regulariser: cka_sr, aug_cka_sr, each also with _debiased, and
+    # cca_sr, aug_cca_sr. Each is run with every coefficient, density and seed.
+    "regularisers": "cka_sr,aug_cka_sr",
+    "coefficients": (1e-4,),
+    "density": (0.05,),
+    "seeds": (1, 2, 3, 4, 5),
+    # Where the densities of layers come from: erk, uniform, global (weights compete across the
+    # network), snip (those of a SNIP mask) or grasp (of a GraSP mask), the last two with masks
+    # that are random themselves.
+    "layer_densities": "erk",
+    # Examples that score masks: the first of the training split.
+    "score_batch_size": 128,
+    # Feature maps, stage by stage: patterns of module paths, several joined by commas. Two
+    # stages on the command line: --config.stages="('Conv_0,Conv_1','Dense_0,Dense_1')". The
+    # map of a layer is its output, of a Dense or Conv before the ReLU, of a residual block after.
+    "stages": (),
+    # Examples of a batch that are compared (0: all), and one batch in how many.
+    "samples": 8,
+    "every": 5,
+    # Held-out images on which similarity is measured.
+    "probe": 256,
+    # Held-out and test images whose accuracy is measured (0: all).
+    "evaluated": 0,
+    "data": {"name": "mnist", "split_seed": 9, "augment": False},
+    "model": {"name": "lenet_300_100", "padding": "", "norm": "", "shortcut": ""},
+    "supervised": {
+        "epochs": 5,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "optimizer": "adam",
+        "weight_decay": 0.0,
+        # Fractions of the run at which the learning rate is divided by ten.
+        "milestones": (),
+        "validation_fraction": 0.1,
+        # 0: once an epoch.
+        "record_every": 0,
+        # 0: epochs decide.
+        "max_steps": 0,
+    },
+    "checkpoint_seconds": 60.0,
+}
+"""All fields with their defaults."""
+RESNET = {
+    # The input of each stage and the outputs of its blocks (Eq. 11).
+    "stages": tuple(f"stage{i}_block1:input,stage{i}_block?" for i in (1, 2, 3)),
+    "regularisers": "cka_sr",
+    "data.name": "cifar10",
+    "data.augment": True,
+    "model.name": "resnet20",
+    "model.norm": "batch",
+    "model.shortcut": "B",
+    "supervised.epochs": 160,
+    "supervised.batch_size": 128,
+    "supervised.learning_rate": 0.1,
+    "supervised.optimizer": "sgd",
+    "supervised.weight_decay": 5e-4,
+    "supervised.milestones": (0.5, 0.75),
+}
+"""ResNet-20 on CIFAR-10."""
+SMOKE = {
+    "seeds": (1, 2),
+    "probe": 16,
+    "evaluated": 256,
+    "supervised.max_steps": 12,
+    "supervised.record_every": 6,
+}
+"""What shows that all parts work."""
+
+_METHODS: dict[str, dict[str, Any]] = {
+    "random": {},
+    **{
+        method: {"method": method, "layer_densities": "global"}
+        for method in ("magnitude", "snip", "logit_snip", "grasp", "gradual")
+    },
+    "synflow": {"method": "synflow", "layer_densities": "global", "rounds": 100},
+    "set": {"method": "set"},
+    "rigl": {"method": "rigl"},
+}
+_MLP = {"stages": ("Dense_0,Dense_1",), "regularisers": "cka_sr", "coefficients": (1e-2,)}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "digits_synflow": {
+        **_MLP,
+        **_METHODS["synflow"],
+        "density": (0.1, 0.02),
+        "seeds": (1, 2, 3),
+        "probe": 128,
+        "data.name": "digits",
+        "supervised.epochs": 20,
+    },
+    **{
+        f"mnist_{method}": {**_MLP, **settings, "density": (0.2, 0.05, 0.02, 0.005, 0.002)}
+        for method, settings in _METHODS.items()
+    },
+    **{
+        f"cifar10_{method}": {**RESNET, **settings, "density": (0.1, 0.05, 0.02)}
+        for method, settings in _METHODS.items()
+    },
+}
+
+
+def get_config(name: str = "digits_synflow") -> ml_collections.ConfigDict:
+    """The settings of a name, such as `"mnist_rigl"` or `"cifar10_snip,smoke"`.
+
+    Raises:
+        ValueError: The name or an option is unknown.
+    """
+    return build(name, BASE, _CONFIGS, {"smoke": SMOKE})

@@ -1,0 +1,87 @@
+"""The members of sparse training: which networks there are and how each starts."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.sparse_training_masks import layer_counts, starting_masks
+from experiments.sparse_training_stages import BASELINE
+from experiments.study import stack, warn_of_empty_layers
+from ntt_sparse.data.images import Split
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.training.state import Member, create_member
+
+
+class Run(NamedTuple):
+    """One network of the study."""
+
+    regulariser: str
+    coefficient: float
+    density: float
+    seed: int
+
+
+def runs_of(config: Any) -> list[Run]:
+    """Every regulariser and coefficient, and none, at every density and seed."""
+    variants = [(BASELINE, 0.0)] + [
+        (name, coefficient)
+        for name in config.regularisers.split(",")
+        for coefficient in config.coefficients
+    ]
+    return [
+        Run(name, coefficient, density, seed)
+        for density in config.density
+        for name, coefficient in variants
+        for seed in config.seeds
+    ]
+
+
+def member_names(runs: list[Run]) -> list[str]:
+    """Names such as `"cka_sr-c0.001-d0.05-s1"`, fit for file names."""
+    return [f"{r.regulariser}-c{r.coefficient!r}-d{r.density!r}-s{r.seed}" for r in runs]
+
+
+def start_members(
+    config: Any,
+    module: Any,
+    input_shape: tuple[int, ...],
+    train: Split,
+    optimizer: optax.GradientTransformation,
+    runs: list[Run],
+) -> Member:
+    """All networks at their start. A seed fixes weights, masks and the order of the data.
+
+    So networks of one seed and density differ in their regulariser alone. The context of each
+    is its coefficient, by regulariser, and for gradual pruning the `counts` it ends with.
+    """
+    batch = tuple(jnp.asarray(leaf[: config.score_batch_size]) for leaf in (train.x, train.y))
+    make = starting_masks(config, module, input_shape)
+    by_seed, masks, counts = {}, {}, {}
+    for seed in config.seeds:
+        key = jax.random.key(seed)
+        variables = dict(module.init(key, jnp.zeros((1, *input_shape))))
+        params = variables.pop("params")
+        by_seed[seed] = key, params, variables
+        counts = layer_counts(config, params)
+        for density, made in make(key, params, variables, batch).items():
+            masks[seed, density] = made
+            warn_of_empty_layers(f"density {density!r}, seed {seed}", made)
+
+    def member(key, params, variables, masks, context):
+        params = pruning_masks.apply(params, masks)
+        return create_member(params, masks, optimizer, key, context, variables)
+
+    names = config.regularisers.split(",")
+    context: dict[str, Any] = {
+        name: jnp.asarray([run.coefficient * (run.regulariser == name) for run in runs])
+        for name in names
+    }
+    if config.method == "gradual":
+        context["counts"] = stack([counts[run.density] for run in runs])
+    return jax.jit(jax.vmap(member))(
+        *stack([by_seed[run.seed] for run in runs]),
+        stack([masks[run.seed, run.density] for run in runs]),
+        context,
+    )
