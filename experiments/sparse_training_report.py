@@ -1,4 +1,4 @@
-"""The report of the CKA-SR study: summary.json, report.md and the figures."""
+"""The report of sparse training: summary.json, report.md and the figures."""
 
 import json
 from collections.abc import Iterable
@@ -69,16 +69,24 @@ def published(config: Any) -> list[dict[str, Any]]:
     ]
 
 
-def write(config: Any, workdir: Path) -> dict[str, Any]:
+def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     """Writes everything from metrics and measurements alone, so that it can be repeated.
+
+    Args:
+        config: The settings.
+        workdir: Where the files are.
+        layers: The size of each prunable layer, by name, in the order of the masks.
 
     Returns:
         The summary.
     """
     log = MetricsLog(workdir / "supervised.jsonl", "supervised")
     rows = _rows(log, runs_of(config))
+    for row in rows:
+        row["empty_layers"] = _empty(row["kept"], list(layers))
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
+        "layers": layers,
         "supervised": rows,
         "chosen_by_validation": _chosen(rows),
         "published": published(config),
@@ -99,6 +107,7 @@ def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
             *tuple(f"epsilon_sparsity/{epsilon!r}" for epsilon in EPSILONS),
         )
     }
+    kept = log.column("kept")[1][-1]
     steps, validation = log.column("validation/accuracy")
     _, test = log.column("test/accuracy")
     # The first record of the best validation accuracy; test accuracy is only looked up.
@@ -119,6 +128,7 @@ def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
             "best_validation_step": steps[best[members]].tolist(),
             "validation_accuracy_last": spread(validation[-1, members]),
             **{name: spread(values[members]) for name, values in columns.items()},
+            "kept": np.asarray(kept)[members].astype(int).tolist(),
         }
         if regulariser != BASELINE:
             reference = groups[BASELINE, 0.0, density]
@@ -127,6 +137,12 @@ def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
         rows.append(row)
     _correct(rows)
     return rows
+
+
+def _empty(kept: list[list[int]], names: list[str]) -> dict[str, int]:
+    """Layers without any weight, and in how many seeds."""
+    seeds = np.sum(np.asarray(kept) == 0, axis=0).tolist()
+    return {name: count for name, count in zip(names, seeds, strict=True) if count}
 
 
 def _correct(rows: list[dict[str, Any]]) -> None:
@@ -181,7 +197,10 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
     epsilons = ", ".join(f"{epsilon:g}" for epsilon in EPSILONS)
     samples = config.samples or "all"
     lines = [
-        f"# CKA-SR in random sparse training: {config.name}",
+        f"# Sparse training: {config.name}",
+        "",
+        f"Masks: {config.method}, {config.layer_densities}"
+        + (f", {config.rounds} rounds." if config.rounds > 1 else "."),
         "",
         f"Test accuracy in percent after the last step, mean ± standard deviation over seeds "
         f"{list(config.seeds)}; less that of the same seeds without a regulariser, with its 95 % "
@@ -207,6 +226,12 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
             small,
         )
         lines.append(f"| {' | '.join(cells)} |")
+    empty = [row for row in summary["supervised"] if row["empty_layers"]]
+    if empty:
+        lines += ["", "Layers left without any weight, and in how many seeds:", ""]
+    for row in empty:
+        names = ", ".join(f"{name} ({count})" for name, count in row["empty_layers"].items())
+        lines.append(f"- density {row['density']!r}, {_label(row)}: {names}")
     lines += ["", "Coefficients of best mean validation accuracy after the last step:", ""]
     lines += [
         f"- density {row['density']!r}: {_label(row)}"

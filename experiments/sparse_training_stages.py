@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -100,7 +101,9 @@ def training_terms(config: Any) -> Mapping[str, Term]:
 
 
 def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:
-    """Accuracy on held-out and test data, similarity and epsilon-sparsity, for one member.
+    """Accuracy on held-out and test data, similarity and sparsity, for one member.
+
+    `kept` is how many weights each layer has, in the order of the masks.
 
     Test numbers are measured for the report; nothing is chosen by them.
     """
@@ -123,6 +126,8 @@ def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:
         for epsilon in EPSILONS:
             value = epsilon_sparsity(member.params, epsilon, masks=member.masks)
             result[f"epsilon_sparsity/{epsilon!r}"] = value
+        counts = [jnp.sum(mask, dtype=jnp.int32) for mask in jax.tree.leaves(member.masks)]
+        result["kept"] = jnp.stack(counts)
         return result
 
     return evaluate

@@ -65,7 +65,8 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         members = train(config, setup, claimed)
         save_networks(claimed / "networks", member_names(runs_of(config)), members)
         save_measurements(claimed / "measurements.npz", config, setup, members)
-        return sparse_training_report.write(config, claimed)
+        layers = {name: leaf[0].size for name, leaf in named_leaves(members.masks).items()}
+        return sparse_training_report.write(config, claimed, layers)
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:

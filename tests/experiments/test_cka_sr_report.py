@@ -223,19 +223,24 @@ def test_the_report_of_made_records(tmp_path, monkeypatch):
     for step, (validation, test) in {0: (0.1, 0.9), 5: (0.999, 0.3), 10: (0.99, 0.2)}.items():
         records[step]["validation/accuracy"][chosen] = validation
         records[step]["test/accuracy"][chosen] = test + np.array([0.01, 0.02, 0.04])
+    kept = np.full((len(runs), 2), 7)
+    kept[chosen[:2], 1] = 0
     for step, values in records.items():
-        log.write(step, values)
+        log.write(step, {**values, "kept": kept})
     matrices = rng.random((len(runs), 2, 2))
     counts = np.arange(len(runs))[:, None] * np.ones(3, int)
     np.savez(
         tmp_path / "measurements.npz",
         cka=matrices, cka_debiased=-matrices, counts=counts, edges=np.arange(4.0),
     )  # fmt: skip
-    summary = sparse_training_report.write(config, tmp_path)
+    summary = sparse_training_report.write(config, tmp_path, {"first": 20, "second": 10})
     check_summary(config, tmp_path, summary)
     choice = {row["regulariser"]: row["coefficient"] for row in summary["chosen_by_validation"]}
     assert choice["cka_sr"] == 1e-2 and choice["none"] == 0.0
     row = summary["supervised"][[r["coefficient"] for r in summary["supervised"]].index(1e-2)]
+    # A layer that collapsed is said, with the number of seeds.
+    assert row["empty_layers"] == {"second": 2} and row["kept"] == [[7, 0], [7, 0], [7, 7]]
+    assert "- density 0.05, CKA-SR, 0.01: second (2)" in (tmp_path / "report.md").read_text()
     assert row["best_validation_step"] == [5, 5, 5]
     np.testing.assert_allclose(
         row["test_accuracy_best_validation"]["values"], [0.31, 0.32, 0.34], rtol=1e-12

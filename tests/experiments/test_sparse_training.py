@@ -1,0 +1,262 @@
+"""Methods of sparse training: masks at the start and in training, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cka_sr_problems import member_of, tiny_mlp, tiny_split
+
+from experiments import sparse_training_checks as checks
+from experiments import sparse_training_masks as methods
+from experiments import sparse_training_members as sparse_members
+from experiments import sparse_training_stages as stages
+from experiments import sparse_training_study as study
+from experiments.configs import sparse_training as configs
+from ntt_sparse.pruning import densities, masks
+from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.metrics import MetricsLog
+
+SMALL = {
+    "data.name": "digits", "density": (0.3, 0.1), "seeds": (1, 2), "coefficients": (0.1,),
+    "probe": 16, "evaluated": 64, "score_batch_size": 24,
+}  # fmt: skip
+
+
+def get_config(name, **fields):
+    config = configs.get_config(f"{name},smoke")
+    with config.unlocked():
+        config.update_from_flattened_dict({**SMALL, **fields})
+    return config
+
+
+def start(config, module=None):
+    module, train = module or tiny_mlp(), tiny_split()
+    checks.check_config(config)
+    optimizer = stages.make_optimizer(config, total_steps=10)
+    runs = sparse_members.runs_of(config)
+    return runs, sparse_members.start_members(
+        config, module, train.x.shape[1:], train, optimizer, runs
+    )
+
+
+def kernels(tree):
+    return {name: np.asarray(leaf, float) for name, leaf in masks.named_leaves(tree).items()
+            if name.endswith("kernel")}  # fmt: skip
+
+
+def largest(scores, count):
+    flat = np.concatenate([leaf.ravel() for leaf in scores.values()])
+    threshold = np.sort(flat)[-count]
+    return {name: leaf >= threshold for name, leaf in scores.items()}
+
+
+def forward(kernel, bias, x):
+    for layer in range(3):
+        x = jnp.maximum(x @ kernel[f"Dense_{layer}/kernel"] + bias[layer], 0)
+    return x @ kernel["Dense_3/kernel"] + bias[3]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "logit_snip", "grasp", "synflow"])
+def test_masks_of_scores_by_hand(method):
+    """One round, global: the largest scores of each definition, as many as asked for."""
+    train = tiny_split()
+    x, y = jnp.asarray(train.x[:24]).reshape(24, -1), train.y[:24]
+    config = get_config(f"mnist_{method}", rounds=1)
+    runs, members = start(config)
+    for seed in config.seeds:
+        params = tiny_mlp().init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+        bias = [params[f"Dense_{layer}"]["bias"] for layer in range(4)]
+        kernel = kernels(params)
+        kernel = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in kernel.items()}
+
+        def entropy(k, temperature=1.0, x=x, y=y, bias=bias):
+            logits = jax.nn.log_softmax(forward(k, bias, x) / temperature)
+            return -jnp.mean(logits[jnp.arange(24), y])
+
+        if method == "magnitude":
+            scores = kernel
+        elif method == "snip":
+            scores = jax.tree.map(jnp.multiply, kernel, jax.grad(entropy)(kernel))
+        elif method == "logit_snip":
+            norm = jax.grad(lambda k, b=bias: jnp.sum(forward(k, b, x) ** 2))(kernel)
+            scores = jax.tree.map(jnp.multiply, kernel, norm)
+        elif method == "synflow":
+            positive = jax.tree.map(jnp.abs, kernel)
+            shift = [jnp.abs(b) for b in bias]
+            ones = jnp.ones((1, 64))
+            flow = jax.grad(lambda k, b=shift, x=ones: jnp.sum(forward(k, b, x)))(positive)
+            scores = jax.tree.map(jnp.multiply, positive, flow)
+        else:
+
+            def half_norm(k, entropy=entropy):
+                grads = jax.grad(lambda q: entropy(q, 200.0))(k)
+                return 0.5 * sum(jnp.sum(g**2) for g in grads.values())
+
+            scores = jax.tree.map(jnp.multiply, kernel, jax.grad(half_norm)(kernel))
+        scores = {name: np.asarray(leaf, float) for name, leaf in scores.items()}
+        if method != "grasp":
+            scores = {name: np.abs(leaf) for name, leaf in scores.items()}
+        for density in config.density:
+            expected = largest(scores, round(density * 1009))
+            index = runs.index(sparse_members.Run("none", 0.0, density, seed))
+            found = kernels(member_of(members.masks, index))
+            for name, mask in expected.items():
+                np.testing.assert_array_equal(found[name].astype(bool), mask, err_msg=name)
+
+
+def test_rounds_and_densities_by_layer():
+    """SynFlow in rounds differs from one round; ERK gives each layer its share."""
+    one, many = (start(get_config("mnist_synflow", rounds=rounds))[1] for rounds in (1, 20))
+    assert any(
+        np.any(a != b)
+        for a, b in zip(*(jax.tree.leaves(m.masks) for m in (one, many)), strict=True)
+    )
+    total = np.asarray(sum(leaf.reshape(8, -1).sum(1) for leaf in jax.tree.leaves(many.masks)))
+    assert total.tolist() == [303] * 4 + [101] * 4
+    _, by_layer = start(get_config("mnist_snip", layer_densities="erk"))
+    params = tiny_mlp().init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))["params"]
+    for index, density in ((0, 0.3), (7, 0.1)):
+        report = masks.layer_densities(member_of(by_layer.masks, index))
+        for name, fraction in densities.erk(params, density).items():
+            assert report[name].kept == round(fraction * report[name].total)
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "gradual"])
+def test_masks_change_in_training(tmp_path, method):
+    """Counts stay (set, rigl) or fall to the ones asked for (gradual), and stay to the end."""
+    config = get_config(
+        f"mnist_{method}",
+        **{
+            "supervised.max_steps": 24, "supervised.record_every": 2, "growth.every": 3,
+            "growth.end": 0.75, "gradual.every": 3, "gradual.start": 0.1, "gradual.end": 0.7,
+        },
+    )  # fmt: skip
+    summary = study.run(config, tmp_path)
+    log = MetricsLog(tmp_path / "supervised.jsonl", "any")
+    steps, kept = log.column("kept")
+    steps = list(steps)
+    params = study.prepare(config, None).module.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
+    counts = methods.layer_counts(config, params["params"])
+    for index, run in enumerate(sparse_members.runs_of(config)):
+        wanted = counts[run.density]
+        history = kept[:, index].astype(int)
+        if method == "gradual":
+            whole = sum(leaf.size for leaf in kernels(params["params"]).values())
+            totals = history.sum(1)
+            assert totals[0] == whole and totals[-1] == wanted
+            assert np.all(np.diff(totals) <= 0)
+            # 24 steps: from step 2 to step 17, after steps 3, 6, ..., 15 and at the end, 17.
+            assert totals[steps.index(2)] == whole and totals[steps.index(18)] == wanted
+            left = 1 - (15 - 2) / 15
+            expected = round((run.density + (1 - run.density) * left**3) * whole)
+            assert abs(totals[steps.index(16)] - expected) <= 1
+        else:
+            assert np.all(history == [int(n) for n in jax.tree.leaves(wanted)])
+    assert {row["density"] for row in summary["supervised"]} == {0.3, 0.1}
+    assert f"Masks: {method}" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())["layers"]
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_what_comes_and_goes(method):
+    """The smallest weights go; new ones come at random, or by the gradient of all weights."""
+    config = get_config(f"mnist_{method}", **{"growth.every": 2, "growth.fraction": 0.5})
+    _, members = start(config)
+    member = member_of(members, 0)
+    gradients = jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(3), leaf.shape), member.params
+    )
+    change = jax.jit(methods.mask_schedule(config, Plan(40, 10, 10)))
+    old = kernels(member.masks)
+    for step in (1, 3, 30):
+        new = kernels(change(member, jnp.int32(step), gradients).masks)
+        assert all(np.array_equal(new[name], old[name]) for name in old)
+    new = kernels(change(member, jnp.int32(4), gradients).masks)
+    again = kernels(change(member, jnp.int32(6), gradients).masks)
+    weights, slopes = kernels(member.params), kernels(gradients)
+    for name, mask in old.items():
+        was, now = mask.astype(bool), new[name].astype(bool)
+        fraction = 0.25 * (1 + np.cos(np.pi * 4 / 30))
+        count = min(int(fraction * was.sum() + 1e-6), (~was).sum())
+        size = np.abs(np.where(was, weights[name], np.inf))
+        gone = size <= np.sort(size.ravel())[count - 1] if count else np.zeros_like(was)
+        assert now.sum() == was.sum()
+        assert np.all(now[was & ~gone])
+        came = now & ~(was & ~gone)
+        assert came.sum() == count
+        if method == "rigl":
+            free = ~(was & ~gone)
+            threshold = np.sort(np.abs(slopes[name][free]))[-count] if count else 0
+            assert np.all(np.abs(slopes[name][came]) >= threshold)
+        else:
+            # None of those that have just gone, and other ones in another step.
+            assert not np.any(came & was)
+    if method == "set":
+        assert any(np.any(new[name] != again[name]) for name in old)
+
+
+def test_rigl_sees_the_gradient_of_weights_that_are_not_there(tmp_path, monkeypatch):
+    """In the study itself: pruned weights get gradients, and are zero after each step."""
+    seen = []
+    real = study.make_step
+
+    def make_step(terms, optimizer, **kwargs):
+        change = kwargs["after_update"]
+
+        def after_update(member, step, gradients):
+            jax.debug.callback(
+                lambda params, masks, gradients: seen.append((params, masks, gradients)),
+                kernels_of(member.params), member.masks, gradients,
+            )  # fmt: skip
+            return change(member, step, gradients)
+
+        return real(terms, optimizer, **{**kwargs, "after_update": after_update})
+
+    def kernels_of(params):
+        return masks.map_prunable(lambda _, leaf: leaf, params)
+
+    monkeypatch.setattr(study, "make_step", make_step)
+    config = get_config(
+        "mnist_rigl", density=(0.1,), seeds=(1,),
+        **{"growth.every": 2, "supervised.max_steps": 6, "supervised.record_every": 6},
+    )  # fmt: skip
+    study.run(config, tmp_path)
+    jax.effects_barrier()
+    assert seen
+    for params, kept, gradients in seen:
+        for name, mask in kernels(kept).items():
+            pruned = ~mask.astype(bool)
+            assert np.all(kernels(params)[name][pruned] == 0)
+            assert np.mean(kernels(gradients)[name][pruned] != 0) > 0.1
+
+
+@pytest.mark.parametrize("name", configs._CONFIGS)
+def test_every_config_is_valid(name):
+    checks.check_config(configs.get_config(name))
+    checks.check_config(configs.get_config(f"{name},smoke"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("mnist_rigl", {"growth.every": 100}, "connections would never be replaced"),
+        ("mnist_set", {"growth.end": 0.0}, "connections would never be replaced"),
+        ("mnist_gradual", {"gradual.start": 0.6}, "expected start before end"),
+        ("mnist_random", {"density": (5e-5,)}, "less than one weight of"),
+        ("mnist_snip", {"density": (1e-7,)}, "keeps none of"),
+        ("mnist_snip", {"rounds": 0}, "config.rounds is 0"),
+        ("mnist_set", {"rounds": 5}, "rounds are of magnitude, snip"),
+        ("mnist_grasp", {"layer_densities": "snip"}, "expected global or uniform or erk"),
+        ("mnist_rigl", {"layer_densities": "global"}, "expected erk or uniform or snip or grasp"),
+        ("mnist_random", {"method": "lottery"}, "config.method is 'lottery'"),
+        ("mnist_snip", {"score_batch_size": 10**6}, "there are"),
+    ],
+)
+def test_bad_settings(tmp_path, name, fields, message):
+    config = get_config(name, **fields)
+    with pytest.raises(Exception, match=message) as error:
+        study.run(config, tmp_path / "w")
+    assert type(error.value).__name__ == "UserError" and "\n" not in str(error.value)
+    assert not (tmp_path / "w").exists()
