@@ -27,6 +27,7 @@ from ntt_sparse.training.loop import Plan
 
 _CHOICES = {
     "method": METHODS,
+    "lth.restore": ("weights", "learning_rate", "random"),
     "layer_densities": ("erk", "uniform", "global", "snip", "grasp"),
     "model.padding": ("", "VALID", "SAME"),
     "model.norm": ("", "batch", "group", "none"),
@@ -39,6 +40,7 @@ _RANGES = {
     "growth.every": (1, LARGEST_INT),
     "growth.end": (0, 1),
     "growth.fraction": (1e-6, 1),
+    "lth.rewind": (0, 0.999),
     "gradual.every": (1, LARGEST_INT),
     "gradual.start": (0, 1),
     "gradual.end": (0, 1),
@@ -112,6 +114,12 @@ def _check_method(config: Any) -> None:
         raise ValueError(
             f"config.layer_densities is {config.layer_densities!r} with method "
             f"{config.method!r}, expected {' or '.join(known)}"
+        )
+    density = tuple(config.density)
+    if config.method == "lth" and density != tuple(sorted(density, reverse=True)):
+        raise ValueError(
+            f"config.density is {density} with method 'lth', expected falling densities: each is "
+            "pruned from the one before"
         )
     if config.rounds > 1 and config.method not in SCORED:
         raise ValueError(

@@ -18,7 +18,9 @@ SCORED = ("magnitude", "snip", "logit_snip", "grasp", "synflow")
 """Methods that keep the weights of the largest scores at initialisation."""
 GROWN = ("set", "rigl")
 """Methods that start at random and replace connections in training."""
-METHODS = ("random", *SCORED, *GROWN, "gradual")
+LATER = ("gradual", "lth")
+"""Methods that start with all weights."""
+METHODS = ("random", *SCORED, *GROWN, *LATER)
 # Independent of the streams that training folds from a member's key.
 _MASK_STREAM, _GROWTH_STREAM = 1000, 1003
 # Of GraSP's scoring loss (Wang et al. 2020, their code).
@@ -67,8 +69,8 @@ def starting_masks(
 
     def make(key: Any, params: Any, state: Any, batch: Any) -> dict[float, Any]:
         found = {}
-        if config.method == "gradual":
-            return dict.fromkeys(config.density, pruning_masks.full(params))
+        if config.method in LATER:
+            return dict.fromkeys((1.0, *config.density), pruning_masks.full(params))
         draws = saliency.random(jax.random.fold_in(key, _MASK_STREAM), params)
         for density, counts in layer_counts(config, params).items():
             if config.method in SCORED and config.rounds > 1:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
+from experiments.sparse_training_lottery import logs_of
 from experiments.sparse_training_members import Run, member_names, runs_of
 from experiments.sparse_training_stages import BASELINE, EPSILONS, REGULARISERS
 from experiments.statistics import holm, paired, spread
@@ -80,8 +81,8 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     Returns:
         The summary.
     """
-    log = MetricsLog(workdir / "supervised.jsonl", "supervised")
-    rows = _rows(log, runs_of(config))
+    logs = [MetricsLog(path, path.stem) for path in logs_of(config, workdir)]
+    rows = _rows(logs, runs_of(config))
     for row in rows:
         row["empty_layers"] = _empty(row["kept"], list(layers))
     summary = {
@@ -97,19 +98,26 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     return summary
 
 
-def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
-    """One entry per regulariser, coefficient and density, compared with none at that density."""
+def _rows(logs: list[MetricsLog], runs: list[Run]) -> list[dict[str, Any]]:
+    """One entry per regulariser, coefficient and density, compared with none at that density.
+
+    The members of the logs together are the runs.
+    """
+
+    def column(name: str) -> Any:
+        return np.concatenate([log.column(name)[1] for log in logs], axis=1)
+
     columns = {
-        name: log.column(name)[1][-1]
+        name: column(name)[-1]
         for name in (
             "similarity/cka",
             "similarity/cka_debiased",
             *tuple(f"epsilon_sparsity/{epsilon!r}" for epsilon in EPSILONS),
         )
     }
-    kept = log.column("kept")[1][-1]
-    steps, validation = log.column("validation/accuracy")
-    _, test = log.column("test/accuracy")
+    kept = column("kept")[-1]
+    steps, _ = logs[0].column("validation/accuracy")
+    validation, test = column("validation/accuracy"), column("test/accuracy")
     # The first record of the best validation accuracy; test accuracy is only looked up.
     best = np.argmax(validation, axis=0)
     at_best = test[best, np.arange(len(runs))]

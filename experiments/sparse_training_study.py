@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sparse_training_report
+from experiments import sparse_training_lottery, sparse_training_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.sparse_training_checks import check_config, check_sizes
 from experiments.sparse_training_masks import mask_schedule
-from experiments.sparse_training_members import member_names, runs_of, start_members
+from experiments.sparse_training_members import Run, member_names, runs_of, start_members
 from experiments.sparse_training_stages import (
     all_patterns,
     evaluation,
@@ -84,8 +84,10 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
 
 
 def train(config: Any, setup: Setup, workdir: Path) -> Member:
-    """Trains every network in one program. Returns its members."""
-    runs, data = runs_of(config), setup.data
+    """Trains every network in one program, or one for each level. Returns its members."""
+    lottery = config.method == sparse_training_lottery.METHOD
+    runs = sparse_training_lottery.first_runs(config) if lottery else runs_of(config)
+    data = setup.data
     optimizer = make_optimizer(config, total_steps=setup.plan.total_steps)
     members = start_members(config, setup.module, data.input_shape, data.train, optimizer, runs)
     step_fn = make_step(
@@ -104,11 +106,21 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)
     )
     evaluation_data = (held_out, test, probe_of(config, setup))
-    return fit_stage(
-        config, workdir, "supervised", member_names(runs), members, step_fn, setup.plan,
-        tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,
-        batch_size=config.supervised.batch_size,
-    )  # fmt: skip
+
+    def fit(stage: str, runs: list[Run], members: Member, plan: Plan) -> Member:
+        return fit_stage(
+            config, workdir, stage, member_names(runs), members, step_fn, plan,
+            tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,
+            batch_size=config.supervised.batch_size,
+        )  # fmt: skip
+
+    if not lottery:
+        return fit("supervised", runs, members, setup.plan)
+
+    def init(key: Any) -> Any:
+        return setup.module.init(key, jnp.zeros((1, *data.input_shape)))["params"]
+
+    return sparse_training_lottery.train(config, init, fit, members, setup.plan)
 
 
 def probe_of(config: Any, setup: Setup) -> Any:

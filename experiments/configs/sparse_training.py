@@ -10,9 +10,10 @@ mnist_METHOD          LeNet-300-100, densities 0.2 to 0.002
 cifar10_METHOD        ResNet-20, densities 0.1, 0.05, 0.02
 ====================  ================================================================
 
-Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`
-and `gradual`. Settings of training are those of random sparse training (Liu et al., ICLR 2022) for
-all, so that only masks differ.
+Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`,
+`gradual` and `lth`. Settings of training are those of random sparse training (Liu et al., ICLR
+2022) for all, so that only masks differ. Lottery tickets are trained once for each density and
+once before, so they take as many times as long.
 """
 
 from typing import Any
@@ -25,7 +26,8 @@ BASE: dict[str, Any] = {
     "name": "",
     # How masks are made: random; magnitude, snip, logit_snip, grasp, synflow (scores at
     # initialisation); set, rigl (random at first, connections replaced in training); gradual
-    # (magnitude, while the network is trained).
+    # (magnitude, while the network is trained); lth (lottery tickets: train, prune by magnitude,
+    # go back and train again, from density to density).
     "method": "random",
     # Rounds in which scores are pruned; 100 for SynFlow.
     "rounds": 1,
@@ -34,6 +36,10 @@ BASE: dict[str, Any] = {
     "growth": {"every": 100, "end": 0.75, "fraction": 0.3},
     # Between which fractions of the run gradual pruning happens, every so many steps.
     "gradual": {"every": 100, "start": 0.1, "end": 0.6},
+    # Lottery tickets: the fraction of the run to which training goes back, and what does: weights
+    # (with batch statistics and the schedule), learning_rate (the schedule alone), or, as a
+    # control, everything to weights drawn anew (random).
+    "lth": {"rewind": 0.0, "restore": "weights"},
     # What is compared with no regulariser: cka_sr, aug_cka_sr, each also with _debiased, and
     # cca_sr, aug_cca_sr. Each is run with every coefficient, density and seed.
     "regularisers": "cka_sr,aug_cka_sr",
@@ -106,7 +112,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "random": {},
     **{
         method: {"method": method, "layer_densities": "global"}
-        for method in ("magnitude", "snip", "logit_snip", "grasp", "gradual")
+        for method in ("magnitude", "snip", "logit_snip", "grasp", "gradual", "lth")
     },
     "synflow": {"method": "synflow", "layer_densities": "global", "rounds": 100},
     "set": {"method": "set"},

@@ -9,12 +9,14 @@ import pytest
 from cka_sr_problems import member_of, tiny_mlp, tiny_split
 
 from experiments import sparse_training_checks as checks
+from experiments import sparse_training_lottery as lottery
 from experiments import sparse_training_masks as methods
 from experiments import sparse_training_members as sparse_members
 from experiments import sparse_training_stages as stages
 from experiments import sparse_training_study as study
 from experiments.configs import sparse_training as configs
 from ntt_sparse.pruning import densities, masks
+from ntt_sparse.training.export import load_network
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -197,6 +199,94 @@ def test_what_comes_and_goes(method):
         assert any(np.any(new[name] != again[name]) for name in old)
 
 
+def networks(workdir):
+    return {path.stem: load_network(path) for path in sorted((workdir / "networks").iterdir())}
+
+
+@pytest.mark.parametrize("restore", ["weights", "learning_rate", "random"])
+def test_lottery_tickets(tmp_path, monkeypatch, restore):
+    """Each level has the largest weights of the one before and goes back to the step asked for;
+    the dense level is the dense run, bit for bit."""
+    started = {}
+    real = study.fit_stage
+
+    def fit_stage(config, workdir, stage, names, members, step_fn, plan, *args, **kwargs):
+        started[stage] = plan, jax.tree.map(np.asarray, members._replace(key=()))
+        return real(config, workdir, stage, names, members, step_fn, plan, *args, **kwargs)
+
+    monkeypatch.setattr(study, "fit_stage", fit_stage)
+    fields = {
+        "density": (1.0, 0.5, 0.1), "supervised.max_steps": 12, "supervised.record_every": 4,
+        "supervised.batch_size": 600, "lth.rewind": 0.25, "supervised.milestones": (0.5,),
+    }  # fmt: skip
+    config = get_config("mnist_lth", **fields, **{"lth.restore": restore})
+    study.run(config, tmp_path / "lth")
+    assert [*started] == ["rewind", "level_1.0", "level_0.5", "level_0.1"]
+    assert started["rewind"][0].total_steps == 3
+    assert all(started[f"level_{d}"][0].start == 3 for d in (1.0, 0.5, 0.1))
+    del fields["lth.rewind"]
+    study.run(get_config("mnist_random", **{**fields, "density": (1.0,)}), tmp_path / "dense")
+    found, dense = networks(tmp_path / "lth"), networks(tmp_path / "dense")
+    for name, (params, _) in dense.items():
+        jax.tree.map(np.testing.assert_array_equal, params, found[name][0])
+    _, snapshot = started["level_1.0"]
+    init = {seed: tiny_init(config, seed) for seed in config.seeds}
+    runs = lottery.first_runs(config)
+    for before, density in ((1.0, 0.5), (0.5, 0.1)):
+        for index, run in enumerate(runs):
+            old = sparse_members.member_names([run._replace(density=before)])[0]
+            new = sparse_members.member_names([run._replace(density=density)])[0]
+            trained, kept = (kernels(tree) for tree in found[old])
+            scores = {
+                name: np.where(kept[name], np.abs(leaf), -1) for name, leaf in trained.items()
+            }
+            count = round(density * sum(leaf.size for leaf in trained.values()))
+            expected = largest(scores, count)
+            member = jax.tree.map(lambda leaf, i=index: leaf[i], started[f"level_{density}"][1])
+            source = member_of(snapshot.params, index) if restore == "weights" else found[old][0]
+            for name, mask in expected.items():
+                np.testing.assert_array_equal(kernels(found[new][1])[name].astype(bool), mask)
+                start = kernels(member.params)[name]
+                if restore == "random":
+                    assert np.mean(start[mask] == kernels(init[run.seed])[name][mask]) < 0.1
+                    assert 0.5 < np.std(start[mask]) / np.std(kernels(init[run.seed])[name]) < 2
+                else:
+                    np.testing.assert_array_equal(start, np.where(mask, kernels(source)[name], 0))
+            # The schedule goes on from there.
+            old_state = member_of(snapshot.opt_state, index)
+            jax.tree.map(np.testing.assert_array_equal, member.opt_state, old_state)
+    summary = json.loads((tmp_path / "lth" / "summary.json").read_text())
+    assert [row["density"] for row in summary["supervised"]] == [1.0, 1.0, 0.5, 0.5, 0.1, 0.1]
+    for row in summary["supervised"]:
+        total = sum(summary["layers"].values())
+        assert [sum(kept) for kept in row["kept"]] == [round(row["density"] * total)] * 2
+
+
+def tiny_init(config, seed):
+    module = study.prepare(config, None).module
+    return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+
+
+def test_a_lottery_that_was_stopped_goes_on(tmp_path):
+    """Killed between two levels, the same command ends with the same networks."""
+    config = get_config("mnist_lth", density=(0.5, 0.1), seeds=(1,))
+    whole = study.run(config, tmp_path / "whole")
+    real, calls = study.fit_stage, []
+
+    def fit_stage(config, workdir, stage, *args, **kwargs):
+        if stage == "level_0.1" and not calls:
+            calls.append(stage)
+            raise KeyboardInterrupt
+        return real(config, workdir, stage, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "fit_stage", fit_stage)
+        with pytest.raises(KeyboardInterrupt):
+            study.run(config, tmp_path / "broken")
+        again = study.run(config, tmp_path / "broken")
+    assert again["supervised"] == whole["supervised"]
+
+
 def test_rigl_sees_the_gradient_of_weights_that_are_not_there(tmp_path, monkeypatch):
     """In the study itself: pruned weights get gradients, and are zero after each step."""
     seen = []
@@ -250,6 +340,8 @@ def test_every_config_is_valid(name):
         ("mnist_set", {"rounds": 5}, "rounds are of magnitude, snip"),
         ("mnist_grasp", {"layer_densities": "snip"}, "expected global or uniform or erk"),
         ("mnist_rigl", {"layer_densities": "global"}, "expected erk or uniform or snip or grasp"),
+        ("mnist_lth", {"lth.rewind": 1.0}, "config.lth.rewind is 1.0"),
+        ("mnist_lth", {"density": (0.1, 0.3)}, "expected falling densities"),
         ("mnist_random", {"method": "lottery"}, "config.method is 'lottery'"),
         ("mnist_snip", {"score_batch_size": 10**6}, "there are"),
     ],

@@ -1,0 +1,110 @@
+"""Lottery tickets: train, prune by magnitude, go back, train again, level by level.
+
+Each level is a stage of its own that begins at the step to which training goes back: the order of
+the data, random draws and the schedule are those of the first time from there on.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.sparse_training_masks import layer_counts
+from experiments.sparse_training_members import Run, runs_of
+from ntt_sparse.pruning import dynamic
+from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.state import Member
+
+METHOD = "lth"
+# Independent of the streams that training folds from a member's key.
+_FRESH_STREAM = 1004
+
+Init = Callable[[Any], Any]
+"""`key -> params`."""
+Fit = Callable[[str, list[Run], Member, Plan], Member]
+"""`(stage, runs, members, plan) -> members`: trains members through a stage."""
+
+
+def levels(config: Any) -> list[float]:
+    """Densities that are trained one after the other, the dense network first."""
+    return [1.0, *(density for density in config.density if density < 1)]
+
+
+def first_runs(config: Any) -> list[Run]:
+    """The networks of one level, before anything is pruned."""
+    first = config.density[0]
+    return [run._replace(density=1.0) for run in runs_of(config) if run.density == first]
+
+
+def stage_of(density: float) -> str:
+    """The name of the stage that trains a level."""
+    return f"level_{density!r}"
+
+
+def rewind_step(config: Any, plan: Plan) -> int:
+    """The step to which training goes back after pruning."""
+    return round(config.lth.rewind * plan.total_steps)
+
+
+def train(config: Any, init: Init, fit: Fit, members: Member, plan: Plan) -> Member:
+    """Trains all levels. Returns the members of those that are asked for, in order of `runs_of`.
+
+    Args:
+        config: The settings.
+        init: Draws parameters.
+        fit: Trains members.
+        members: Of `first_runs` at their start.
+        plan: Of the whole run.
+    """
+    runs, start = first_runs(config), rewind_step(config, plan)
+    if start:
+        members = fit("rewind", runs, members, dataclasses.replace(plan, total_steps=start))
+    later, snapshot = dataclasses.replace(plan, start=start), members
+    counts = layer_counts(config, jax.tree.map(lambda leaf: leaf[0], members.params))
+    trained = {}
+    for density in levels(config):
+        if density < 1:
+            members = go_back(config, init, snapshot, members, counts[density])
+        now = [run._replace(density=density) for run in runs]
+        members = fit(stage_of(density), now, members, later)
+        trained[density] = members
+    kept = [trained[density] for density in config.density]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept)
+
+
+def go_back(config: Any, init: Init, snapshot: Member, trained: Member, counts: Any) -> Member:
+    """Members at the start of a level: pruned by the magnitude of what was trained.
+
+    Args:
+        config: The settings. `config.lth.restore` says what goes back: `"weights"` (and batch
+            statistics), `"learning_rate"` alone, or, as a control, everything to weights that
+            are drawn anew (`"random"`).
+        init: Draws parameters.
+        snapshot: Members at the step to go back to.
+        trained: Members at the end of the level before.
+        counts: Of weights to keep.
+    """
+
+    def one(before: Member, after: Member) -> Member:
+        masks = dynamic.gradual(after.params, after.masks, counts)
+        source = after if config.lth.restore == "learning_rate" else before
+        params, state = source.params, source.model_state
+        if config.lth.restore == "random":
+            params = init(jax.random.fold_in(before.key, _FRESH_STREAM))
+        # The state of the optimiser, which schedules go by, is that of the step to go back to.
+        return before._replace(
+            params=pruning_masks.apply(params, masks), masks=masks, model_state=state
+        )
+
+    return jax.jit(jax.vmap(one))(snapshot, trained)
+
+
+def logs_of(config: Any, workdir: Path) -> list[Path]:
+    """The records of each density that is asked for, in order."""
+    if config.method != METHOD:
+        return [workdir / "supervised.jsonl"]
+    return [workdir / f"{stage_of(density)}.jsonl" for density in config.density]
