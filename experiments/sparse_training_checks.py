@@ -41,6 +41,16 @@ _RANGES = {
     "growth.end": (0, 1),
     "growth.fraction": (1e-6, 1),
     "lth.rewind": (0, 0.999),
+    "transform.cycles": (1, LARGEST_INT),
+    "transform.every": (1, LARGEST_INT),
+    "transform.increment": (1e-30, 1e30),
+    "transform.ceiling": (1e-30, 1e30),
+    "transform.power": (1, 16),
+    "transform.hold": (0, LARGEST_INT),
+    "transform.batch_size": (2, LARGEST_INT),
+    "transform.learning_rate": (0, 1e30),
+    "transform.momentum": (0, 0.9999),
+    "transform.weight_decay": (0, 1e30),
     "gradual.every": (1, LARGEST_INT),
     "gradual.start": (0, 1),
     "gradual.end": (0, 1),
@@ -106,10 +116,10 @@ def check_config(config: Any) -> None:
 def _check_method(config: Any) -> None:
     """Checks which methods have which densities of layers, and rounds."""
     random = ("random", *GROWN)
-    known = (
-        ("erk", "uniform", "snip", "grasp") if config.method in random
-        else ("global", "uniform", "erk")
-    )  # fmt: skip
+    if config.method in random:
+        known = ("erk", "uniform", "snip", "grasp")
+    else:
+        known = ("erk", "uniform") if config.method == "dlth" else ("global", "uniform", "erk")
     if config.layer_densities not in known:
         raise ValueError(
             f"config.layer_densities is {config.layer_densities!r} with method "

@@ -1,7 +1,7 @@
 """Masks of sparse training, by method: those networks start with, and how they change."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ SCORED = ("magnitude", "snip", "logit_snip", "grasp", "synflow")
 """Methods that keep the weights of the largest scores at initialisation."""
 GROWN = ("set", "rigl")
 """Methods that start at random and replace connections in training."""
-LATER = ("gradual", "lth")
+LATER = ("gradual", "lth", "dlth")
 """Methods that start with all weights."""
 METHODS = ("random", *SCORED, *GROWN, *LATER)
 # Independent of the streams that training folds from a member's key.
@@ -33,13 +33,38 @@ def spread(config: Any, params: Any, density: float) -> Any:
     return by_layer(params, density) if by_layer else density
 
 
-def layer_counts(config: Any, params: Any) -> dict[float, Any]:
-    """Weights to keep at each density: of each layer, or of the whole network."""
+def layer_counts(
+    config: Any, params: Any, at: Mapping[float, float] | None = None
+) -> dict[float, Any]:
+    """Weights to keep at each density: of each layer, or of the whole network.
+
+    Args:
+        config: The settings.
+        params: Parameters or their shapes.
+        at: By the density asked for, one that stands for it; by default itself.
+    """
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
+    at = at or {density: density for density in config.density}
     return {
-        density: pruning_masks.keep_counts(scores, spread(config, params, density), scope="global")
-        for density in config.density
+        density: pruning_masks.keep_counts(scores, spread(config, params, other), scope="global")
+        for density, other in at.items()
     }
+
+
+def random_masks(config: Any, params: Any, key: Any, at: Mapping[float, float]) -> dict[float, Any]:
+    """Random masks of a seed at densities that stand for others.
+
+    Those of a lower density lie within those of a higher one.
+
+    Args:
+        config: The settings.
+        params: Parameters or their shapes.
+        key: Of the seed.
+        at: By the density asked for, that of the mask.
+    """
+    draws = saliency.random(jax.random.fold_in(key, _MASK_STREAM), params)
+    select = jax.jit(pruning_masks.from_counts)
+    return {d: select(draws, counts) for d, counts in layer_counts(config, params, at).items()}
 
 
 def starting_masks(

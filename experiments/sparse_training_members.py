@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.sparse_training_masks import layer_counts, starting_masks
+from experiments.sparse_training_masks import layer_counts, random_masks, starting_masks
 from experiments.sparse_training_stages import BASELINE
 from experiments.study import stack, warn_of_empty_layers
 from ntt_sparse.data.images import Split
@@ -85,3 +85,12 @@ def start_members(
         stack([masks[run.seed, run.density] for run in runs]),
         context,
     )
+
+
+def stacked_masks(config: Any, members: Member, runs: list[Run], at: dict[float, float]) -> Any:
+    """Random masks of all networks, at densities that stand for those asked for."""
+    params = jax.tree.map(lambda leaf: leaf[0], members.params)
+    by_seed = {
+        seed: random_masks(config, params, jax.random.key(seed), at) for seed in config.seeds
+    }
+    return stack([by_seed[run.seed][run.density] for run in runs])

@@ -8,11 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sparse_training_lottery, sparse_training_report
+from experiments import (
+    sparse_training_lottery,
+    sparse_training_report,
+    sparse_training_transform,
+)
 from experiments.cli import claim_workdir, user_errors
 from experiments.sparse_training_checks import check_config, check_sizes
 from experiments.sparse_training_masks import mask_schedule
-from experiments.sparse_training_members import Run, member_names, runs_of, start_members
+from experiments.sparse_training_members import (
+    Run,
+    member_names,
+    runs_of,
+    stacked_masks,
+    start_members,
+)
 from experiments.sparse_training_stages import (
     all_patterns,
     evaluation,
@@ -90,16 +100,15 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     data = setup.data
     optimizer = make_optimizer(config, total_steps=setup.plan.total_steps)
     members = start_members(config, setup.module, data.input_shape, data.train, optimizer, runs)
-    step_fn = make_step(
-        training_terms(config),
-        optimizer,
-        forward=masked_forward(
-            capture(setup.module, all_patterns(config), examples=config.samples or None),
-            straight_through=config.method == "rigl",
-        ),
-        augment=augment_images if config.data.augment else None,
-        after_update=mask_schedule(config, setup.plan),
+    forward = masked_forward(
+        capture(setup.module, all_patterns(config), examples=config.samples or None),
+        straight_through=config.method == "rigl",
     )
+    augment = augment_images if config.data.augment else None
+    step_fn = make_step(
+        training_terms(config), optimizer, forward=forward, augment=augment,
+        after_update=mask_schedule(config, setup.plan),
+    )  # fmt: skip
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
     count = config.evaluated or None
     held_out, test = (
@@ -107,20 +116,39 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     )
     evaluation_data = (held_out, test, probe_of(config, setup))
 
-    def fit(stage: str, runs: list[Run], members: Member, plan: Plan) -> Member:
+    def fit(
+        stage: str, runs: list[Run], members: Member, plan: Plan, *, step_fn: Any = step_fn,
+        batch_size: int = config.supervised.batch_size,
+    ) -> Member:  # fmt: skip
         return fit_stage(
             config, workdir, stage, member_names(runs), members, step_fn, plan,
             tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,
-            batch_size=config.supervised.batch_size,
+            batch_size=batch_size,
         )  # fmt: skip
-
-    if not lottery:
-        return fit("supervised", runs, members, setup.plan)
 
     def init(key: Any) -> Any:
         return setup.module.init(key, jnp.zeros((1, *data.input_shape)))["params"]
 
-    return sparse_training_lottery.train(config, init, fit, members, setup.plan)
+    if lottery:
+        return sparse_training_lottery.train(config, init, fit, members, setup.plan)
+    if config.method == sparse_training_transform.METHOD:
+        whole_step = make_step(
+            training_terms(config),
+            sparse_training_transform.make_optimizer(config),
+            forward=sparse_training_transform.whole_network(forward),
+            augment=augment,
+        )
+        members = sparse_training_transform.train(
+            config,
+            functools.partial(
+                fit, runs=runs, step_fn=whole_step, batch_size=config.transform.batch_size
+            ),
+            members,
+            functools.partial(stacked_masks, config, members, runs),
+            sparse_training_transform.plan(config, setup.plan, len(data.train.y)),
+            optimizer,
+        )
+    return fit("supervised", runs, members, setup.plan)
 
 
 def probe_of(config: Any, setup: Setup) -> Any:

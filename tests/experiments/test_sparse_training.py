@@ -262,6 +262,54 @@ def test_lottery_tickets(tmp_path, monkeypatch, restore):
         assert [sum(kept) for kept in row["kept"]] == [round(row["density"] * total)] * 2
 
 
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycles):
+    """DLTH: random places, the same as without it; the others shrink while all are trained."""
+    ended, started, real = {}, {}, study.fit_stage
+
+    def fit_stage(config, workdir, stage, names, members, step_fn, plan, *args, **kwargs):
+        started[stage] = plan, members
+        ended[stage] = real(config, workdir, stage, names, members, step_fn, plan, *args, **kwargs)
+        return ended[stage]
+
+    monkeypatch.setattr(study, "fit_stage", fit_stage)
+    fields = {"supervised.max_steps": 4, "supervised.record_every": 4}
+    config = get_config(
+        "mnist_dlth",
+        **fields,
+        **{
+            "transform.cycles": cycles, "transform.every": 2, "transform.increment": 0.05,
+            "transform.hold": 90, "transform.learning_rate": 0.05,
+        },
+    )  # fmt: skip
+    study.run(config, tmp_path / "dlth")
+    assert [*ended] == [f"transform_{c + 1}" for c in range(cycles)] + ["supervised"]
+    assert started["transform_1"][0].total_steps == 21 * 2 + 90
+    _, random = start(get_config("mnist_random", **fields), study.prepare(config, None).module)
+    last = ended[f"transform_{cycles}"]
+    jax.tree.map(np.testing.assert_array_equal, last.masks, random.masks)
+    runs, before = sparse_members.runs_of(config), None
+    for cycle in range(1, cycles + 1):
+        _, members = started[f"transform_{cycle}"]
+        kept, weights = kernels(members.masks), kernels(members.params)
+        total = sum(mask.reshape(len(runs), -1).sum(1) for mask in kept.values())
+        size = sum(mask[0].size for mask in kept.values())
+        np.testing.assert_allclose(
+            total / size, [run.density ** (cycle / cycles) for run in runs], atol=2e-3
+        )
+        # Nothing is cut yet, and what stays in a cycle stayed in the one before.
+        assert all(np.mean(leaf != 0) > 0.99 for leaf in weights.values())
+        assert before is None or all(np.all(before[name] >= kept[name]) for name in kept)
+        before = kept
+        end = kernels(ended[f"transform_{cycle}"].params)
+        for name, mask in kept.items():
+            gone = ~mask.astype(bool)
+            assert np.abs(end[name][gone]).mean() < 0.05 * np.abs(end[name][~gone]).mean()
+    for name, leaf in kernels(started["supervised"][1].params).items():
+        mask = kernels(last.masks)[name].astype(bool)
+        np.testing.assert_array_equal(leaf, np.where(mask, kernels(last.params)[name], 0))
+
+
 def tiny_init(config, seed):
     module = study.prepare(config, None).module
     return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
