@@ -304,7 +304,9 @@ def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycl
         end = kernels(ended[f"transform_{cycle}"].params)
         for name, mask in kept.items():
             gone = ~mask.astype(bool)
-            assert np.abs(end[name][gone]).mean() < 0.05 * np.abs(end[name][~gone]).mean()
+            # A small layer may keep everything.
+            if gone.any():
+                assert np.abs(end[name][gone]).mean() < 0.05 * np.abs(end[name][~gone]).mean()
     for name, leaf in kernels(started["supervised"][1].params).items():
         mask = kernels(last.masks)[name].astype(bool)
         np.testing.assert_array_equal(leaf, np.where(mask, kernels(last.params)[name], 0))
