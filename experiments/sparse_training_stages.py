@@ -23,12 +23,16 @@ BASELINE = "none"
 
 
 class Regulariser(NamedTuple):
-    """A regulariser: its name in figures, and which similarity of which layers it is."""
+    """A regulariser: its name in figures, and which similarity of which layers it is.
+
+    Of a norm of the weights `power` is that of each, and the rest is not read.
+    """
 
     label: str
     over_stages: bool
     debiased: bool = False
     similarity: str = "cka"
+    power: int = 0
 
 
 REGULARISERS = {
@@ -38,6 +42,8 @@ REGULARISERS = {
     "aug_cka_sr_debiased": Regulariser("AugCKA-SR, debiased", False, debiased=True),
     "cca_sr": Regulariser("CCA", True, similarity="cca"),
     "aug_cca_sr": Regulariser("AugCCA", False, similarity="cca"),
+    "l1": Regulariser("L1", False, power=1),
+    "l2": Regulariser("L2", False, power=2),
 }
 
 
@@ -70,7 +76,9 @@ def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransforma
 
 def training_terms(config: Any) -> Mapping[str, Term]:
     """The task loss, and all regularisers, each by the member's own coefficient."""
-    chosen = {name: REGULARISERS[name] for name in config.regularisers.split(",")}
+    every = {name: REGULARISERS[name] for name in config.regularisers.split(",")}
+    chosen = {name: one for name, one in every.items() if not one.power}
+    norms = {name: one.power for name, one in every.items() if one.power}
     samples = config.samples or None
 
     def value(regulariser, features):
@@ -97,7 +105,21 @@ def training_terms(config: Any) -> Mapping[str, Term]:
         features = inputs.outputs.features
         return every_nth_batch(total, features, jnp.asarray(inputs.step), config.every), {}
 
-    return {"task": terms.task(), "similarity": similarity}
+    def norm(inputs: TermInputs):
+        effective = pruning_masks.apply(inputs.params, inputs.masks)
+        weights = jax.tree.leaves(pruning_masks.map_prunable(lambda _, leaf: leaf, effective))
+        parts = [
+            inputs.context[name] * sum(jnp.sum(jnp.abs(leaf) ** power) for leaf in weights)
+            for name, power in norms.items()
+        ]
+        return jnp.sum(jnp.stack(parts)), {}
+
+    result: dict[str, Term] = {"task": terms.task()}
+    if chosen:
+        result["similarity"] = similarity
+    if norms:
+        result["norm"] = norm
+    return result
 
 
 def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:

@@ -57,8 +57,9 @@ BASE: dict[str, Any] = {
         "momentum": 0.9,
         "weight_decay": 5e-4,
     },
-    # What is compared with no regulariser: cka_sr, aug_cka_sr, each also with _debiased, and
-    # cca_sr, aug_cca_sr. Each is run with every coefficient, density and seed.
+    # What is compared with no regulariser: cka_sr, aug_cka_sr, each also with _debiased, cca_sr,
+    # aug_cca_sr; and l1 and l2, sums of absolute weights and of their squares. Each is run with
+    # every coefficient, density and seed.
     "regularisers": "cka_sr,aug_cka_sr",
     "coefficients": (1e-4,),
     "density": (0.05,),

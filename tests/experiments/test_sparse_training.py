@@ -312,6 +312,28 @@ def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycl
         np.testing.assert_array_equal(leaf, np.where(mask, kernels(last.params)[name], 0))
 
 
+def test_norms_of_weights_are_regularisers(tmp_path):
+    """The loss of each network is its task's and its own norm, without biases."""
+    config = get_config(
+        "mnist_random", regularisers="l1,l2,cka_sr", coefficients=(0.5,), density=(0.3,),
+        seeds=(1,), samples=8, every=1,
+    )  # fmt: skip
+    runs, members = start(config)
+    chosen = stages.training_terms(config)
+    assert set(chosen) == {"task", "similarity", "norm"}
+    for index, run in enumerate(runs):
+        member = member_of(members, index)
+        inputs = stages.TermInputs(
+            member.params, member.masks, member.context, None, member.key, 0, member.model_state
+        )
+        weights = np.concatenate([leaf.ravel() for leaf in kernels(member.params).values()])
+        expected = {"l1": np.abs(weights).sum(), "l2": (weights**2).sum()}
+        value, _ = chosen["norm"](inputs)
+        np.testing.assert_allclose(value, 0.5 * expected.get(run.regulariser, 0.0), rtol=1e-5)
+    config = get_config("mnist_random", regularisers="l1")
+    assert set(stages.training_terms(config)) == {"task", "norm"}
+
+
 def tiny_init(config, seed):
     module = study.prepare(config, None).module
     return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
