@@ -29,7 +29,7 @@ _BUDGETS = {
 }
 """What a budget counts, and of which gates."""
 _CHOICES = {
-    "gate": ("dam", *CUT),
+    "gate": ("dam", "hard_concrete", *CUT),
     "convention": ("paper", "code"),
     "budget": ("", *_BUDGETS),
     "model.name": (
@@ -42,6 +42,7 @@ _CHOICES = {
     },
 }
 _RANGES = {
+    "drop": (1e-6, 0.916),
     "gradient_noise": (0, 1e30),
     "probe": (4, LARGEST_INT),
     "evaluated": (0, LARGEST_INT),

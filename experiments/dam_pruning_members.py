@@ -18,6 +18,7 @@ from ntt_sparse.gates import channels, order
 from ntt_sparse.gates import layer as gates
 from ntt_sparse.gates.chipnet import ChipNet
 from ntt_sparse.gates.dam import Dam
+from ntt_sparse.gates.hard_concrete import HardConcrete
 from ntt_sparse.gates.l1 import L1
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.gates.network import Network
@@ -30,8 +31,10 @@ from ntt_sparse.training.transforms import gradient_noise
 # Independent of the streams that training folds from a member's key.
 _NOISE_STREAM = 1001
 _GATE_STREAM = 1002
-# Of ChipNet's parameters at the start (their code).
+# Gates that start at random; of ChipNet and of hard-concrete gates (their code).
+_DRAWN = ("chipnet", "hard_concrete")
 _LARGEST_ZETA = 0.01
+_DEVIATION = 0.01
 
 
 CUT = ("slimming", "chipnet", "l1")
@@ -65,6 +68,7 @@ def make_kind(config: Any) -> Kind:
         "l1": lambda: L1(config.initial),
         "slimming": lambda: Slimming(config.initial),
         "chipnet": ChipNet,
+        "hard_concrete": lambda: HardConcrete(config.drop),
     }[config.gate]()
 
 
@@ -160,8 +164,10 @@ def start_members(
         if config.budget and config.gate == "dam":
             offsets = {path: gate["beta"] for path, gate in gates.find(params).items()}
             context |= {"budget": budgets.start(offsets)}
+        if config.gate in _DRAWN:
+            drawn = _drawn(config, sizes, jax.random.fold_in(key, _GATE_STREAM))
+            params = gates.replace(params, drawn)
         if config.gate == "chipnet":
-            params = gates.replace(params, _drawn(sizes, jax.random.fold_in(key, _GATE_STREAM)))
             # All open, until the stage that trains them.
             variables |= gates.state(
                 network, open={path: jnp.ones(n, bool) for path, n in sizes.items()}
@@ -179,12 +185,17 @@ def start_members(
     )
 
 
-def _drawn(sizes: Mapping[str, int], key: PRNGKey) -> dict[str, Any]:
+def _drawn(config: Any, sizes: Mapping[str, int], key: PRNGKey) -> dict[str, Any]:
+    """Parameters of gates that start at random, as in their published code."""
+    start = HardConcrete(config.drop).start
+
+    def draw(key: PRNGKey, n: int) -> dict[str, Any]:
+        if config.gate == "chipnet":
+            return {"zeta": jax.random.uniform(key, (n,), maxval=_LARGEST_ZETA)}
+        return {"log_alpha": start + _DEVIATION * jax.random.normal(key, (n,))}
+
     keys = jax.random.split(key, len(sizes))
-    return {
-        path: {"zeta": jax.random.uniform(each, (n,), maxval=_LARGEST_ZETA)}
-        for each, (path, n) in zip(keys, sizes.items(), strict=True)
-    }
+    return {path: draw(each, n) for each, (path, n) in zip(keys, sizes.items(), strict=True)}
 
 
 def is_fraction(config: Any) -> bool:

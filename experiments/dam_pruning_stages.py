@@ -1,9 +1,9 @@
 """The stages of structured pruning: how a network is trained, cut and trained on.
 
-DAM and L1 gates close channels as they train, in one stage. Network Slimming trains scales, cuts
-the channels of the smallest and trains what is left, and so do L1 gates that have a budget;
-ChipNet trains a network, then its gates under a budget, cuts those that are lowest and trains
-what is left. A stage is there if it has epochs.
+DAM, L1 and hard-concrete gates close channels as they train, in one stage. Network Slimming trains
+scales, cuts the channels of the smallest and trains what is left, and so do L1 gates that have a
+budget; ChipNet trains a network, then its gates under a budget, cuts those that are lowest and
+trains what is left. A stage is there if it has epochs.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from experiments.dam_pruning_members import (
 from experiments.study import augment_images, fit_stage, make_plan
 from ntt_sparse.data import images
 from ntt_sparse.gates import budget as budgets
-from ntt_sparse.gates import channels, chipnet, layer, slimming
+from ntt_sparse.gates import channels, chipnet, hard_concrete, layer, slimming
 from ntt_sparse.gates import cut as cuts
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.network import Network
@@ -133,6 +133,14 @@ def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
         value = kind.penalty(params)
         return inputs.context["coefficient"] * value, {"penalty": value}
 
+    def expected(inputs: TermInputs):
+        chances = {
+            path: hard_concrete.probability(gate["log_alpha"])
+            for path, gate in layer.parameters(kind, inputs.params, network).items()
+        }
+        value = channels.soft_fractions(network, chances)["parameters"]
+        return inputs.context["coefficient"] * value, {"penalty": value}
+
     def crisp(inputs: TermInputs):
         variables = {"params": inputs.params, **inputs.model_state}
         values = layer.values(kind, variables, network)
@@ -149,7 +157,8 @@ def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
         logs = {"crispness": crispness, "budget": missed}
         return inputs.context["coefficient"] * total, logs
 
-    return {"task": terms.task(), "gate": crisp if config.gate == "chipnet" else gate}
+    term = {"chipnet": crisp, "hard_concrete": expected}.get(config.gate, gate)
+    return {"task": terms.task(), "gate": term}
 
 
 def _schedule(config: Any, stage: Stage) -> Fraction:
@@ -177,6 +186,17 @@ def after_update(config: Any, setup: Setup, stage: Stage) -> AfterUpdate | None:
             return member._replace(model_state={**member.model_state, **steep})
 
         return sharpen
+    if config.gate == "hard_concrete":
+
+        def clip(member: Member, step: Any, gradients: Any) -> Member:
+            del step, gradients
+            held = {
+                path: {"log_alpha": hard_concrete.clip(gate["log_alpha"])}
+                for path, gate in layer.find(member.params).items()
+            }
+            return member._replace(params=layer.replace(member.params, held))
+
+        return clip
     return hold_budget(config, setup.network) if config.gate == "dam" else None
 
 

@@ -30,6 +30,7 @@ mnist_dam               ours: LeNet-5 on MNIST, DAM
 mnist_l1                L1 gates beside it
 mnist_slimming          Network Slimming beside it
 mnist_chipnet           ChipNet beside it
+mnist_l0                hard-concrete gates (L0) on the same network
 cifar10_preresnet20_slimming  Network Slimming beside cifar10_preresnet20
 cifar10_preresnet20_chipnet   ChipNet beside it
 ======================  ===================================================================
@@ -65,13 +66,17 @@ _STAGE: dict[str, Any] = {
 }
 _BASE: dict[str, Any] = {
     "name": "",
-    # The gates: dam, l1, slimming or chipnet.
+    # The gates: dam, l1, slimming, chipnet or hard_concrete.
     "gate": "dam",
     # Where order numbers start: paper or code.
     "convention": "paper",
     # Offset (dam) or gates (l1) to start from.
     "initial": 1.0,
-    # Weights of the penalty (lambda).
+    # Chance of a hard-concrete gate to be dropped at the start.
+    "drop": 0.3,
+    # Weights of the penalty (lambda); of hard-concrete gates it is the expected fraction of
+    # parameters, so lambda of the paper, which is for each weight, is that times the number of
+    # weights.
     "coefficients": (0.0, 0.1),
     # Orders in which channels close: 0 is that of the index, others are random orders.
     "orders": (0,),
@@ -244,6 +249,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "training.epochs": 2,
     },
     "mnist_l1": {**_LENET_RIVAL, "gate": "l1", "coefficients": (0.3,)},
+    # The optimiser of their code.
+    "mnist_l0": {
+        **_TABLE5,
+        "gate": "hard_concrete",
+        "coefficients": (0.03, 0.1, 0.3),
+        "training.optimizer": "adam",
+        "training.learning_rate": 1e-3,
+        "training.weight_decay": 0.0,
+        "training.decay_gates": False,
+        "training.cold_start": 0.0,
+        "training.epochs": 20,
+        "compact": True,
+    },
     "mnist_dam": {**_LENET_RIVAL, "coefficients": (1.0,), "finetune.epochs": 0},
     "cifar10_preresnet20_slimming": {
         **_PRERESNET20,
