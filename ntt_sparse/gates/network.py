@@ -80,9 +80,19 @@ class Activation:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The largest of each 2x2 positions."""
+    """The largest of the positions under a window; those outside of the input do not count.
+
+    Attributes:
+        input: The node it reads.
+        size: Height and width of the window.
+        stride: Of its positions.
+        padding: Rows and columns outside of the input before and after it that windows reach.
+    """
 
     input: str
+    size: int = 2
+    stride: int = 2
+    padding: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,8 +326,11 @@ def _shape(node: Node, given: list[tuple[int, ...]]) -> tuple[int, ...]:
         case Norm(groups=groups) if groups and given[0][-1] % groups:
             raise ValueError(f"{given[0][-1]} channels in {groups} groups")
         case Pool():
+            if max(node.padding) >= node.size:
+                raise ValueError(f"padding {node.padding} of windows of {node.size}")
             height, width, channels = given[0]
-            return (height // 2, width // 2, channels)
+            padded = (size + sum(node.padding) - node.size for size in (height, width))
+            return (*(size // node.stride + 1 for size in padded), channels)
         case Mean():
             return given[0][-1:]
         case Field(size=size):

@@ -10,6 +10,7 @@ from flax import errors
 from flax import linen as nn
 
 from ntt_sparse._types import Params, PRNGKey
+from ntt_sparse.models.deep_resnet import DeepResNet
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.resnet import ResNet
@@ -51,6 +52,8 @@ _MODELS = {
     "preresnet110": _Entry(PreResNet, {"blocks_per_stage": 12}, _GATED),
     "preresnet164": _Entry(PreResNet, {"blocks_per_stage": 18}, _GATED),
     "vgg19": _Entry(Vgg, {}, _GATED),
+    "resnet18": _Entry(DeepResNet, {"blocks": (2, 2, 2, 2)}, ("stem", *_GATED)),
+    "resnet50": _Entry(DeepResNet, {"blocks": (3, 4, 6, 3), "bottleneck": True}, ("stem", *_GATED)),
 }
 
 
@@ -71,6 +74,8 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     `preresnet110`    Pre-activation ResNet-110
     `preresnet164`    Pre-activation ResNet-164
     `vgg19`           VGG-19 for small images, with batch normalisation
+    `resnet18`        ResNet-18, with the stem for small images or that of ImageNet
+    `resnet50`        ResNet-50
     ================  ==========================================================
 
     Args:
@@ -79,8 +84,9 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
         **kwargs: `dtype` of the computation, `param_dtype`; of LeNets with convolutions,
             `padding` ("VALID" or "SAME"); of ResNets, `norm` ("batch", "group" or "none")
             and `shortcut` ("A" or "B"); of pre-activation ResNets, VGG and `lenet5`, the
-            `kind` of gates; of `lenet5`, `activation` and how many layers are `gated`. See
-            `LeNet`, `ResNet`, `PreResNet` and `Vgg`.
+            `kind` of gates; of `resnet18` and `resnet50`, the `kind` and the `stem` ("cifar" or
+            "imagenet"); of `lenet5`, `activation` and how many layers are `gated`. See
+            `LeNet`, `ResNet`, `DeepResNet`, `PreResNet` and `Vgg`.
 
     Returns:
         A Flax Linen module.

@@ -203,8 +203,8 @@ def _run(node: Node, given: list[Any], kernel: Any, bias: Any, dtype: Any) -> An
             return add_bias(x.reshape(x.shape[0], math.prod(x.shape[1:])) @ kernel, bias)
         case graph.Activation(function=function):
             return ACTIVATIONS[function](x)
-        case graph.Pool():
-            return max_pool(x)
+        case graph.Pool(size=size, stride=stride, padding=padding):
+            return max_pool(x, size, stride, padding)
         case graph.Mean():
             return x.mean(axis=tuple(range(1, x.ndim - 1)))
         case graph.Field(size=size):

@@ -177,21 +177,29 @@ class LeNet(nn.Module):
                 )
 
 
-def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """2x2 max pooling with stride 2; an odd last row or column is left out.
+def max_pool(
+    x: Float[Array, "n h w c"], size: int = 2, stride: int = 2, padding: tuple[int, int] = (0, 0)
+) -> Float[Array, "n h2 w2 c"]:
+    """Max pooling; an odd last row or column of 2x2 windows is left out.
 
-    Reshape and maximum instead of `nn.max_pool`: the same values, but its second
-    derivatives, which kernel objectives take, are plain elementwise code and not a
-    windowed reduction that is slow on CPU. Tied maxima share the gradient equally, where
+    2x2 windows with stride 2 are reshape and maximum instead of `nn.max_pool`: the same values,
+    but its second derivatives, which kernel objectives take, are plain elementwise code and not a
+    windowed reduction that is slow on CPU. Tied maxima share the gradient equally there, where
     `nn.max_pool` gives it to the first. Ties are all but confined to windows of
     zeros after a ReLU, whose own gradient there is zero.
 
     Args:
-        x: Images `(n, h, w, c)` with h and w 2 or more.
+        x: Images `(n, h, w, c)` with h and w of a window or more.
+        size: Height and width of the windows.
+        stride: Of their positions.
+        padding: Rows and columns before and after the image that windows reach.
 
     Returns:
-        Images `(n, h // 2, w // 2, c)`.
+        Images `(n, h2, w2, c)`; by default `(n, h // 2, w // 2, c)`.
     """
+    if (size, stride, padding) != (2, 2, (0, 0)):
+        around: Any = [padding, padding]
+        return nn.max_pool(x, (size, size), (stride, stride), around)
     n, height, width, channels = x.shape
     rows, columns = height // 2, width // 2
     windows = x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels)
