@@ -32,6 +32,7 @@ _CHOICES = {
     "model.padding": ("", "VALID", "SAME"),
     "model.norm": ("", "batch", "group", "none"),
     "model.shortcut": ("", "A", "B"),
+    "model.stem": ("", "cifar", "imagenet"),
     "supervised.optimizer": ("adam", "sgd"),
 }
 _RANGES = {
@@ -65,6 +66,8 @@ _RANGES = {
     "supervised.max_steps": (0, LARGEST_INT),
     "supervised.learning_rate": (0, 1e30),
     "supervised.weight_decay": (0, 1e30),
+    "supervised.l1": (0, 1e30),
+    "supervised.label_smoothing": (0, 1),
     "supervised.record_every": (0, LARGEST_INT),
 }
 

@@ -118,7 +118,10 @@ def _scores(
     x, y = batch
 
     def logits(p, x):
-        return module.apply({"params": p, **state}, x, train=True, mutable=list(state))[0]
+        # What dropout drops is the same for all networks.
+        rngs = {"dropout": jax.random.key(0)}
+        variables = {"params": p, **state}
+        return module.apply(variables, x, train=True, mutable=list(state), rngs=rngs)[0]
 
     def loss_fn(p, batch):
         temperature = _GRASP_TEMPERATURE if method == "grasp" else 1.0

@@ -106,20 +106,29 @@ def training_terms(config: Any) -> Mapping[str, Term]:
         return every_nth_batch(total, features, jnp.asarray(inputs.step), config.every), {}
 
     def norm(inputs: TermInputs):
-        effective = pruning_masks.apply(inputs.params, inputs.masks)
-        weights = jax.tree.leaves(pruning_masks.map_prunable(lambda _, leaf: leaf, effective))
-        parts = [
-            inputs.context[name] * sum(jnp.sum(jnp.abs(leaf) ** power) for leaf in weights)
-            for name, power in norms.items()
-        ]
+        parts = [inputs.context[name] * norm_of(inputs, power) for name, power in norms.items()]
         return jnp.sum(jnp.stack(parts)), {}
 
-    result: dict[str, Term] = {"task": terms.task()}
+    def l1(inputs: TermInputs):
+        return config.supervised.l1 * norm_of(inputs, 1), {}
+
+    result: dict[str, Term] = {
+        "task": terms.task(label_smoothing=config.supervised.label_smoothing)
+    }
+    if config.supervised.l1:
+        result["l1"] = l1
     if chosen:
         result["similarity"] = similarity
     if norms:
         result["norm"] = norm
     return result
+
+
+def norm_of(inputs: TermInputs, power: int) -> Any:
+    """The sum of a power of the absolute weights that are kept, without biases."""
+    effective = pruning_masks.apply(inputs.params, inputs.masks)
+    weights = jax.tree.leaves(pruning_masks.map_prunable(lambda _, leaf: leaf, effective))
+    return sum(jnp.sum(jnp.abs(leaf) ** power) for leaf in weights)
 
 
 def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:

@@ -85,7 +85,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
         config.data.name, data_dir=data_dir, validation_fraction=0.0, seed=config.data.split_seed
     )
     data = hold_out(whole, config.supervised.validation_fraction, config.data.split_seed)
-    fields = ("padding", "norm", "shortcut")
+    fields = ("padding", "norm", "shortcut", "stem", "dropout")
     options = {name: config.model[name] for name in fields if config.model[name]}
     module = models.create(config.model.name, num_outputs=data.num_classes, **options)
     plan = make_plan(config.supervised, len(data.train.y), config.checkpoint_seconds)

@@ -82,13 +82,24 @@ BASE: dict[str, Any] = {
     # Held-out and test images whose accuracy is measured (0: all).
     "evaluated": 0,
     "data": {"name": "mnist", "split_seed": 9, "augment": False},
-    "model": {"name": "lenet_300_100", "padding": "", "norm": "", "shortcut": ""},
+    "model": {
+        "name": "lenet_300_100",
+        "padding": "",
+        "norm": "",
+        "shortcut": "",
+        "stem": "",
+        "dropout": False,
+    },
     "supervised": {
         "epochs": 5,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "optimizer": "adam",
         "weight_decay": 0.0,
+        # Of all networks, whatever they are compared by: the weight of the sum of absolute
+        # weights, and the part of the target that all classes share.
+        "l1": 0.0,
+        "label_smoothing": 0.0,
         # Fractions of the run at which the learning rate is divided by ten.
         "milestones": (),
         "validation_fraction": 0.1,

@@ -31,7 +31,7 @@ _GATED = ("kind", *_DTYPES)
 _CONV4 = {"stages": ((64, 64), (128, 128)), "kernel_size": 3, "hidden": (512,)}
 
 _MODELS = {
-    "lenet_300_100": _Entry(LeNet, {"hidden": (300, 100)}, _DTYPES),
+    "lenet_300_100": _Entry(LeNet, {"hidden": (300, 100)}, ("dropout", *_DTYPES)),
     "lenet5_caffe": _Entry(
         LeNet,
         {"stages": ((20,), (50,)), "kernel_size": 5, "hidden": (500,)},
@@ -81,12 +81,13 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     Args:
         name: One of the names above.
         num_outputs: Outputs of the last layer, 1 or more.
-        **kwargs: `dtype` of the computation, `param_dtype`; of LeNets with convolutions,
-            `padding` ("VALID" or "SAME"); of ResNets, `norm` ("batch", "group" or "none")
-            and `shortcut` ("A" or "B"); of pre-activation ResNets, VGG and `lenet5`, the
-            `kind` of gates; of `resnet18` and `resnet50`, the `kind` and the `stem` ("cifar" or
-            "imagenet"); of `lenet5`, `activation` and how many layers are `gated`. See
-            `LeNet`, `ResNet`, `DeepResNet`, `PreResNet` and `Vgg`.
+        **kwargs: `dtype` of the computation, `param_dtype`; of `lenet_300_100`, whether there is
+            `dropout`; of LeNets with convolutions, `padding` ("VALID" or "SAME"); of `resnet20`
+            to `resnet56`, `norm` ("batch", "group" or "none") and `shortcut` ("A" or "B"); of
+            `resnet18` and `resnet50`, the `stem` ("cifar" or "imagenet"); of these two,
+            pre-activation ResNets, VGG and `lenet5`, the `kind` of gates; of `lenet5`,
+            `activation` and how many layers are `gated`. See `LeNet`, `ResNet`, `DeepResNet`,
+            `PreResNet` and `Vgg`.
 
     Returns:
         A Flax Linen module.

@@ -16,7 +16,11 @@ Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
 
 
 def example_losses(
-    outputs: Float[Array, "n k"], labels: Int[ArrayLike, " n"], loss: Loss
+    outputs: Float[Array, "n k"],
+    labels: Int[ArrayLike, " n"],
+    loss: Loss,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, " n"]:
     """The loss of each example.
 
@@ -25,10 +29,22 @@ def example_losses(
         labels: Classes in 0..k-1.
         loss: `"cross_entropy"` of the softmax, or `"squared_error"`: half the squared
             distance to the one-hot target, whose gradient flow is df/dt = -K(f - y).
+        label_smoothing: The part of the target that all classes share, from 0 to 1, of
+            cross-entropy (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, Section 7).
 
     Raises:
-        ValueError: `loss` is unknown.
+        ValueError: `loss` is unknown, or the part is out of range or of another loss.
     """
+    # The negated form also refuses NaN.
+    if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and loss != "cross_entropy"):
+        raise ValueError(
+            f"label_smoothing is {label_smoothing} with loss {loss!r}, expected 0, or a number up "
+            "to 1 with 'cross_entropy'"
+        )
+    if label_smoothing:
+        targets = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
+        smooth = optax.smooth_labels(targets, label_smoothing)
+        return optax.softmax_cross_entropy(outputs, smooth)
     if loss == "cross_entropy":
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
     if loss == "squared_error":
@@ -88,11 +104,11 @@ def without_features(module: Any) -> Callable[..., Any]:
     return apply
 
 
-def task(*, loss: Loss = "cross_entropy") -> Term:
+def task(*, loss: Loss = "cross_entropy", label_smoothing: float = 0.0) -> Term:
     """The mean loss of the outputs of a shared forward pass; logs the accuracy."""
 
     def term(inputs: TermInputs):
-        return _task(inputs.outputs.outputs, inputs.batch[1], loss)
+        return _task(inputs.outputs.outputs, inputs.batch[1], loss, label_smoothing)
 
     return term
 
@@ -112,9 +128,12 @@ def supervised(apply_fn: Callable[..., Any], *, loss: Loss = "cross_entropy") ->
     return term
 
 
-def _task(outputs: Float[Array, "n k"], y: Int[ArrayLike, " n"], loss: Loss) -> Any:
+def _task(
+    outputs: Float[Array, "n k"], y: Int[ArrayLike, " n"], loss: Loss, label_smoothing: float = 0.0
+) -> Any:
     accuracy = jnp.mean(jnp.argmax(outputs, axis=1) == y, dtype=outputs.dtype)
-    return jnp.mean(example_losses(outputs, y, loss)), {"accuracy": accuracy}
+    losses = example_losses(outputs, y, loss, label_smoothing=label_smoothing)
+    return jnp.mean(losses), {"accuracy": accuracy}
 
 
 def weight_decay(coefficient: float) -> Term:

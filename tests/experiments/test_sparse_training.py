@@ -19,6 +19,7 @@ from ntt_sparse.pruning import densities, masks
 from ntt_sparse.training.export import load_network
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.metrics import MetricsLog
+from ntt_sparse.training.terms import NetworkOutputs
 
 SMALL = {
     "data.name": "digits", "density": (0.3, 0.1), "seeds": (1, 2), "coefficients": (0.1,),
@@ -332,6 +333,27 @@ def test_norms_of_weights_are_regularisers(tmp_path):
         np.testing.assert_allclose(value, 0.5 * expected.get(run.regulariser, 0.0), rtol=1e-5)
     config = get_config("mnist_random", regularisers="l1")
     assert set(stages.training_terms(config)) == {"task", "norm"}
+
+
+def test_what_all_networks_are_trained_with(tmp_path):
+    """An L1 norm, smoothed labels and dropout for all, the one that is compared with too."""
+    fields = {"supervised.l1": 0.25, "supervised.label_smoothing": 0.2, "model.dropout": True}
+    config = get_config("mnist_snip", density=(0.3,), seeds=(1,), **fields)
+    study.run(config, tmp_path)
+    _, members = start(get_config("mnist_random", density=(0.3,), seeds=(1,)))
+    member = member_of(members, 0)
+    batch = (None, jnp.array([0, 2, 1]))
+    logits = jax.random.normal(jax.random.key(0), (3, 10))
+    inputs = stages.TermInputs(
+        member.params, member.masks, member.context, batch, member.key, 0, member.model_state,
+        NetworkOutputs(logits, {}),
+    )  # fmt: skip
+    chosen = stages.training_terms(config)
+    weights = np.concatenate([leaf.ravel() for leaf in kernels(member.params).values()])
+    np.testing.assert_allclose(chosen["l1"](inputs)[0], 0.25 * np.abs(weights).sum(), rtol=1e-5)
+    log = np.asarray(jax.nn.log_softmax(logits), float)
+    expected = -np.mean([0.8 * log[i, y] + 0.2 * log[i].mean() for i, y in enumerate((0, 2, 1))])
+    np.testing.assert_allclose(chosen["task"](inputs)[0], expected, rtol=1e-5)
 
 
 def tiny_init(config, seed):
