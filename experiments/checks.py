@@ -16,7 +16,9 @@ def check_members(config: Any) -> None:
     """
     _check_different(config, "density")
     for density in config.density:
-        check_density(density, "config.density")
+        if isinstance(density, bool):
+            raise ValueError(f"config.density holds {density}, expected fractions in (0, 1]")
+        check_density(float(density), "config.density")
     check_seeds(config)
 
 

@@ -14,7 +14,7 @@ from experiments.checks import (
     check_seeds,
     check_values,
 )
-from experiments.dam_pruning_members import CUT, is_fraction, make_kind, target_of
+from experiments.dam_pruning_members import CUT, make_kind, target_of
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates import channels
 from ntt_sparse.gates.network import Network
@@ -42,7 +42,7 @@ _CHOICES = {
     },
 }
 _RANGES = {
-    "drop": (1e-6, 0.916),
+    "drop": (0.01, 0.916),
     "gradient_noise": (0, 1e30),
     "probe": (4, LARGEST_INT),
     "evaluated": (0, LARGEST_INT),
@@ -54,7 +54,7 @@ _RANGES = {
     "slimming.keep": (0, LARGEST_INT),
     "chipnet.budget": (0, 1e30),
     "chipnet.crispness": (0, 1e30),
-    "chipnet.continuation_epochs": (0, LARGEST_INT),
+    "chipnet.continuation_epochs": (0, 10_000),
     **{
         f"{stage}.{field}": limits
         for stage, least in (("pretrain", 0), ("training", 1), ("finetune", 0))
@@ -130,7 +130,12 @@ def _check_stages(config: Any) -> None:
     if cut and not (config.budget and config.finetune.epochs):
         raise ValueError(
             f"config.gate is {config.gate!r}, which cuts networks to a budget and trains them on: "
-            "expected config.budget='channels', targets and config.finetune.epochs above 0"
+            "expected a config.budget, targets and config.finetune.epochs above 0"
+        )
+    if config.chipnet.continuation_epochs and config.gate != "chipnet":
+        raise ValueError(
+            f"config.chipnet.continuation_epochs is {config.chipnet.continuation_epochs}, expected "
+            f"0: gate {config.gate!r} has no such schedule"
         )
     for stage, kinds in (("pretrain", ("chipnet",)), ("finetune", CUT)):
         if config[stage].epochs and config.gate not in kinds:
@@ -154,7 +159,7 @@ def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[s
             make_kind(config).init(n)
         except ValueError as error:
             raise ValueError(f"config.initial is {config.initial}: {error}") from error
-    if config.budget and not is_fraction(config):
+    if config.budget and config.gate != "chipnet":
         _check_targets(config, network)
     if config.similarity and f"{config.similarity}/gate" not in sizes:
         names = ", ".join(path.removesuffix("/gate") for path in sizes)
@@ -183,10 +188,11 @@ def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[s
 
 
 def _check_targets(config: Any, network: Network) -> None:
-    """The targets lie between what the networks start with and one channel in each layer."""
+    """The targets lie between what the networks start with and what each layer keeps."""
     kind, sizes = make_kind(config), channels.sizes(network)
     started = {path: kind.values(kind.init(n), n) > 0 for path, n in sizes.items()}
-    last = {path: jnp.arange(n) == n - 1 for path, n in sizes.items()}
+    keep = 1 if config.gate == "dam" else config.slimming.keep
+    last = {path: jnp.arange(n) >= n - keep for path, n in sizes.items()}
     for target in config.targets:
         limits = target_of(config, network, target)
         if isinstance(limits, dict):
@@ -201,6 +207,6 @@ def _check_targets(config: Any, network: Network) -> None:
             if not least <= limit < most:
                 raise ValueError(
                     f"config.targets holds {target}, which is {limit:,} of {config.budget}: "
-                    f"expected {least:,} or more, one channel in each gated layer, and less than "
-                    f"the {most:,} that config.initial opens"
+                    f"expected {least:,} or more, {keep} of each gated layer, and less than the "
+                    f"{most:,} that config.initial opens"
                 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.ntt_stages import make_optimizer
-from experiments.study import stack, warn_of_empty_layers
+from experiments.study import asked_densities, stack, warn_of_empty_layers
 from ntt_sparse import models
 from ntt_sparse.data.images import Split
 from ntt_sparse.pruning import masks as pruning_masks
@@ -61,7 +61,8 @@ def member_names(runs: list[Run]) -> list[str]:
 
 def transfer_runs(config: Any) -> list[Run]:
     """One student per density and seed."""
-    return [Run("ntt", density, seed) for density in config.density for seed in config.seeds]
+    levels = asked_densities(config)
+    return [Run("ntt", level, seed) for level in levels for seed in config.seeds]
 
 
 def supervised_runs(config: Any) -> list[Run]:
@@ -69,7 +70,7 @@ def supervised_runs(config: Any) -> list[Run]:
     return [
         Run(method, density, seed)
         for method in config.methods.split(",")
-        for density in ((1.0,) if method == "dense" else config.density)
+        for density in ((1.0,) if method == "dense" else asked_densities(config))
         for seed in config.seeds
     ]
 

@@ -9,6 +9,7 @@ import numpy as np
 from experiments import figures
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
 from experiments.statistics import spread
+from experiments.study import asked_densities
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -42,7 +43,7 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         summary["transfer"] = _transfer_summary(transfer, transfer_runs(config))
     summary["published"] = [
         {"density": density, **_PUBLISHED[key]}
-        for density in config.density
+        for density in asked_densities(config)
         if (key := (config.data.name, config.model.name, config.scope, density)) in _PUBLISHED
     ]
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -158,7 +159,7 @@ def _draw(
     figures.accuracy_against_density(directory / "accuracy_against_density", curves, dense)
     steps, accuracy = supervised.column("test/accuracy")
     groups = _groups(runs)
-    for density in config.density:
+    for density in asked_densities(config):
         lines = {
             METHODS[method].label: accuracy[:, members]
             for (method, group_density), members in groups.items()
@@ -176,7 +177,7 @@ def _draw(
     if config.probe:
         steps, outputs = supervised.column("outputs")
         named = dict(zip(member_names(runs), np.moveaxis(outputs, 1, 0), strict=True))
-        for density in config.density:
+        for density in asked_densities(config):
             for seed in config.seeds:
                 shown = {
                     label: named[member_names([Run(method, d, seed)])[0]]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from experiments import sparse_training_lottery, sparse_training_transform
 from experiments.checks import (
     LARGEST_INT,
     check_augment,
@@ -134,6 +135,11 @@ def _check_method(config: Any) -> None:
             f"config.density is {density} with method 'lth', expected falling densities: each is "
             "pruned from the one before"
         )
+    if (config.method, config.model.norm) == ("synflow", "group"):
+        raise ValueError(
+            "config.model.norm is 'group' with method 'synflow': group normalisation takes out "
+            "what flows, expected 'batch' or 'none'"
+        )
     if config.rounds > 1 and config.method not in SCORED:
         raise ValueError(
             f"config.rounds is {config.rounds} with method {config.method!r}, expected 1: rounds "
@@ -166,8 +172,17 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
 
     params, stages, blocks = jax.eval_shape(shapes, jax.random.key(0))
     _check_counts(config, params)
-    # A schedule that never changes a mask is an error here.
+    # Schedules that never change a mask, or that do not fit the data, are errors here.
     mask_schedule(config, plan)
+    if config.method == sparse_training_lottery.METHOD:
+        sparse_training_lottery.rewind_step(config, plan)
+    if config.method == sparse_training_transform.METHOD:
+        if config.transform.batch_size > len(data.train.y):
+            raise ValueError(
+                f"config.transform.batch_size is {config.transform.batch_size}, there are "
+                f"{len(data.train.y)} images"
+            )
+        sparse_training_transform.plan(config, len(data.train.y))
     over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
     for pattern, maps in zip(config.stages, stages, strict=True):
         if over_stages and len(maps) < 2:

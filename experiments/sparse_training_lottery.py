@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from experiments.sparse_training_masks import layer_counts
 from experiments.sparse_training_members import Run, runs_of
+from experiments.study import asked_densities
 from ntt_sparse.pruning import dynamic
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.loop import Plan
@@ -23,15 +25,15 @@ METHOD = "lth"
 # Independent of the streams that training folds from a member's key.
 _FRESH_STREAM = 1004
 
-Init = Callable[[Any], Any]
-"""`key -> params`."""
+Init = Callable[[Any], tuple[Any, Any]]
+"""`key -> (params, model state)`."""
 Fit = Callable[[str, list[Run], Member, Plan], Member]
 """`(stage, runs, members, plan) -> members`: trains members through a stage."""
 
 
 def levels(config: Any) -> list[float]:
     """Densities that are trained one after the other, the dense network first."""
-    return [1.0, *(density for density in config.density if density < 1)]
+    return [1.0, *(density for density in asked_densities(config) if density < 1)]
 
 
 def first_runs(config: Any) -> list[Run]:
@@ -42,15 +44,32 @@ def first_runs(config: Any) -> list[Run]:
 
 def stage_of(density: float) -> str:
     """The name of the stage that trains a level."""
-    return f"level_{density!r}"
+    return f"level_{float(density)!r}"
 
 
 def rewind_step(config: Any, plan: Plan) -> int:
-    """The step to which training goes back after pruning."""
-    return round(config.lth.rewind * plan.total_steps)
+    """The step to which training goes back after pruning.
+
+    Raises:
+        ValueError: It is the end, or the beginning although a later one is asked for.
+    """
+    step = round(config.lth.rewind * plan.total_steps)
+    if step >= plan.total_steps or (config.lth.rewind > 0 and not step):
+        raise ValueError(
+            f"config.lth.rewind is {config.lth.rewind}, which is step {step} of "
+            f"{plan.total_steps}: expected 0, or a step between the first and the last"
+        )
+    return step
 
 
-def train(config: Any, init: Init, fit: Fit, members: Member, plan: Plan) -> Member:
+def train(
+    config: Any,
+    init: Init,
+    fit: Fit,
+    members: Member,
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+) -> Member:
     """Trains all levels. Returns the members of those that are asked for, in order of `runs_of`.
 
     Args:
@@ -59,6 +78,7 @@ def train(config: Any, init: Init, fit: Fit, members: Member, plan: Plan) -> Mem
         fit: Trains members.
         members: Of `first_runs` at their start.
         plan: Of the whole run.
+        optimizer: Of the members.
     """
     runs, start = first_runs(config), rewind_step(config, plan)
     if start:
@@ -68,22 +88,31 @@ def train(config: Any, init: Init, fit: Fit, members: Member, plan: Plan) -> Mem
     trained = {}
     for density in levels(config):
         if density < 1:
-            members = go_back(config, init, snapshot, members, counts[density])
+            members = go_back(config, init, optimizer, snapshot, members, counts[density])
         now = [run._replace(density=density) for run in runs]
         members = fit(stage_of(density), now, members, later)
         trained[density] = members
-    kept = [trained[density] for density in config.density]
+    kept = [trained[density] for density in asked_densities(config)]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept)
 
 
-def go_back(config: Any, init: Init, snapshot: Member, trained: Member, counts: Any) -> Member:
+def go_back(
+    config: Any,
+    init: Init,
+    optimizer: optax.GradientTransformation,
+    snapshot: Member,
+    trained: Member,
+    counts: Any,
+) -> Member:
     """Members at the start of a level: pruned by the magnitude of what was trained.
 
     Args:
-        config: The settings. `config.lth.restore` says what goes back: `"weights"` (and batch
-            statistics), `"learning_rate"` alone, or, as a control, everything to weights that
-            are drawn anew (`"random"`).
+        config: The settings. `config.lth.restore` says what goes back: `"weights"`, batch
+            statistics and the optimiser, or the `"learning_rate"` alone; as a control weights are
+            drawn anew (`"random"`), with statistics as they start. With the latter two moments
+            of the optimiser are those of a start, and its schedule goes back.
         init: Draws parameters.
+        optimizer: Of the members.
         snapshot: Members at the step to go back to.
         trained: Members at the end of the level before.
         counts: Of weights to keep.
@@ -94,11 +123,17 @@ def go_back(config: Any, init: Init, snapshot: Member, trained: Member, counts: 
         source = after if config.lth.restore == "learning_rate" else before
         params, state = source.params, source.model_state
         if config.lth.restore == "random":
-            params = init(jax.random.fold_in(before.key, _FRESH_STREAM))
-        # The state of the optimiser, which schedules go by, is that of the step to go back to.
-        return before._replace(
-            params=pruning_masks.apply(params, masks), masks=masks, model_state=state
-        )
+            params, state = init(jax.random.fold_in(before.key, _FRESH_STREAM))
+        params = pruning_masks.apply(params, masks)
+        opt_state = before.opt_state
+        if config.lth.restore != "weights":
+            # Schedules go by counts.
+            opt_state = jax.tree.map(
+                lambda new, old: old if jnp.issubdtype(old.dtype, jnp.integer) else new,
+                optimizer.init(params),
+                before.opt_state,
+            )
+        return before._replace(params=params, masks=masks, opt_state=opt_state, model_state=state)
 
     return jax.jit(jax.vmap(one))(snapshot, trained)
 
@@ -107,4 +142,4 @@ def logs_of(config: Any, workdir: Path) -> list[Path]:
     """The records of each density that is asked for, in order."""
     if config.method != METHOD:
         return [workdir / "supervised.jsonl"]
-    return [workdir / f"{stage_of(density)}.jsonl" for density in config.density]
+    return [workdir / f"{stage_of(density)}.jsonl" for density in asked_densities(config)]

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.study import asked_densities
 from ntt_sparse.pruning import densities, dynamic, rounds, saliency
 from ntt_sparse.pruning import masks as pruning_masks
-from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.loop import DivergenceError, Plan
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import AfterUpdate
 from ntt_sparse.training.terms import example_losses
@@ -27,7 +28,7 @@ _MASK_STREAM, _GROWTH_STREAM = 1000, 1003
 _GRASP_TEMPERATURE = 200.0
 
 
-def spread(config: Any, params: Any, density: float) -> Any:
+def densities_of(config: Any, params: Any, density: float) -> Any:
     """A density by layer, or one for the network where layers share."""
     by_layer = {"erk": densities.erk, "uniform": densities.uniform}.get(config.layer_densities)
     return by_layer(params, density) if by_layer else density
@@ -44,9 +45,11 @@ def layer_counts(
         at: By the density asked for, one that stands for it; by default itself.
     """
     scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
-    at = at or {density: density for density in config.density}
+    at = at or {density: density for density in asked_densities(config)}
     return {
-        density: pruning_masks.keep_counts(scores, spread(config, params, other), scope="global")
+        density: pruning_masks.keep_counts(
+            scores, densities_of(config, params, other), scope="global"
+        )
         for density, other in at.items()
     }
 
@@ -85,30 +88,47 @@ def starting_masks(
 
     @functools.partial(jax.jit, static_argnames="density")
     def in_rounds(params: Any, state: Any, batch: Any, density: float) -> Any:
-        return rounds.prune(
+        return rounds.run(
             lambda p: _scores(config.method, module, input_shape, p, state, batch),
             params,
-            spread(config, params, density),
+            densities_of(config, params, density),
             rounds=config.rounds,
         )
 
     def make(key: Any, params: Any, state: Any, batch: Any) -> dict[float, Any]:
         found = {}
         if config.method in LATER:
-            return dict.fromkeys((1.0, *config.density), pruning_masks.full(params))
+            return dict.fromkeys((1.0, *asked_densities(config)), pruning_masks.full(params))
         draws = saliency.random(jax.random.fold_in(key, _MASK_STREAM), params)
         for density, counts in layer_counts(config, params).items():
             if config.method in SCORED and config.rounds > 1:
-                found[density] = in_rounds(params, state, batch, density)
+                found[density], finite = in_rounds(params, state, batch, density)
+                _check_scores(config, finite)
                 continue
             scores = by_method(params, state, batch) if config.method in SCORED else draws
+            _check_scores(config, _numbers(scores))
             if config.layer_densities in ("snip", "grasp"):
-                scored = select(by_densities(params, state, batch), counts)
+                scores_of_layers = by_densities(params, state, batch)
+                _check_scores(config, _numbers(scores_of_layers))
+                scored = select(scores_of_layers, counts)
                 counts = jax.tree.map(jnp.sum, scored)
             found[density] = select(scores, counts)
         return found
 
     return make
+
+
+def _numbers(scores: Any) -> Any:
+    return jnp.stack([~jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(scores)]).all()
+
+
+def _check_scores(config: Any, finite: Any) -> None:
+    """Refuses masks of scores that are no numbers, which would go by the place of weights."""
+    if not finite:
+        raise DivergenceError(
+            f"scores of method {config.method!r}, layer densities {config.layer_densities!r}, are "
+            "NaN at initialisation: the network diverges before it is trained"
+        )
 
 
 def _scores(
@@ -169,7 +189,7 @@ def _gradual(config: Any, plan: Plan) -> AfterUpdate:
 
     def prune(member: Member, step: Any) -> Member:
         counts, leaves = member.context["counts"], jax.tree.leaves(member.masks)
-        if len(jax.tree.leaves(counts)) == 1 < len(leaves):
+        if jax.tree_util.treedef_is_leaf(jax.tree.structure(counts)):
             counts = left(counts, sum(leaf.size for leaf in leaves), step)
         else:
             counts = jax.tree.map(lambda mask, n: left(n, mask.size, step), member.masks, counts)

@@ -8,7 +8,7 @@ import optax
 
 from experiments.sparse_training_masks import layer_counts, random_masks, starting_masks
 from experiments.sparse_training_stages import BASELINE
-from experiments.study import stack, warn_of_empty_layers
+from experiments.study import asked_densities, stack, warn_of_empty_layers
 from ntt_sparse.data.images import Split
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.state import Member, create_member
@@ -32,7 +32,7 @@ def runs_of(config: Any) -> list[Run]:
     ]
     return [
         Run(name, coefficient, density, seed)
-        for density in config.density
+        for density in asked_densities(config)
         for name, coefficient in variants
         for seed in config.seeds
     ]

@@ -12,6 +12,7 @@ from experiments.sparse_training_lottery import logs_of
 from experiments.sparse_training_members import Run, member_names, runs_of
 from experiments.sparse_training_stages import BASELINE, EPSILONS, REGULARISERS
 from experiments.statistics import holm, paired, spread
+from experiments.study import asked_densities
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -40,7 +41,8 @@ _TABLE5 = {
 
 def published(config: Any) -> list[dict[str, Any]]:
     """What the paper has for these settings; a coefficient of `None` is not said."""
-    if config.model.name != "resnet20" or config.layer_densities != "erk":
+    random = (config.method, config.layer_densities) == ("random", "erk")
+    if config.model.name != "resnet20" or not random:
         return []
     rows: list[tuple[float, str, float | None, float]] = []
     if config.data.name == "cifar10":
@@ -262,7 +264,7 @@ def _draw(config: Any, workdir: Path, rows: list[dict[str, Any]]) -> None:
         measured = {name: file[name] for name in file.files}
     index = {name: i for i, name in enumerate(member_names(runs_of(config)))}
     seed = config.seeds[0]
-    for density in config.density:
+    for density in asked_densities(config):
         shown = {
             _label(row): index[
                 member_names([Run(row["regulariser"], row["coefficient"], density, seed)])[0]
@@ -290,7 +292,7 @@ def _draw_differences(directory: Path, config: Any, rows: Iterable[dict[str, Any
             point = (row["density"], row["less_baseline_last"])
             curves.setdefault(_label(row), []).append(point)
     figures.paired_differences(directory / "less_baseline_against_density", curves)
-    for density in config.density:
+    for density in asked_densities(config):
         lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         for row in rows:
             if row["regulariser"] != BASELINE and row["density"] == density:

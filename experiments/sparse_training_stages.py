@@ -128,7 +128,9 @@ def norm_of(inputs: TermInputs, power: int) -> Any:
     """The sum of a power of the absolute weights that are kept, without biases."""
     effective = pruning_masks.apply(inputs.params, inputs.masks)
     weights = jax.tree.leaves(pruning_masks.map_prunable(lambda _, leaf: leaf, effective))
-    return sum(jnp.sum(jnp.abs(leaf) ** power) for leaf in weights)
+    # The derivative at zero is zero: a weight that has just come is not pushed one way.
+    size = {1: lambda w: w * jax.lax.stop_gradient(jnp.sign(w)), 2: jnp.square}[power]
+    return sum(jnp.sum(size(leaf)) for leaf in weights)
 
 
 def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:

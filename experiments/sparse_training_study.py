@@ -127,15 +127,17 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         )  # fmt: skip
 
     def init(key: Any) -> Any:
-        return setup.module.init(key, jnp.zeros((1, *data.input_shape)))["params"]
+        variables = dict(setup.module.init(key, jnp.zeros((1, *data.input_shape))))
+        return variables.pop("params"), variables
 
     if lottery:
-        return sparse_training_lottery.train(config, init, fit, members, setup.plan)
+        return sparse_training_lottery.train(config, init, fit, members, setup.plan, optimizer)
     if config.method == sparse_training_transform.METHOD:
+        whole = sparse_training_transform.whole_network
         whole_step = make_step(
-            training_terms(config),
+            {name: whole(term) for name, term in training_terms(config).items()},
             sparse_training_transform.make_optimizer(config),
-            forward=sparse_training_transform.whole_network(forward),
+            forward=whole(forward),
             augment=augment,
         )
         members = sparse_training_transform.train(
@@ -145,7 +147,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
             ),
             members,
             functools.partial(stacked_masks, config, members, runs),
-            sparse_training_transform.plan(config, setup.plan, len(data.train.y)),
+            sparse_training_transform.plan(config, len(data.train.y)),
             optimizer,
         )
     return fit("supervised", runs, members, setup.plan)

@@ -3,7 +3,8 @@
 The places that stay are picked at random before anything is trained. Then the network is trained
 whole, with a decay that grows of the weights that are going to be pruned, so that the others take
 over what they knew; then these are cut, and what is left is trained as any sparse network. In
-several cycles more and more places are picked, each time among those that are left.
+several cycles more and more places are picked, each time among those that are left. What is
+measured of validation and test data in between is of the network as if it were cut then.
 """
 
 import functools
@@ -14,31 +15,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.study import asked_densities
+from ntt_sparse.data.batches import steps_per_epoch
 from ntt_sparse.pruning import masks as pruning_masks
-from ntt_sparse.pruning.transform import growing_coefficient, growing_decay
+from ntt_sparse.pruning.transform import growing_coefficient, growing_decay, growth_steps
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
-from ntt_sparse.training.step import Forward, TermInputs
+from ntt_sparse.training.step import TermInputs
 
 METHOD = "dlth"
+# Independent of the streams that training folds from a member's key; one for each cycle.
+_CYCLE_STREAM = 2000
 
 Fit = Callable[..., Member]
 """Called with `stage`, `members` and `plan`: trains members whole through a stage."""
 
 
-def plan(config: Any, whole: Plan, n: int) -> Plan:
+def plan(config: Any, n: int) -> Plan:
     """The plan of one cycle, for `n` training examples: growth until the ceiling, then a hold.
 
-    Args:
-        config: The settings.
-        whole: Of the training that follows.
-        n: Training examples.
+    Raises:
+        ValueError: Batches are larger than the data, or there are too many steps.
     """
     settings = config.transform
-    increments = int(settings.ceiling / settings.increment * (1 + 1e-6)) + 1
-    steps = settings.every * increments + settings.hold
-    per_epoch = n // settings.batch_size
-    return Plan(steps, per_epoch, per_epoch, whole.checkpoint_seconds)
+    per_epoch = steps_per_epoch(n, settings.batch_size)
+    growth = growth_steps(settings.every, settings.increment, settings.ceiling)
+    try:
+        return Plan(growth + settings.hold, per_epoch, per_epoch, config.checkpoint_seconds)
+    except ValueError as error:
+        raise ValueError(f"config.transform: {error}") from error
 
 
 def stage_of(cycle: int) -> str:
@@ -46,10 +51,10 @@ def stage_of(cycle: int) -> str:
     return f"transform_{cycle}"
 
 
-def densities(config: Any, cycle: int) -> dict[float, float]:
+def cycle_densities(config: Any, cycle: int) -> dict[float, float]:
     """By the density asked for, that of a cycle: each prunes the same part of what is left."""
     part = cycle / config.transform.cycles
-    return {density: density**part if part < 1 else density for density in config.density}
+    return {density: density**part if part < 1 else density for density in asked_densities(config)}
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -70,12 +75,12 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     )
 
 
-def whole_network(forward: Forward) -> Forward:
-    """A forward pass that knows of no masks."""
+def whole_network(fn: Callable[[TermInputs], Any]) -> Callable[[TermInputs], Any]:
+    """A forward pass, or a term of the loss, that knows of no masks."""
 
     def unmasked(inputs: TermInputs) -> Any:
         everything = jax.tree.map(jnp.ones_like, inputs.masks)
-        return forward(inputs._replace(masks=everything))
+        return fn(inputs._replace(masks=everything))
 
     return unmasked
 
@@ -100,14 +105,19 @@ def train(
     """
     inner = make_optimizer(config)
     begin = jax.jit(jax.vmap(inner.init))
+    keys = members.key
     for cycle in range(1, config.transform.cycles + 1):
-        masks = masks_of(densities(config, cycle))
-        # The decay begins anew in each cycle.
-        members = members._replace(masks=masks, opt_state=begin(members.params))
+        masks = masks_of(cycle_densities(config, cycle))
+        # The decay begins anew in each cycle, the order of the data is another one.
+        members = members._replace(
+            masks=masks,
+            opt_state=begin(members.params),
+            key=jax.vmap(jax.random.fold_in, (0, None))(keys, _CYCLE_STREAM + cycle),
+        )
         members = fit(stage=stage_of(cycle), members=members, plan=cycle_plan)
 
     def cut(member: Member) -> Member:
         params = pruning_masks.apply(member.params, member.masks)
         return member._replace(params=params, opt_state=optimizer.init(params))
 
-    return jax.jit(jax.vmap(cut))(members)
+    return jax.jit(jax.vmap(cut))(members._replace(key=keys))

@@ -32,6 +32,11 @@ _SECONDS = "seconds.jsonl"
 _logger = logging.getLogger(__name__)
 
 
+def asked_densities(config: Any) -> list[float]:
+    """The densities of the settings, where 1 is an integer on a command line."""
+    return [float(density) for density in config.density]
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """Trees of one structure as one, with a leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)

@@ -161,7 +161,7 @@ _LENET_RIVAL = {
     "model.activation": "tanh",
     "model.gated": 3,
     "budget": "parameters",
-    "targets": (0.2, 0.1, 0.05),
+    "targets": (0.1,),
     "slimming.keep": 1,
     "training.epochs": 8,
     "training.cold_start": 0.8,
@@ -236,7 +236,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "mnist_slimming": {
         **_LENET_RIVAL,
         "gate": "slimming",
-        "coefficients": (1e-3,),
+        "coefficients": (1e-2,),
         "training.cold_start": 0.0,
     },
     "mnist_chipnet": {
@@ -246,9 +246,10 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "chipnet.continuation_epochs": 20,
         "pretrain.epochs": 8,
         "pretrain.weight_decay": 1e-4,
-        "training.epochs": 2,
+        "training.epochs": 4,
+        "training.learning_rate": 1e-2,
     },
-    "mnist_l1": {**_LENET_RIVAL, "gate": "l1", "coefficients": (0.3,)},
+    "mnist_l1": {**_LENET_RIVAL, "gate": "l1", "coefficients": (1.0,)},
     # The optimiser of their code.
     "mnist_l0": {
         **_TABLE5,
@@ -262,7 +263,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "training.epochs": 20,
         "compact": True,
     },
-    "mnist_dam": {**_LENET_RIVAL, "coefficients": (1.0,), "finetune.epochs": 0},
+    "mnist_dam": {**_LENET_RIVAL, "coefficients": (0.3,), "finetune.epochs": 0},
     "cifar10_preresnet20_slimming": {
         **_PRERESNET20,
         **_SLIMMING,

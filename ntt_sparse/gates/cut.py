@@ -33,9 +33,12 @@ def within(
         Of each layer, `(n,)`. If what stays in any case costs more than the target, that.
 
     Raises:
-        ValueError: There are no scores, one is not finite, or `at_least` is negative.
+        ValueError: There are no scores, they are no vectors of finite numbers, the target is NaN,
+            or `at_least` is negative.
     """
     values = check(scores)
+    if not isinstance(target, Tracer) and np.isnan(np.asarray(target, float)):
+        raise ValueError(f"target is {target}, expected the cost that is not to be exceeded")
     protected = protect(values, at_least)
     least = jnp.int32(sum(min(at_least, value.size) for value in values.values()))
     over = fewest(protected, lambda open_: cost(open_) > target, least)
@@ -46,12 +49,15 @@ def check(scores: Scores) -> dict[str, Array]:
     """Scores as arrays.
 
     Raises:
-        ValueError: There are none, or one is not finite (where they are no tracers).
+        ValueError: There are none, they are no vectors, or one is not finite (where they are no
+            tracers).
     """
     values = {path: jnp.asarray(score) for path, score in scores.items()}
     if not values:
         raise ValueError("there are no channels, expected scores of one gated layer or more")
     for path, value in values.items():
+        if value.ndim != 1:
+            raise ValueError(f"the scores of {path!r} have shape {value.shape}, expected (n,)")
         if not isinstance(value, Tracer) and not np.all(np.isfinite(value)):
             raise ValueError(f"the scores of {path!r} are not finite: {np.asarray(value)}")
     return values

@@ -107,6 +107,11 @@ class HardConcrete:
         # The negated form also refuses NaN.
         if not 0.0 < self.drop < 1.0:
             raise ValueError(f"drop is {self.drop}, expected a number between 0 and 1")
+        if self.start > LIMITS[1]:
+            raise ValueError(
+                f"drop is {self.drop}, expected at least {1 / (1 + math.exp(LIMITS[1])):.4f}: "
+                "parameters are held below log 100"
+            )
         if self.start <= math.log(-LOW / HIGH):
             raise ValueError(
                 f"drop is {self.drop}, expected less than {HIGH / (HIGH - LOW):.4f}: gates of "
@@ -147,8 +152,9 @@ class HardConcrete:
         """The expected number of open channels of all layers.
 
         For weights in place of channels, weigh `probability` by what a channel has of them, or
-        take `ntt_sparse.gates.channels.soft_fractions` of it: the expected fraction of
-        parameters of a network whose gates are drawn apart.
+        take `ntt_sparse.gates.channels.soft_fractions` of it: about the expected fraction of
+        parameters of a network whose gates are drawn apart. (Of what a sum has it takes the most
+        likely part, and layers that close whole are not thought of.)
         """
         if not layers:
             raise ValueError("there are no gates, expected one per gated layer")

@@ -112,12 +112,18 @@ _KEEP = {
 }
 _MULTIPLY = {"mul", "dot_general", "conv_general_dilated"}
 _ALIGN = {"add", "add_any", "sub", "max", "min", "concatenate", "pad", "clamp"}
+_LOOPS = {"scan", "while", "cond"}
 _COMPARE = {"eq", "ne", "ge", "gt", "le", "lt"}
 
 
 def _step(equation: Any, operands: Sequence[Scaled]) -> list[Scaled]:
     """The results of one operation."""
     name = equation.primitive.name
+    if name in _LOOPS:
+        raise ValueError(
+            f"the network holds {name!r}, whose layers cannot be followed one by one: write them "
+            "out (a loop of Python, or `nn.scan` replaced by its layers)"
+        )
     floats = [value for value in operands if value.power is not None]
     given = [value.x for value in operands]
     if not floats:

@@ -9,7 +9,9 @@ so that a new density or fraction never recompiles.
                       (SET: at random; RigL: those of the largest gradients)
 ====================  ==================================================================
 
-Weights that come start from zero, where `ntt_sparse.pruning.transform.keep_masked` has held them.
+Weights that come start from zero, where `ntt_sparse.pruning.transform.keep_masked` has held them;
+those that go and come in one change keep their value. (Published RigL makes no step of the
+optimiser where it changes masks; here the change follows the step, with the gradient before it.)
 """
 
 from typing import Any
@@ -125,6 +127,10 @@ def replace(params: Params, masks: Masks, scores: Scores, fraction: ArrayLike) -
     given, expected = jax.tree.structure(scores), jax.tree.structure(masks)
     if given != expected:
         raise ValueError(f"scores have the structure {given}, expected {expected} as the masks")
+    for name, score in pruning_masks.named_leaves(scores).items():
+        shape = pruning_masks.named_leaves(masks)[name].shape
+        if jnp.shape(score) != shape:
+            raise ValueError(f"scores of {name!r} have shape {jnp.shape(score)}, expected {shape}")
     held = jax.tree.map(lambda mask: jnp.sum(mask, dtype=jnp.int32), masks)
     gone = jax.tree.map(
         lambda mask, n: jnp.minimum(_floored(fraction, n), mask.size - n), masks, held

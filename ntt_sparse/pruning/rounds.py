@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jaxtyping import Array, Bool
 
 from ntt_sparse._types import Masks, Params, Scores
 from ntt_sparse.pruning import masks as pruning_masks
@@ -80,6 +81,29 @@ def prune(
         Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively
         conserving synaptic flow, NeurIPS 2020, algorithm 1.
     """
+    found, finite = run(score_fn, params, density, rounds=rounds, schedule=schedule, scope=scope)
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((found, finite))):
+        if not finite:
+            raise ValueError("scores hold NaN: the gradients they come from diverged")
+        pruning_masks.warn_empty_layers(found)
+        if all(jnp.any(mask) for mask in jax.tree.leaves(found)):
+            _warn_of_ties(score_fn(pruning_masks.apply(params, found)))
+    return found
+
+
+def run(
+    score_fn: Callable[[Params], Scores],
+    params: Params,
+    density: Density,
+    *,
+    rounds: int = 100,
+    schedule: Schedule = "exponential",
+    scope: Scope = "global",
+) -> tuple[Masks, Bool[Array, ""]]:
+    """As `prune`, without its checks of values: `(masks, whether no score was NaN)`.
+
+    For use under `jit`, where values cannot be checked: look at the flag outside.
+    """
     shapes = jax.eval_shape(score_fn, params)
     counts = _counts(shapes, density, rounds, schedule, scope)
 
@@ -92,14 +116,7 @@ def prune(
         return pruning_masks.from_counts(ranked, jax.tree.map(lambda n: n[e], counts)), finite
 
     everything = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), shapes)
-    found, finite = jax.lax.fori_loop(0, rounds, one, (everything, jnp.bool_(True)))
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((found, finite))):
-        if not finite:
-            raise ValueError("scores hold NaN: the gradients they come from diverged")
-        pruning_masks.warn_empty_layers(found)
-        if all(jnp.any(mask) for mask in jax.tree.leaves(found)):
-            _warn_of_ties(score_fn(pruning_masks.apply(params, found)))
-    return found
+    return jax.lax.fori_loop(0, rounds, one, (everything, jnp.bool_(True)))
 
 
 def _counts(shapes: Any, density: Density, rounds: int, schedule: Schedule, scope: Scope) -> Any:

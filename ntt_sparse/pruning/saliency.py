@@ -232,14 +232,15 @@ def synflow(
     R grows with each layer and leaves the range of float32 in deep networks; then gradients are
     infinite or, at low densities, zero. Here numbers carry a power of two of their own through
     the network, so that scores are right up to their common factor: R, but at least 2^-60 and at
-    most 2^60.
+    most 2^60 (2^-8 and 2^8 in half precision).
 
     The published method scores and prunes in 100 rounds (`rounds.prune`); in one round whole
     layers are lost.
 
     Args:
         apply_fn: The network, `(params, x) -> outputs (1, ...)`, positively homogeneous in what
-            flows through it, such as with ReLU. Normalisation is that of evaluation.
+            flows through it, such as with ReLU, without loops. Normalisation is that of
+            evaluation; by groups it takes out what flows.
         params: Parameters to score, floating-point arrays.
         input_shape: Of one example, without a batch.
         prunable: Predicate `(path, leaf) -> bool`: which leaves get scores.
@@ -248,7 +249,7 @@ def synflow(
         Scores of the shapes and dtypes of the weights, at least 0. All are 0 if nothing flows.
 
     Raises:
-        ValueError: No leaf is prunable.
+        ValueError: No leaf is prunable, or the network holds a loop (`scan`, `while`, `cond`).
 
     References:
         Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively
@@ -270,7 +271,9 @@ def synflow(
         return jnp.log(jnp.where(total == 0, 1, jnp.abs(total))), (total, power)
 
     gradients, (total, power) = jax.grad(log_flow, has_aux=True)(weights)
-    factor = jnp.abs(total) * jnp.exp2(jnp.clip(power, -60, 60).astype(dtype))
+    # With room for what they are multiplied by.
+    most = min(60, jnp.finfo(dtype).maxexp // 2)
+    factor = jnp.abs(total) * jnp.exp2(jnp.clip(power, -most, most).astype(dtype))
     scores = [
         (weight * jnp.abs(gradient) * factor).astype(weight.dtype)
         for weight, gradient in zip(weights, gradients, strict=True)

@@ -1,5 +1,6 @@
 """Training under masks with any Optax optimiser."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -89,20 +90,33 @@ def growing_coefficient(
         power: Of the sum, 1, 2 or 3 in the published code: a later rise.
 
     Raises:
-        ValueError: A number is not positive.
+        ValueError: A number is not positive, or no integer where one is expected.
 
     References:
         Bai, Wang, Tao, Li & Fu: Dual lottery ticket hypothesis, ICLR 2022,
         https://arxiv.org/abs/2203.04248, and its published code.
     """
-    for name, value in (("every", every), ("increment", increment), ("ceiling", ceiling)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}, expected a number above 0")
-    if power < 1:
-        raise ValueError(f"power is {power}, expected 1 or more")
-    most = jnp.floor(ceiling / increment * (1 + 1e-6)) + 1
+    if type(power) is not int or power < 1:
+        raise ValueError(f"power is {power}, expected 1, 2, 3, ...")
+    most = growth_steps(every, increment, ceiling) // every
     increments = jnp.minimum(jnp.asarray(step) // every + 1, most)
     return (increments * increment) ** power
+
+
+def growth_steps(every: int, increment: float, ceiling: float) -> int:
+    """Steps in which `growing_coefficient` grows.
+
+    Raises:
+        ValueError: A number is not positive and finite, or `every` is no integer.
+    """
+    if type(every) is not int or every < 1:
+        raise ValueError(f"every is {every}, expected 1 step or more")
+    for name, value in (("increment", increment), ("ceiling", ceiling)):
+        # The negated form also refuses NaN.
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    # Decimal fractions as they are written.
+    return every * (math.floor(ceiling / increment * (1 + 1e-6)) + 1)
 
 
 def growing_decay(coefficient: optax.Schedule) -> optax.GradientTransformationExtraArgs:

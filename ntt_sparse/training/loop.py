@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 # A chunk takes about this long: short enough for progress and Ctrl-C, long enough
 # that the host costs nothing.
 _CHUNK_SECONDS = 1.0
+_MOST_STEPS = 2**31 - 1
 _REMEDY = "lower the learning rate or the weight of that term, in a directory of its own"
 
 
@@ -66,6 +67,11 @@ class Plan:
         for name in ("total_steps", "steps_per_epoch", "record_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.total_steps > _MOST_STEPS:
+            raise ValueError(
+                f"total_steps is {self.total_steps}, expected at most {_MOST_STEPS}: steps are "
+                "counted in 32 bits"
+            )
         if not 0 <= self.start < self.total_steps:
             raise ValueError(
                 f"start is {self.start}, expected 0 or more and less than the {self.total_steps} "

@@ -79,8 +79,8 @@ def make_step(
         augment: Changes each batch before anything else sees it.
         after_update: Called as `after_update(member, step, gradients)` after the parameters
             have moved, with `step` counted from 1 and the gradients of the loss before: mask
-            schedules live here. (Gradients are zero where masks are, unless the forward pass
-            lets them through, see `ntt_sparse.pruning.masks.straight_through`.)
+            schedules live here. (Gradients are zero where weights are pruned, unless the forward
+            pass lets them through, see `ntt_sparse.pruning.masks.straight_through`.)
 
     Returns:
         The step. Its logs hold `"loss"`, one entry per term and `"term/name"` for

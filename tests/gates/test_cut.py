@@ -99,5 +99,7 @@ def test_bad_scores():
         cut.within({}, 1, budget.channels)
     with pytest.raises(ValueError, match="scores of 'a' are not finite"):
         cut.within({"a": np.array([1.0, np.nan])}, 1, budget.channels)
+    with pytest.raises(ValueError, match="target is nan"):
+        cut.within({"a": np.ones(2)}, np.nan, budget.channels)
     with pytest.raises(ValueError, match="at_least is -1"):
         cut.within({"a": np.ones(2)}, 1, budget.channels, at_least=-1)

@@ -140,6 +140,8 @@ def test_bad_input():
     for drop in (0.0, 1.0, float("nan")):
         with pytest.raises(ValueError, match="expected a number between 0 and 1"):
             HardConcrete(drop)
+    with pytest.raises(ValueError, match=r"expected at least 0\.0099"):
+        HardConcrete(1e-3)
     with pytest.raises(ValueError, match=r"drop is 0\.95, expected less than 0\.9167"):
         HardConcrete(0.95)
     with pytest.raises(ValueError, match="there are no gates"):

@@ -163,5 +163,8 @@ def test_bad_input():
         dynamic.replace(params, kept, kept, float("nan"))
     with pytest.raises(ValueError, match="scores have the structure"):
         dynamic.replace(params, kept, {"a": params["a"]["kernel"]}, 0.1)
+    short = {"a": {"kernel": jnp.ones(6), "bias": None}, "b": kept["b"]}
+    with pytest.raises(ValueError, match=r"scores of 'a/kernel' have shape \(6,\), expected"):
+        dynamic.replace(params, kept, short, 0.1)
     with pytest.raises(ValueError, match="masks must have the structure of params"):
         dynamic.gradual(params, {"a": kept["a"]}, 5)

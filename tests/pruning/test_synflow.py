@@ -156,6 +156,26 @@ def test_nothing_flows():
     assert not any(np.any(leaf) for leaf in scores.values())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_overflows_no_more(dtype):
+    """Scores of 64-wide layers as those of single precision, up to their factor."""
+    params = chain((64, 64, 64, 64))
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    scores, expected = (saliency.synflow(relu_chain, p, (64,)) for p in (half, params))
+    for path, want in expected.items():
+        got = np.asarray(scores[path], np.float32)
+        assert scores[path].dtype == dtype and np.all(np.isfinite(got))
+        np.testing.assert_allclose(got / got.sum(), want / want.sum(), rtol=0.1, atol=1e-5)
+
+
+def test_loops_are_refused():
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, params["w"])[0]
+
+    with pytest.raises(ValueError, match="the network holds 'scan'"):
+        saliency.synflow(apply_fn, {"w": jnp.ones((5, 3, 3))}, (3,))
+
+
 def test_the_exponents_of_numbers():
     for value in (1.0, 1.5, 3e-30, 7e30, 0.0, -5.0):
         got = _flow._scaled(jnp.array([value, value / 4], jnp.float32))

@@ -236,6 +236,9 @@ def test_growing_decay_needs_params_and_masks():
         optimizer.update(params, state, params)
     with pytest.raises(ValueError, match="masks must have the structure of params"):
         optimizer.update(params, state, params, masks={"v": jnp.ones((1, 2), bool)})
-    for wrong in ({"every": 0}, {"increment": 0.0}, {"ceiling": float("nan")}, {"power": 0}):
+    for wrong in (
+        {"every": 0}, {"increment": 0.0}, {"increment": float("inf")}, {"ceiling": float("nan")},
+        {"power": 0},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             transform.growing_coefficient(1, **wrong)

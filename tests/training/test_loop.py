@@ -188,6 +188,11 @@ def test_plan_refuses_nothing_to_do(field):
         loop.Plan(**settings)
 
 
+def test_plan_refuses_more_steps_than_are_counted():
+    with pytest.raises(ValueError, match="steps are counted in 32 bits"):
+        dataclasses.replace(PLAN, total_steps=2**31)
+
+
 @pytest.mark.parametrize("start", [-1, 12, 13])
 def test_plan_refuses_to_begin_after_its_end(start):
     with pytest.raises(ValueError, match=f"start is {start}, expected 0 or more and less than"):
