@@ -89,7 +89,17 @@ def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -
         for made in ("networks", "figures", "summary.json"):
             print(f"{made}: {written / made}")
 
-    sys.modules["__main__"].__doc__ = f"{doc}\n{configs.__doc__}"
+    launch(main, doc=f"{doc}\n{configs.__doc__}")
+
+
+def launch(main: Callable[[], None], *, doc: str | None) -> None:
+    """Parses the flags, runs a command with one-line errors, and exits.
+
+    Args:
+        main: What runs when all flags have their values.
+        doc: What `--help` says.
+    """
+    sys.modules["__main__"].__doc__ = doc
     app.run(lambda _: _guard(main), flags_parser=_parse_flags)
 
 

@@ -178,14 +178,16 @@ def _chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _label(row: dict[str, Any]) -> str:
+def label(row: dict[str, Any]) -> str:
+    """The regulariser of an entry and its coefficient, or "none"."""
     if row["regulariser"] == BASELINE:
         return "none"
     coefficient = "not said" if row["coefficient"] is None else repr(row["coefficient"])
     return f"{REGULARISERS[row['regulariser']].label}, {coefficient}"
 
 
-def _percent(value: dict[str, Any]) -> str:
+def percent(value: dict[str, Any]) -> str:
+    """A spread over seeds, in percent."""
     deviation = "" if value["std"] is None else f" ± {100 * value['std']:.2f}"
     return f"{100 * value['mean']:.2f}{deviation}"
 
@@ -228,10 +230,10 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         small = ", ".join(f"{row[f'epsilon_sparsity/{e!r}']['mean']:.3f}" for e in EPSILONS)
         cells = (
             f"{row['density']!r}",
-            _label(row),
-            _percent(row["test_accuracy_last"]),
+            label(row),
+            percent(row["test_accuracy_last"]),
             _difference(row),
-            _percent(row["test_accuracy_best_validation"]),
+            percent(row["test_accuracy_best_validation"]),
             f"{row['similarity/cka']['mean']:.3f} / {row['similarity/cka_debiased']['mean']:.3f}",
             small,
         )
@@ -241,10 +243,10 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         lines += ["", "Layers left without any weight, and in how many seeds:", ""]
     for row in empty:
         names = ", ".join(f"{name} ({count})" for name, count in row["empty_layers"].items())
-        lines.append(f"- density {row['density']!r}, {_label(row)}: {names}")
+        lines.append(f"- density {row['density']!r}, {label(row)}: {names}")
     lines += ["", "Coefficients of best mean validation accuracy after the last step:", ""]
     lines += [
-        f"- density {row['density']!r}: {_label(row)}"
+        f"- density {row['density']!r}: {label(row)}"
         for row in summary["chosen_by_validation"]
         if row["regulariser"] != BASELINE
     ]
@@ -252,7 +254,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         lines += ["", "Published, single runs:", ""]
     for row in summary["published"]:
         lines.append(
-            f"- density {row['density']!r}: {_label(row)}: {100 * row['test_accuracy']:.2f}"
+            f"- density {row['density']!r}: {label(row)}: {100 * row['test_accuracy']:.2f}"
         )
     return "\n".join(lines) + "\n"
 
@@ -266,7 +268,7 @@ def _draw(config: Any, workdir: Path, rows: list[dict[str, Any]]) -> None:
     seed = config.seeds[0]
     for density in asked_densities(config):
         shown = {
-            _label(row): index[
+            label(row): index[
                 member_names([Run(row["regulariser"], row["coefficient"], density, seed)])[0]
             ]
             for row in rows
@@ -290,7 +292,7 @@ def _draw_differences(directory: Path, config: Any, rows: Iterable[dict[str, Any
     for row in rows:
         if row["regulariser"] != BASELINE:
             point = (row["density"], row["less_baseline_last"])
-            curves.setdefault(_label(row), []).append(point)
+            curves.setdefault(label(row), []).append(point)
     figures.paired_differences(directory / "less_baseline_against_density", curves)
     for density in asked_densities(config):
         lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
@@ -302,5 +304,5 @@ def _draw_differences(directory: Path, config: Any, rows: Iterable[dict[str, Any
         figures.paired_differences(directory / name, lines, x="coefficient")
     accuracies: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for row in rows:
-        accuracies.setdefault(_label(row), []).append((row["density"], row["test_accuracy_last"]))
+        accuracies.setdefault(label(row), []).append((row["density"], row["test_accuracy_last"]))
     figures.accuracy_against_density(directory / "accuracy_against_density", accuracies, None)

@@ -1,0 +1,182 @@
+r"""Methods of sparse training side by side, from the work directories of their studies.
+
+Reads the summary.json of each study and writes summary.json, report.md and figures: the accuracy
+of every method against density, and what each regulariser adds to it, with p-values corrected
+for all comparisons of all studies. The studies differ in their method; the network, its data,
+its training and the seeds have to be the same.
+
+    python -m experiments.sparse_training_compare \
+        --runs=runs/lth,runs/snip,runs/rigl --workdir=runs/compared
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, figures
+from experiments.sparse_training_report import label, percent
+from experiments.sparse_training_stages import BASELINE
+from experiments.statistics import holm
+from ntt_sparse.training.files import write_text
+
+# What has to be the same in all studies.
+_SHARED = ("data", "model", "supervised", "seeds")
+
+
+def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
+    """Writes the comparison of the studies in some folders.
+
+    Args:
+        runs: Work directories of finished studies.
+        workdir: Where to; made if it is not there.
+
+    Returns:
+        What summary.json holds: `"methods"`, the entries of each study by its label; of their
+        comparisons with no regulariser, `"p_value_holm"` is corrected anew.
+
+    Raises:
+        UserError: A folder holds no summary of this kind, or the studies differ in more than
+            their masks.
+    """
+    with cli.user_errors():
+        summaries = _summaries([Path(run) for run in runs])
+    _correct([row for summary in summaries.values() for row in summary["supervised"]])
+    compared = {
+        "shared": {name: next(iter(summaries.values()))["config"][name] for name in _SHARED},
+        "methods": {name: summary["supervised"] for name, summary in summaries.items()},
+    }
+    workdir = Path(workdir)
+    with cli.user_errors():
+        (workdir / "figures").mkdir(parents=True, exist_ok=True)
+        text = json.dumps(compared, indent=2, allow_nan=False)
+        write_text(workdir / "summary.json", f"{text}\n")
+    write_text(workdir / "report.md", _markdown(compared))
+    _draw(workdir / "figures", compared["methods"])
+    return compared
+
+
+def _summaries(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The summary of each study, by its method, or by its folder where a method comes again.
+
+    Raises:
+        ValueError: A folder holds none, or the studies cannot be compared.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"--runs names {len(runs)} studies, expected two or more")
+    found = [(run, _read(run / "summary.json")) for run in runs]
+    first, expected = found[0]
+    for run, summary in found[1:]:
+        for name in _SHARED:
+            if (theirs := summary["config"][name]) != (ours := expected["config"][name]):
+                raise ValueError(
+                    f"{run} and {first} differ in config.{name}, {theirs} and {ours}: "
+                    "expected studies that differ in their method alone"
+                )
+    methods = [summary["config"]["method"] for _, summary in found]
+    labels = [
+        method if methods.count(method) == 1 else run.name
+        for method, (run, _) in zip(methods, found, strict=True)
+    ]
+    if repeated := sorted({name for name in labels if labels.count(name) > 1}):
+        raise ValueError(f"--runs names {', '.join(repeated)} more than once, expected each once")
+    return {name: summary for name, (_, summary) in zip(labels, found, strict=True)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: run the study to its end first")
+    try:
+        summary = json.loads(path.read_text())
+        complete = {*_SHARED, "method"} <= summary["config"].keys() and summary["supervised"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): run its study again") from error
+    if not complete:
+        raise ValueError(f"{path} is of another study, expected one of experiments.sparse_training")
+    return summary
+
+
+def _correct(rows: list[dict[str, Any]]) -> None:
+    """Corrects p-values for the comparisons of all studies."""
+    compared = [row["less_baseline_last"] for row in rows if "less_baseline_last" in row]
+    corrected = holm([comparison["p_value"] for comparison in compared])
+    for comparison, p_value in zip(compared, corrected, strict=True):
+        comparison["p_value_holm"] = p_value
+
+
+def _markdown(compared: dict[str, Any]) -> str:
+    methods = compared["methods"]
+    densities = sorted({row["density"] for rows in methods.values() for row in rows}, reverse=True)
+    variants = list(dict.fromkeys(label(row) for rows in methods.values() for row in rows))
+    head = f"| method | {' | '.join(f'{density!r}' for density in densities)} |"
+    lines = [
+        "# Methods of sparse training",
+        "",
+        f"Test accuracy in percent after the last step against density, mean ± standard deviation "
+        f"over seeds {compared['shared']['seeds']}; an asterisk where a layer lost all its weights "
+        "in some seed. Below that what a regulariser adds, for the same seeds, with the p-value of "
+        "a paired t-test, corrected by Holm's method for all comparisons here.",
+    ]
+    for variant in variants:
+        regularised = variant != label({"regulariser": BASELINE})
+        lines += ["", f"{variant}:" if regularised else "No regulariser:", "", head]
+        lines.append("| --- " * (len(densities) + 1) + "|")
+        for method, rows in methods.items():
+            shown = {row["density"]: row for row in rows if label(row) == variant}
+            if shown:
+                write = _gain if regularised else _accuracy
+                cells = [write(shown[d]) if d in shown else "" for d in densities]
+                lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return percent(row["test_accuracy_last"]) + ("*" if row["empty_layers"] else "")
+
+
+def _gain(row: dict[str, Any]) -> str:
+    gain = row["less_baseline_last"]
+    text = f"{100 * gain['mean']:+.2f}"
+    return text if gain["p_value"] is None else f"{text} ({gain['p_value_holm']:.2g})"
+
+
+def _draw(directory: Path, methods: dict[str, list[dict[str, Any]]]) -> None:
+    accuracies = {
+        method: [
+            (row["density"], row["test_accuracy_last"])
+            for row in rows
+            if row["regulariser"] == BASELINE
+        ]
+        for method, rows in methods.items()
+    }
+    figures.accuracy_against_density(directory / "accuracy_against_density", accuracies, None)
+    gains: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    variants = {label(row) for rows in methods.values() for row in rows}
+    for method, rows in methods.items():
+        for row in rows:
+            if row["regulariser"] != BASELINE:
+                # With one regulariser there is nothing to tell apart.
+                name = method if len(variants) == 2 else f"{method}, {label(row)}"
+                point = (row["density"], row["less_baseline_last"])
+                gains.setdefault(name, []).append(point)
+    if gains:
+        figures.paired_differences(directory / "less_baseline_against_density", gains)
+
+
+def _start() -> None:
+    runs = flags.DEFINE_list("runs", None, "Work directories of studies, with commas.")
+    workdir = flags.DEFINE_string("workdir", "runs/compared", "Where the comparison goes.")
+
+    def main() -> None:
+        if not runs.value:
+            raise cli.UserError("--runs is empty, expected work directories with commas")
+        compare(runs.value, workdir.value)
+        print((Path(workdir.value) / "report.md").read_text())
+
+    cli.launch(main, doc=__doc__)
+
+
+if __name__ == "__main__":
+    _start()

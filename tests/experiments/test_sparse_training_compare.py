@@ -1,0 +1,98 @@
+"""Studies side by side: what is read, corrected and refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sparse_training_problems import get_config
+
+from experiments import sparse_training_study as study
+from experiments.cli import UserError
+from experiments.sparse_training_compare import compare
+from experiments.statistics import paired, spread
+
+SHARED = {"data": {"name": "digits"}, "model": {"name": "a"}, "supervised": {"epochs": 1}}
+NONE = [0.5, 0.6, 0.7]
+# By method, what CKA-SR reaches with the same seeds.
+REACHED = {"snip": [0.52, 0.63, 0.71], "rigl": [0.49, 0.61, 0.74]}
+
+
+def entry(name, values, empty):
+    row = {
+        "regulariser": name, "coefficient": 0.0 if name == "none" else 0.1, "density": 0.1,
+        "seeds": [1, 2, 3], "test_accuracy_last": spread(values), "empty_layers": empty,
+    }  # fmt: skip
+    if name != "none":
+        row["less_baseline_last"] = {**paired(values, NONE), "p_value_holm": 0.0}
+    return row
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folders = []
+    for method, values in REACHED.items():
+        folder = tmp_path / f"run_{method}"
+        folder.mkdir()
+        config = {**SHARED, "seeds": [1, 2, 3], "method": method}
+        empty = {"Dense_0/kernel": 2} if method == "snip" else {}
+        rows = [entry("none", NONE, empty), entry("cka_sr", values, {})]
+        summary = {"config": config, "supervised": rows}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        folders.append(folder)
+    return folders
+
+
+def test_tables(runs, tmp_path):
+    compared = compare(runs, tmp_path / "compared")
+    assert list(compared["methods"]) == ["snip", "rigl"]
+    p = {m: paired(values, NONE)["p_value"] for m, values in REACHED.items()}
+    assert p["snip"] < p["rigl"]
+    corrected = {m: max(2 * p["snip"], p["rigl"]) if m == "rigl" else 2 * p["snip"] for m in p}
+    for method, rows in compared["methods"].items():
+        assert rows[1]["less_baseline_last"]["p_value_holm"] == pytest.approx(corrected[method])
+    report = (tmp_path / "compared" / "report.md").read_text()
+    assert "| snip | 60.00 ± 10.00* |" in report and "| rigl | 60.00 ± 10.00 |" in report
+    assert f"| snip | +2.00 ({corrected['snip']:.2g}) |" in report
+    assert json.loads((tmp_path / "compared" / "summary.json").read_text()) == compared
+    names = {path.name for path in (tmp_path / "compared" / "figures").iterdir()}
+    assert {"accuracy_against_density.png", "less_baseline_against_density.png"} <= names
+
+
+def test_studies_themselves_on_the_command_line(tmp_path):
+    """Of the two methods that differ least: their studies are what is read."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, density in zip(folders, ((0.3,), (0.3, 0.1)), strict=True):
+        study.run(get_config("mnist_random", density=density, coefficients=(0.1, 0.2)), folder)
+    command = [
+        sys.executable, "-m", "experiments.sparse_training_compare",
+        f"--runs={','.join(map(str, folders))}", f"--workdir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path.cwd(), check=True)
+    assert "| a | " in done.stdout and "CKA-SR, 0.2:" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("| a |"))
+    assert line.endswith("|  |"), "of a density that was not run there is nothing"
+    for wrong, message in (("", "--runs is empty"), ("nowhere,there", "nowhere/summary.json is")):
+        command[3] = f"--runs={wrong}"
+        failed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert failed.returncode == 1 and message in failed.stderr.strip().splitlines()[-1]
+
+
+def test_what_cannot_be_compared(runs, tmp_path):
+    with pytest.raises(UserError, match="names 1 studies, expected two or more"):
+        compare(runs[:1], tmp_path / "out")
+    with pytest.raises(UserError, match="names run_snip more than once"):
+        compare([runs[0], runs[0]], tmp_path / "out")
+    path = runs[1] / "summary.json"
+    good = json.loads(path.read_text())
+    for text, message in (
+        (json.dumps({**good, "config": {**good["config"], "seeds": [1, 2]}}), "config.seeds"),
+        (json.dumps({"networks": []}), "cannot be read"),
+        (json.dumps({**good, "config": {"method": "lth"}}), "is of another study"),
+        ("{", "cannot be read"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            compare(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
