@@ -79,15 +79,20 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         return sparse_training_report.write(config, claimed, layers)
 
 
+def make_model(config: Any, num_outputs: int) -> Any:
+    """The network of a study."""
+    fields = ("padding", "norm", "shortcut", "stem", "dropout")
+    options = {name: config.model[name] for name in fields if config.model[name]}
+    return models.create(config.model.name, num_outputs=num_outputs, **options)
+
+
 def prepare(config: Any, data_dir: str | None) -> Setup:
     """Loads data and model and plans the training, before anything is trained or written."""
     whole = images.load(
         config.data.name, data_dir=data_dir, validation_fraction=0.0, seed=config.data.split_seed
     )
     data = hold_out(whole, config.supervised.validation_fraction, config.data.split_seed)
-    fields = ("padding", "norm", "shortcut", "stem", "dropout")
-    options = {name: config.model[name] for name in fields if config.model[name]}
-    module = models.create(config.model.name, num_outputs=data.num_classes, **options)
+    module = make_model(config, data.num_classes)
     plan = make_plan(config.supervised, len(data.train.y), config.checkpoint_seconds)
     check_sizes(config, module, data, plan)
     return Setup(module, data, plan)

@@ -7,7 +7,10 @@ A name picks the settings. `,smoke` shrinks them, to see that all parts work:
 ====================  ================================================================
 digits_synflow        the default: 8x8 digits inside scikit-learn, no download
 mnist_METHOD          LeNet-300-100, densities 0.2 to 0.002
+lenet5_caffe_METHOD   the same for LeNet-5 as shipped with Caffe
 cifar10_METHOD        ResNet-20, densities 0.1, 0.05, 0.02
+NETWORK_METHOD        the same for resnet32, resnet56, resnet18, resnet50 and vgg19
+pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100: Table 4
 ====================  ================================================================
 
 Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`,
@@ -142,6 +145,31 @@ SMOKE = {
 }
 """What shows that all parts work."""
 
+_SMALL_IMAGES: dict[str, dict[str, Any]] = {
+    "cifar10": {},
+    "resnet32": {"model.name": "resnet32"},
+    "resnet56": {"model.name": "resnet56"},
+    **{
+        name: {
+            "model.name": name,
+            "model.norm": "",
+            "model.shortcut": "",
+            "stages": tuple(f"stage{i}_block1:input,stage{i}_block?" for i in (1, 2, 3, 4)),
+        }
+        for name in ("resnet18", "resnet50")
+    },
+    # Stages end where pooling halves the images.
+    "vgg19": {
+        "model.name": "vgg19",
+        "model.norm": "",
+        "model.shortcut": "",
+        "stages": tuple(
+            ",".join(f"Conv_{i}" for i in range(first, first + count))
+            for first, count in ((0, 2), (2, 2), (4, 4), (8, 4), (12, 4))
+        ),
+    },
+}
+"""What differs from ResNet-20, by network."""
 _METHODS: dict[str, dict[str, Any]] = {
     "random": {},
     **{
@@ -154,6 +182,11 @@ _METHODS: dict[str, dict[str, Any]] = {
     "dlth": {"method": "dlth"},
 }
 _MLP = {"stages": ("Dense_0,Dense_1",), "regularisers": "cka_sr", "coefficients": (1e-2,)}
+_CNN = {
+    **_MLP,
+    "stages": ("Conv_0,Conv_1", "Dense_0,Dense_1"),
+    "model.name": "lenet5_caffe",
+}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "digits_synflow": {
         **_MLP,
@@ -165,18 +198,30 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "supervised.epochs": 20,
     },
     **{
-        f"mnist_{method}": {
-            **_MLP,
+        f"{network}_{method}": {
+            **fields,
             **settings,
             "density": (0.2, 0.05, 0.02, 0.005, 0.002),
             "transform.increment": 1e-3,
             "transform.hold": 4000,
         }
+        for network, fields in (("mnist", _MLP), ("lenet5_caffe", _CNN))
         for method, settings in _METHODS.items()
     },
     **{
-        f"cifar10_{method}": {**RESNET, **settings, "density": (0.1, 0.05, 0.02)}
+        f"{network}_{method}": {**RESNET, **fields, **settings, "density": (0.1, 0.05, 0.02)}
+        for network, fields in _SMALL_IMAGES.items()
         for method, settings in _METHODS.items()
+    },
+    # Of the paper, the schedule that all its other runs have; it does not say this one.
+    **{
+        f"pretraining_{network}": {
+            **RESNET,
+            **_SMALL_IMAGES[network],
+            "data.name": "cifar100",
+            "density": (1.0,),
+        }
+        for network in ("resnet18", "resnet50")
     },
 }
 

@@ -18,6 +18,7 @@ from experiments import sparse_training_stages as stages
 from experiments import sparse_training_study as study
 from experiments import sparse_training_transform as transform
 from experiments.configs import sparse_training as configs
+from ntt_sparse.data.images import ImageData, Split
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.pruning import densities, masks
 from ntt_sparse.training.export import load_network
@@ -277,10 +278,38 @@ def test_every_config_is_valid(name):
         assert transform.plan(smoke, 1000).total_steps < 60
 
 
+@pytest.mark.parametrize("network", configs._SMALL_IMAGES)
+def test_every_network_has_the_layers_that_are_compared(network):
+    """By shapes alone: on images of CIFAR, with more than one map in each stage."""
+    blank = Split(np.zeros((300, 32, 32, 3), np.float32), np.zeros(300, np.int32))
+    data = ImageData(blank, blank, blank, 10, "blank", np.zeros(3), np.ones(3))
+    config = configs.get_config(f"{network}_random")
+    module = study.make_model(config, data.num_classes)
+    checks.check_sizes(config, module, data, Plan(10, 2, 2))
+
+    def features(key, x):
+        _, found = stages.capture(module, stages.all_patterns(config))(module.init(key, x), x)
+        return stages.select(found, stages.stage_patterns(config))
+
+    maps = jax.eval_shape(features, jax.random.key(0), blank.x[:2])
+    sides = [[leaf.shape[1] for leaf in stage] for stage in maps]
+    # The input of a stage is of the stage before, but for the first.
+    halved = [side for stage in sides for side in stage[-1:]]
+    assert halved == [32 // 2**i for i in range(len(sides))]
+    counts = {"vgg19": [2, 2, 4, 4, 4], "resnet18": [3] * 4, "resnet50": [4, 5, 7, 4]}
+    blocks = {"cifar10": 4, "resnet32": 6, "resnet56": 10}
+    assert [len(s) for s in sides] == (counts.get(network) or [blocks[network]] * 3)
+
+
 def test_published_numbers_are_of_random_masks_alone():
     for method in configs._METHODS:
         rows = report.published(configs.get_config(f"cifar10_{method}"))
         assert bool(rows) == (method == "random")
+    for network, gain in (("resnet18", 0.71), ("resnet50", 1.55)):
+        none, cka_sr = report.published(configs.get_config(f"pretraining_{network}"))
+        assert none["density"] == cka_sr["density"] == 1.0
+        difference = 100 * (cka_sr["test_accuracy"] - none["test_accuracy"])
+        assert difference == pytest.approx(gain)
 
 
 def test_scores_that_are_no_numbers_are_refused():
