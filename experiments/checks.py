@@ -41,7 +41,7 @@ def check_values(config: Any, field: str, least: float, most: float) -> None:
         ValueError: They are empty, repeated, no numbers or out of range.
     """
     _check_different(config, field)
-    for value in config[field]:
+    for value in _get(config, field):
         # The negated form also refuses NaN.
         if type(value) not in (int, float) or not least <= value <= most:
             raise ValueError(
@@ -77,9 +77,36 @@ def check_augment(config: Any, input_shape: Sequence[int]) -> None:
         )
 
 
+def check_stages(stages: Any, field: str) -> None:
+    """Checks patterns of layers, stage by stage, joined by commas in each.
+
+    Raises:
+        ValueError: There are none, or one is no pattern.
+    """
+    if not stages:
+        raise ValueError(f"{field} is empty, expected patterns of layers, stage by stage")
+    if not all(isinstance(stage, str) and all(stage.split(",")) for stage in stages):
+        raise ValueError(f"{field} is {stages}, expected patterns of layers")
+
+
+def check_stage_maps(stages: Sequence[str], maps: Sequence[Sequence[Any]], field: str) -> None:
+    """Checks that there is something to compare in each stage.
+
+    Raises:
+        ValueError: A stage has less than two feature maps.
+    """
+    for pattern, found in zip(stages, maps, strict=True):
+        if len(found) < 2:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is {len(found)} feature map: a stage needs two "
+                "or more to compare"
+            )
+
+
 def _check_different(config: Any, field: str) -> None:
-    if not config[field] or len(set(config[field])) < len(config[field]):
-        raise ValueError(f"config.{field} is {config[field]}, expected different values")
+    values = _get(config, field)
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"config.{field} is {values}, expected different values")
 
 
 def check_fields(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from experiments.checks import (
@@ -12,12 +13,16 @@ from experiments.checks import (
     check_fields,
     check_milestones,
     check_seeds,
+    check_stage_maps,
+    check_stages,
     check_values,
 )
 from experiments.dam_pruning_members import CUT, make_kind, target_of
+from experiments.sparse_training_stages import all_patterns, stage_patterns
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates import channels
 from ntt_sparse.gates.network import Network
+from ntt_sparse.similarity.features import capture, select
 from ntt_sparse.training.loop import Plan
 
 _BUDGETS = {
@@ -34,6 +39,7 @@ _CHOICES = {
     "budget": ("", *_BUDGETS),
     "model.name": (
         *("lenet5", "preresnet20", "preresnet56", "preresnet110", "preresnet164", "vgg19"),
+        *("resnet18", "resnet50"),
     ),
     "model.activation": ("", "relu", "tanh", "sine"),
     **{
@@ -55,6 +61,8 @@ _RANGES = {
     "chipnet.budget": (0, 1e30),
     "chipnet.crispness": (0, 1e30),
     "chipnet.continuation_epochs": (0, 10_000),
+    "cka_sr.samples": (0, LARGEST_INT),
+    "cka_sr.every": (1, LARGEST_INT),
     **{
         f"{stage}.{field}": limits
         for stage, least in (("pretrain", 0), ("training", 1), ("finetune", 0))
@@ -100,6 +108,7 @@ def check_config(config: Any) -> None:
             f"config.coefficients is {config.coefficients} with a budget, expected numbers above "
             "0: what closes channels until the target is the penalty"
         )
+    _check_similarity(config)
     if config.gate != "dam" and any(config.orders):
         raise ValueError(
             f"config.gate is {config.gate!r}, but orders are of offsets: expected 'dam'"
@@ -116,6 +125,21 @@ def check_config(config: Any) -> None:
         make_kind(config)
     except ValueError as error:
         raise ValueError(f"config.initial is {config.initial}: {error}") from error
+
+
+def _check_similarity(config: Any) -> None:
+    """Checks what is compared in training."""
+    settings = config.cka_sr
+    check_values(config, "cka_sr.coefficients", 0, 1e30)
+    if not any(settings.coefficients):
+        return
+    check_stages(settings.stages, "config.cka_sr.stages")
+    batch = config["pretrain" if config.pretrain.epochs else "training"].batch_size
+    if settings.samples and not 3 <= settings.samples <= batch:
+        raise ValueError(
+            f"config.cka_sr.samples is {settings.samples}, expected 0 (all of a batch) or 3 to "
+            f"the batch size, which is {batch}"
+        )
 
 
 def _check_stages(config: Any) -> None:
@@ -145,7 +169,9 @@ def _check_stages(config: Any) -> None:
             )
 
 
-def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[str, Plan]) -> None:
+def check_sizes(
+    config: Any, module: Any, network: Network, data: ImageData, plans: Mapping[str, Plan]
+) -> None:
     """Checks that data, model and plans fit what is asked of them.
 
     Raises:
@@ -171,6 +197,8 @@ def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[s
             f"config.probe is {config.probe}, there are {len(data.validation.y)} images"
         )
     check_augment(config, data.input_shape)
+    if any(config.cka_sr.coefficients):
+        _check_maps(config.cka_sr, module, data.input_shape)
     for stage, each in plans.items():
         milestones = config[stage].milestones
         steps = [round(fraction * each.total_steps) for fraction in milestones]
@@ -185,6 +213,18 @@ def check_sizes(config: Any, network: Network, data: ImageData, plans: Mapping[s
             f"config.training.cold_start is {config.training.cold_start} epochs, {cold} steps of "
             f"{plan.total_steps}: the gates would never move, expected fewer"
         )
+
+
+def _check_maps(settings: Any, module: Any, input_shape: tuple[int, ...]) -> None:
+    """There are layers to compare, by shapes alone."""
+
+    def maps(key):
+        x = jnp.zeros((2, *input_shape))
+        _, features = capture(module, all_patterns(settings))(module.init(key, x), x)
+        return select(features, stage_patterns(settings))
+
+    found = jax.eval_shape(maps, jax.random.key(0))
+    check_stage_maps(settings.stages, found, "config.cka_sr.stages")
 
 
 def _check_targets(config: Any, network: Network) -> None:

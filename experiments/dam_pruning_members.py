@@ -47,18 +47,26 @@ class Run(NamedTuple):
     coefficient: float
     target: float
     order: int
+    cka_sr: float
     seed: int
 
 
 def runs_of(config: Any) -> list[Run]:
     """Every combination of the settings."""
-    fields = (config.coefficients, config.targets, config.orders, config.seeds)
+    fields = (
+        config.coefficients, config.targets, config.orders, config.cka_sr.coefficients,
+        config.seeds,
+    )  # fmt: skip
     return [Run(*values) for values in itertools.product(*fields)]
 
 
 def member_names(runs: list[Run]) -> list[str]:
-    """Names such as `"c0.1-t1.0-o0-s1"`, fit for file names."""
-    return [f"c{r.coefficient!r}-t{r.target!r}-o{r.order}-s{r.seed}" for r in runs]
+    """Names such as `"c0.1-t1.0-o0-s1"`, with CKA-SR `"c0.1-t1.0-o0-k0.01-s1"`."""
+    return [
+        f"c{r.coefficient!r}-t{r.target!r}-o{r.order}{f'-k{r.cka_sr!r}' if r.cka_sr else ''}"
+        f"-s{r.seed}"
+        for r in runs
+    ]
 
 
 def make_kind(config: Any) -> Kind:
@@ -136,9 +144,9 @@ def start_members(
 ) -> Member:
     """All networks at their start. A seed fixes weights and the order of the data.
 
-    The context of each is its `coefficient` and, with a budget, its `target` (see `is_fraction`)
-    and, of DAM, where its budget stands. Orders other than that of the index, and what
-    ChipNet's gates know, are in the model state.
+    The context of each is its `coefficient`, that of CKA-SR and, with a budget, its `target`
+    (see `is_fraction`) and, of DAM, where its budget stands. Orders other than that of the index,
+    and what ChipNet's gates know, are in the model state.
 
     Args:
         config: The settings.
@@ -154,11 +162,11 @@ def start_members(
     init = jax.jit(lambda key: dict(module.init(key, jnp.zeros((1, *input_shape)))))
     by_seed = {seed: init(jax.random.key(seed)) for seed in config.seeds}
 
-    def member(key, variables, coefficient, target, ranks):
+    def member(key, variables, coefficient, similarity, target, ranks):
         variables = dict(variables)
         params = variables.pop("params")
         variables |= ranks
-        context = {"coefficient": coefficient}
+        context = {"coefficient": coefficient, "cka_sr": similarity}
         if config.budget:
             context |= {"target": target}
         if config.budget and config.gate == "dam":
@@ -180,6 +188,7 @@ def start_members(
         stack([jax.random.key(run.seed) for run in runs]),
         stack([by_seed[run.seed] for run in runs]),
         jnp.asarray([run.coefficient for run in runs], float),
+        jnp.asarray([run.cka_sr for run in runs], float),
         stack(limits),
         stack([orders(config, sizes, run.order) for run in runs]),
     )

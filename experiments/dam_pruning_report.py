@@ -11,15 +11,16 @@ from experiments import figures
 from experiments.dam_pruning_members import runs_of
 from experiments.dam_pruning_published import TABLE7, Published, published
 from experiments.dam_pruning_stages import Stage
-from experiments.statistics import spread
+from experiments.statistics import correct, paired, spread
 from experiments.study import seconds_per_step
+from experiments.tables import difference, percent
 from ntt_sparse.gates.channels import Counts
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _COUNTS = Counts._fields
 _AXES = ("parameters left", "test accuracy (%)")
-_SETTING = ("coefficient", "target", "order")
+_SETTING = ("coefficient", "target", "order", "cka_sr")
 
 
 def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) -> dict[str, Any]:
@@ -102,6 +103,11 @@ def _rows(
             },
             "widths": np.asarray(last["widths"])[members].astype(int).tolist(),
         })  # fmt: skip
+        without = groups.get((*setting[:-1], 0.0))
+        if setting[-1] and without is not None:
+            compared = paired(last["test/accuracy"][members], last["test/accuracy"][without])
+            rows[-1]["less_baseline_last"] = compared
+    correct([row["less_baseline_last"] for row in rows if "less_baseline_last" in row])
     return rows
 
 
@@ -135,6 +141,17 @@ def _seconds(workdir: Path, stage: Stage) -> float | None:
 
 def _markdown(config: Any, workdir: Path, summary: dict[str, Any]) -> str:
     whole, rows = summary["whole"], summary["networks"]
+    regularised = any(config.cka_sr.coefficients)
+    names = (
+        "lambda", "target, reached" if "reached" in rows[0] else "target", "order",
+        *(("CKA-SR", "less without") if regularised else ()),
+        "accuracy (%)", "parameters", "pruned parameters (%)", "pruned channels (%)",
+        "pruned multiply-adds (%)", "best: accuracy (%)", "parameters",
+    )  # fmt: skip
+
+    def add(row: dict[str, Any]) -> tuple[str, str]:
+        return f"{row['cka_sr']:g}", difference(row.get("less_baseline_last"))
+
     lines = [
         f"# Structured pruning with gates: {config.name}",
         "",
@@ -144,21 +161,20 @@ def _markdown(config: Any, workdir: Path, summary: dict[str, Any]) -> str:
         "the step of best validation accuracy; nothing is chosen by the test set. A parameter "
         "counts while something computed from the input reaches the output through it.",
         "",
-        f"| lambda | {'target, reached' if 'reached' in rows[0] else 'target'} | order | "
-        "accuracy (%) | parameters | pruned parameters (%) | pruned channels (%) | "
-        "pruned multiply-adds (%) | best: accuracy (%) | parameters |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(names)} |",
+        "| --- " * len(names) + "|",
     ]
     for row in rows:
         cells = (
             f"{row['coefficient']:g}",
             _target(config, row),
             str(row["order"]),
-            _percent(row["test_accuracy"]),
+            *(add(row) if regularised else ()),
+            percent(row["test_accuracy"]),
             f"{row['parameters']['mean']:,.0f}",
-            *(_percent(row[f"pruned_{name}"]) for name in ("parameters", "channels")),
-            _percent(row["pruned_multiply_adds"]),
-            _percent(row["test_accuracy_best_validation"]),
+            *(percent(row[f"pruned_{name}"]) for name in ("parameters", "channels")),
+            percent(row["pruned_multiply_adds"]),
+            percent(row["test_accuracy_best_validation"]),
             f"{row['parameters_best_validation']['mean']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -178,11 +194,6 @@ def _target(config: Any, row: dict[str, Any]) -> str:
         return ""
     reached = f", {row['reached']}/{len(row['seeds'])}" if "reached" in row else ""
     return f"{row['target']:g}{reached}"
-
-
-def _percent(value: dict[str, Any]) -> str:
-    spread_ = "" if value["std"] is None else f" ± {100 * value['std']:.2f}"
-    return f"{100 * value['mean']:.2f}{spread_}"
 
 
 def _in_percent(value: dict[str, Any]) -> dict[str, Any]:
@@ -215,12 +226,12 @@ def _similarity_lines(config: Any, rows: list[dict[str, Any]]) -> list[str]:
         f"Linear CKA between the maps of different channels of {config.similarity}, on "
         f"{config.probe} held-out images:",
         "",
-        "| lambda | target | order | mean | standard deviation | maximum |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| network | mean | standard deviation | maximum |",
+        "| --- | --- | --- | --- |",
     ]
     for row in rows:
         values = row["channel_similarity"].values()
-        cells = [f"{row['coefficient']:g}", f"{row['target']:g}", str(row["order"])]
+        cells = [_label(config, tuple(row[name] for name in _SETTING))]
         cells += ["" if value is None else f"{value['mean']:.3f}" for value in values]
         lines.append(f"| {' | '.join(cells)} |")
     if (config.model.name, config.data.name) == ("preresnet164", "cifar10"):
@@ -333,10 +344,12 @@ def _draw_stages(
 
 def _label(config: Any, setting: tuple[Any, ...]) -> str:
     """What tells a setting from the others of the study."""
-    coefficient, target, order = setting
+    coefficient, target, order, cka_sr = setting
     parts = [f"λ = {coefficient:g}"]
     if config.budget:
         parts.append(f"target {target:g}")
     if any(config.orders):
         parts.append(f"order {order}")
+    if any(config.cka_sr.coefficients):
+        parts.append(f"CKA-SR {cka_sr:g}")
     return ", ".join(parts)

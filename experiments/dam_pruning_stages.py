@@ -23,6 +23,7 @@ from experiments.dam_pruning_members import (
     runs_of,
     start_members,
 )
+from experiments.sparse_training_stages import all_patterns, stage_patterns
 from experiments.study import augment_images, fit_stage, make_plan
 from ntt_sparse.data import images
 from ntt_sparse.gates import budget as budgets
@@ -30,7 +31,9 @@ from ntt_sparse.gates import channels, chipnet, hard_concrete, layer, slimming
 from ntt_sparse.gates import cut as cuts
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.network import Network
+from ntt_sparse.objectives.cka_sr import cka_sr, every_nth_batch
 from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.similarity.features import capture, select
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import terms
 from ntt_sparse.training.loop import Plan
@@ -82,10 +85,14 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     )
     for index, stage in enumerate(setup.stages):
         members = enter(config, setup, index, members)
+        apply = terms.without_features(setup.module)
+        if compares_layers(config, setup, stage):
+            examples = config.cka_sr.samples or None
+            apply = capture(setup.module, all_patterns(config.cka_sr), examples=examples)
         step_fn = make_step(
             stage_terms(config, setup, stage),
             make_optimizer(config, stage.settings, stage.plan),
-            forward=terms.masked_forward(terms.without_features(setup.module)),
+            forward=terms.masked_forward(apply),
             augment=augment_images if config.data.augment else None,
             after_update=after_update(config, setup, stage),
         )
@@ -121,10 +128,37 @@ def enter(config: Any, setup: Setup, index: int, members: Member) -> Member:
     return jax.jit(jax.vmap(one))(members)
 
 
+def compares_layers(config: Any, setup: Setup, stage: Stage) -> bool:
+    """Whether similarity of layers is penalised: in the stage that trains initial weights."""
+    return any(config.cka_sr.coefficients) and stage == setup.stages[0]
+
+
 def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
-    """The task loss and, where gates are trained, the member's penalty."""
-    if stage.name != MAIN:
-        return {"task": terms.task()}
+    """The task loss and, where it is so, the member's penalty of similarity and of gates."""
+    found: dict[str, Term] = {"task": terms.task()}
+    if compares_layers(config, setup, stage):
+        found["similarity"] = _similarity(config.cka_sr)
+    if stage.name == MAIN:
+        found["gate"] = _gate_term(config, setup, stage)
+    return found
+
+
+def _similarity(settings: Any) -> Term:
+    def total(features):
+        stages = select(features, stage_patterns(settings))
+        return cka_sr(stages, samples=settings.samples or None)
+
+    def similarity(inputs: TermInputs):
+        features, step = inputs.outputs.features, jnp.asarray(inputs.step)
+        value = every_nth_batch(total, features, step, settings.every)
+        weight = inputs.context["cka_sr"]
+        # Whatever it is, it is no part of the loss of those that have none.
+        return jnp.where(weight > 0, weight * value, 0), {}
+
+    return similarity
+
+
+def _gate_term(config: Any, setup: Setup, stage: Stage) -> Term:
     kind, network = make_kind(config), setup.network
     schedule = _schedule(config, stage)
 
@@ -157,8 +191,7 @@ def stage_terms(config: Any, setup: Setup, stage: Stage) -> Mapping[str, Term]:
         logs = {"crispness": crispness, "budget": missed}
         return inputs.context["coefficient"] * total, logs
 
-    term = {"chipnet": crisp, "hard_concrete": expected}.get(config.gate, gate)
-    return {"task": terms.task(), "gate": term}
+    return {"chipnet": crisp, "hard_concrete": expected}.get(config.gate, gate)
 
 
 def _schedule(config: Any, stage: Stage) -> Fraction:

@@ -74,7 +74,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     module = make_model(config, data.num_classes)
     stages = stages_of(config, len(data.train.y))
     network = module.network(data.input_shape)
-    check_sizes(config, network, data, {stage.name: stage.plan for stage in stages})
+    check_sizes(config, module, network, data, {stage.name: stage.plan for stage in stages})
     return Setup(module, network, data, stages)
 
 

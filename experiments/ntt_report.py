@@ -10,6 +10,7 @@ from experiments import figures
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
 from experiments.statistics import spread
 from experiments.study import asked_densities
+from experiments.tables import percent
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -93,11 +94,6 @@ def _transfer_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def _percent(value: dict[str, Any]) -> str:
-    deviation = "" if value["std"] is None else f" ± {100 * value['std']:.2f}"
-    return f"{100 * value['mean']:.2f}{deviation}"
-
-
 def _markdown(config: Any, summary: dict[str, Any]) -> str:
     held_out = config.supervised.validation_fraction
     lines = [
@@ -113,7 +109,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
     for row in summary["supervised"]:
         last, best = row["test_accuracy_last"], row["test_accuracy_best_validation"]
         label = METHODS[row["method"]].label
-        lines.append(f"| {label} | {row['density']!r} | {_percent(last)} | {_percent(best)} |")
+        lines.append(f"| {label} | {row['density']!r} | {percent(last)} | {percent(best)} |")
     if "transfer" in summary:
         lines += [
             "",

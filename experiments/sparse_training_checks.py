@@ -13,6 +13,8 @@ from experiments.checks import (
     check_members,
     check_milestones,
     check_names,
+    check_stage_maps,
+    check_stages,
 )
 from experiments.sparse_training_masks import GROWN, METHODS, SCORED, layer_counts, mask_schedule
 from experiments.sparse_training_stages import (
@@ -107,10 +109,7 @@ def check_config(config: Any) -> None:
             f"config.samples is {config.samples}, expected 0 (all of a batch) or {needed} to "
             f"config.supervised.batch_size, which is {batch_size}"
         )
-    if not config.stages:
-        raise ValueError("config.stages is empty, expected patterns of layers, stage by stage")
-    if not all(isinstance(stage, str) and all(stage.split(",")) for stage in config.stages):
-        raise ValueError(f"config.stages is {config.stages}, expected patterns of layers")
+    check_stages(config.stages, "config.stages")
     if not block_patterns(config):
         raise ValueError(
             f"config.stages is {config.stages}, inputs alone: expected patterns of outputs too"
@@ -184,12 +183,8 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
             )
         sparse_training_transform.plan(config, len(data.train.y))
     over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
-    for pattern, maps in zip(config.stages, stages, strict=True):
-        if over_stages and len(maps) < 2:
-            raise ValueError(
-                f"config.stages holds {pattern!r}, which is {len(maps)} feature map: a stage needs "
-                "two or more to compare"
-            )
+    if over_stages:
+        check_stage_maps(config.stages, stages, "config.stages")
     if len(blocks) < 2:
         raise ValueError(f"config.stages match {len(blocks)} layer, expected two or more")
 

@@ -17,9 +17,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, figures
-from experiments.sparse_training_report import label, percent
+from experiments.sparse_training_report import label
 from experiments.sparse_training_stages import BASELINE
-from experiments.statistics import holm
+from experiments.statistics import correct
+from experiments.tables import percent
 from ntt_sparse.training.files import write_text
 
 # What has to be the same in all studies.
@@ -43,7 +44,8 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
     """
     with cli.user_errors():
         summaries = _summaries([Path(run) for run in runs])
-    _correct([row for summary in summaries.values() for row in summary["supervised"]])
+    rows = [row for summary in summaries.values() for row in summary["supervised"]]
+    correct([row["less_baseline_last"] for row in rows if "less_baseline_last" in row])
     compared = {
         "shared": {name: next(iter(summaries.values()))["config"][name] for name in _SHARED},
         "methods": {name: summary["supervised"] for name, summary in summaries.items()},
@@ -96,14 +98,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not complete:
         raise ValueError(f"{path} is of another study, expected one of experiments.sparse_training")
     return summary
-
-
-def _correct(rows: list[dict[str, Any]]) -> None:
-    """Corrects p-values for the comparisons of all studies."""
-    compared = [row["less_baseline_last"] for row in rows if "less_baseline_last" in row]
-    corrected = holm([comparison["p_value"] for comparison in compared])
-    for comparison, p_value in zip(compared, corrected, strict=True):
-        comparison["p_value_holm"] = p_value
 
 
 def _markdown(compared: dict[str, Any]) -> str:

@@ -11,8 +11,9 @@ from experiments import figures
 from experiments.sparse_training_lottery import logs_of
 from experiments.sparse_training_members import Run, member_names, runs_of
 from experiments.sparse_training_stages import BASELINE, EPSILONS, REGULARISERS
-from experiments.statistics import holm, paired, spread
+from experiments.statistics import correct, paired, spread
 from experiments.study import asked_densities
+from experiments.tables import difference, percent
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -151,7 +152,8 @@ def _rows(logs: list[MetricsLog], runs: list[Run]) -> list[dict[str, Any]]:
             for name, values in (("last", test[-1]), ("best_validation", at_best)):
                 row[f"less_baseline_{name}"] = paired(values[members], values[reference])
         rows.append(row)
-    _correct(rows)
+    for name in ("less_baseline_last", "less_baseline_best_validation"):
+        correct([row[name] for row in rows if name in row])
     return rows
 
 
@@ -159,15 +161,6 @@ def _empty(kept: list[list[int]], names: list[str]) -> dict[str, int]:
     """Layers without any weight, and in how many seeds."""
     seeds = np.sum(np.asarray(kept) == 0, axis=0).tolist()
     return {name: count for name, count in zip(names, seeds, strict=True) if count}
-
-
-def _correct(rows: list[dict[str, Any]]) -> None:
-    """Adds p-values corrected for the number of comparisons in the study."""
-    for name in ("less_baseline_last", "less_baseline_best_validation"):
-        compared = [row[name] for row in rows if name in row]
-        corrected = holm([comparison["p_value"] for comparison in compared])
-        for comparison, p_value in zip(compared, corrected, strict=True):
-            comparison["p_value_holm"] = p_value
 
 
 def _chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -190,25 +183,6 @@ def label(row: dict[str, Any]) -> str:
         return "none"
     coefficient = "not said" if row["coefficient"] is None else repr(row["coefficient"])
     return f"{REGULARISERS[row['regulariser']].label}, {coefficient}"
-
-
-def percent(value: dict[str, Any]) -> str:
-    """A spread over seeds, in percent."""
-    deviation = "" if value["std"] is None else f" ± {100 * value['std']:.2f}"
-    return f"{100 * value['mean']:.2f}{deviation}"
-
-
-def _difference(row: dict[str, Any]) -> str:
-    value = row.get("less_baseline_last")
-    if value is None:
-        return ""
-    text = f"{100 * value['mean']:+.2f}"
-    if value["low"] is None:
-        return text
-    return (
-        f"{text} [{100 * value['low']:+.2f}, {100 * value['high']:+.2f}], "
-        f"p = {value['p_value']:.2g} ({value['p_value_holm']:.2g})"
-    )
 
 
 def _markdown(config: Any, summary: dict[str, Any]) -> str:
@@ -238,7 +212,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
             f"{row['density']!r}",
             label(row),
             percent(row["test_accuracy_last"]),
-            _difference(row),
+            difference(row.get("less_baseline_last")),
             percent(row["test_accuracy_best_validation"]),
             f"{row['similarity/cka']['mean']:.3f} / {row['similarity/cka_debiased']['mean']:.3f}",
             small,

@@ -126,3 +126,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(present) - rank) * float(p)))
         corrected[index] = largest
     return corrected
+
+
+def correct(comparisons: Sequence[dict[str, Any]]) -> None:
+    """Adds `"p_value_holm"` to the results of `paired`, which are one family of comparisons."""
+    corrected = holm([comparison["p_value"] for comparison in comparisons])
+    for comparison, p_value in zip(comparisons, corrected, strict=True):
+        comparison["p_value_holm"] = p_value

@@ -120,6 +120,10 @@ _BASE: dict[str, Any] = {
     # Weights of the losses that hold the budget and make gates crisp; how many epochs of their
     # schedules the stage runs through (0: as many as it has).
     "chipnet": {"budget": 30.0, "crispness": 10.0, "continuation_epochs": 0},
+    # Similarity of layers that is penalised in the stage that trains the initial weights (CKA-SR):
+    # its coefficients (0: none), patterns of layers by stage, the examples of a batch that are
+    # compared (0: all), and one batch in how many.
+    "cka_sr": {"coefficients": (0.0,), "stages": (), "samples": 8, "every": 5},
     # Whether every network is made small after training, and written and measured.
     "compact": False,
     # Layer between whose channels similarity is measured (Table 7), such as
@@ -196,6 +200,17 @@ _ADABELIEF = {
 _TABLE6 = (0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0)
 _PRERESNET20 = {**_CIFAR, "model.name": "preresnet20", "similarity": "stage1_block2/Conv_2"}
 _FRACTIONS = (0.1, 0.2, 0.4, 0.6)
+_RESNET18 = {
+    "data.name": "cifar10",
+    "data.augment": True,
+    "model.name": "resnet18",
+    "training.epochs": 160,
+    "training.learning_rate": 0.1,
+    "training.weight_decay": 5e-4,
+    "training.cold_start": 0.0,
+    "cka_sr.coefficients": (0.0, 1e-4),
+    "cka_sr.stages": tuple(f"stage{i}_block1:input,stage{i}_block?" for i in (1, 2, 3, 4)),
+}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "digits_lenet5": {
         **_TABLE5,
@@ -279,6 +294,30 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "pretrain.epochs": 200,
         "training.epochs": 20,
         "finetune.epochs": 50,
+    },
+    # Cut after training with and without CKA-SR (the coefficient is that of sparse training).
+    "mnist_slimming_cka_sr": {
+        **_LENET_RIVAL,
+        "gate": "slimming",
+        "coefficients": (1e-2,),
+        "training.cold_start": 0.0,
+        "targets": (0.1, 0.05),
+        "cka_sr.coefficients": (0.0, 1e-2),
+        "cka_sr.stages": ("Conv_0,Conv_1", "Dense_0,Dense_1"),
+        "compact": False,
+    },
+    "cifar10_resnet18_slimming": {
+        **_RESNET18,
+        **_SLIMMING,
+        "coefficients": (1e-5,),
+        "targets": (0.6, 0.4),
+    },
+    # lambda = 0.001 for each weight of 11 million, for 50,000 examples.
+    "cifar10_resnet18_l0": {
+        **_RESNET18,
+        "gate": "hard_concrete",
+        "coefficients": (0.0, 0.2),
+        "training.decay_gates": False,
     },
     "table2": {**_CIFAR, "coefficients": (0.4,), "orders": (1, 2, 3, 4, 5), "seeds": (1,)},
     "table6_vgg19": {**_ADABELIEF, "model.name": "vgg19", "coefficients": (0.1, 0.5)},

@@ -1,5 +1,6 @@
 """Network Slimming and ChipNet in stages: what is cut, stays cut, is counted and made small."""
 
+import functools
 import json
 
 import jax
@@ -10,12 +11,15 @@ import pytest
 from experiments import dam_pruning_members as members
 from experiments import dam_pruning_stages as stages
 from experiments import dam_pruning_study as study
+from experiments.cli import UserError
 from experiments.configs import dam_pruning as configs
 from ntt_sparse.gates import channels, layer
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.training import deploy
 from ntt_sparse.training.export import load_model_state, load_network
 from ntt_sparse.training.metrics import MetricsLog
+from ntt_sparse.training.step import TermInputs
+from ntt_sparse.training.terms import NetworkOutputs
 
 
 def small(name, **settings):
@@ -279,3 +283,77 @@ def test_of_a_layer_without_open_channels_the_constant_is_left(tmp_path):
     (found,) = json.loads((tmp_path / "compact.json").read_text()).values()
     assert min(row["widths"][0]) == 0 and found["removed"]
     assert found["difference"] < 1e-5
+
+
+def centred_cka(x, y):
+    x, y = (np.asarray(each, float).reshape(len(each), -1) for each in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return np.linalg.norm(x.T @ y) ** 2 / norms
+
+
+def test_similarity_is_penalised_where_initial_weights_are_trained(tmp_path):
+    """In the first stage and no other, by each network's own coefficient, as it is defined."""
+    settings = {"targets": (0.6,), "seeds": (1, 2), "cka_sr.every": 2}
+    config = small("mnist_slimming_cka_sr", **settings, **{"cka_sr.coefficients": (0.0, 3.0)})
+    setup = study.prepare(config, None)
+    runs, stage = members.runs_of(config), setup.stages[0]
+    started = members.start_members(
+        config, setup.module, setup.data.input_shape, runs, stage.settings, stage.plan
+    )
+    term = stages.stage_terms(config, setup, stage)["similarity"]
+    x = jnp.asarray(setup.data.train.x[:20])
+    capture = stages.capture(setup.module, ["Conv_*", "Dense_0", "Dense_1"], examples=8)
+    for index, run in enumerate(runs):
+        member = jax.tree.map(lambda leaf, at=index: leaf[at], started)
+        variables = {"params": member.params, **member.model_state}
+        _, features = capture(variables, x)
+        for step in (0, 1):
+            inputs = TermInputs(
+                member.params, member.masks, member.context, None, member.key, step,
+                member.model_state, NetworkOutputs(None, features),
+            )  # fmt: skip
+            value, _ = term(inputs)
+            pairs = (("Conv_0", "Conv_1"), ("Dense_0", "Dense_1"))
+            total = sum(2 * centred_cka(*(features[name] for name in pair)) for pair in pairs)
+            np.testing.assert_allclose(value, run.cka_sr * total * (step % 2 == 0), rtol=1e-4)
+    summary = study.run(config, tmp_path / "with")
+    logged = MetricsLog(tmp_path / "with" / "training.jsonl", "training")
+    _, similarity = logged.column("train/similarity")
+    with_it = [run.cka_sr > 0 for run in runs]
+    assert np.all(similarity[:, with_it] > 0) and not np.any(similarity[:, ~np.array(with_it)])
+    assert "train/similarity" not in (tmp_path / "with" / "finetune.jsonl").read_text()
+    rows = {row["cka_sr"]: row for row in summary["networks"]}
+    difference = np.subtract(*(rows[k]["test_accuracy"]["values"] for k in (3.0, 0.0)))
+    assert rows[3.0]["less_baseline_last"]["mean"] == pytest.approx(difference.mean())
+    assert "less_baseline_last" not in rows[0.0]
+    # The networks without are those of a study that knows nothing of it.
+    plain = small("mnist_slimming_cka_sr", **settings, **{"cka_sr.coefficients": (0.0,)})
+    study.run(plain, tmp_path / "without")
+    for run in runs:
+        if not run.cka_sr:
+            name = f"{members.member_names([run])[0]}.npz"
+            ours, theirs = (
+                load_network(tmp_path / each / "networks" / name)[0] for each in ("with", "without")
+            )
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+            jax.tree.map(close, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cka_sr.stages": ()}, "config.cka_sr.stages is empty"),
+        ({"cka_sr.stages": ("Conv_0",)}, "'Conv_0', which is 1 feature map"),
+        ({"cka_sr.stages": ("Conv_7,Conv_8",)}, "Conv_7"),
+        ({"cka_sr.samples": 129}, "config.cka_sr.samples is 129, expected 0"),
+        ({"cka_sr.samples": 2}, "config.cka_sr.samples is 2, expected 0"),
+        ({"cka_sr.every": 0}, "config.cka_sr.every is 0"),
+        ({"cka_sr.coefficients": (-1.0,)}, "config.cka_sr.coefficients holds -1.0"),
+        ({"cka_sr.coefficients": ()}, "config.cka_sr.coefficients is"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        study.run(small("mnist_slimming_cka_sr", **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
