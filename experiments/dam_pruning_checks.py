@@ -21,6 +21,7 @@ from experiments.dam_pruning_members import CUT, make_kind, target_of
 from experiments.sparse_training_stages import all_patterns, stage_patterns
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates import channels
+from ntt_sparse.gates.channels import Counts
 from ntt_sparse.gates.network import Network
 from ntt_sparse.similarity.features import capture, select
 from ntt_sparse.training.loop import Plan
@@ -185,9 +186,11 @@ def check_sizes(
             make_kind(config).init(n)
         except ValueError as error:
             raise ValueError(f"config.initial is {config.initial}: {error}") from error
+    if config.budget in Counts._fields:
+        _check_smallest(config, network)
     if config.budget and config.gate != "chipnet":
         _check_targets(config, network)
-    if config.similarity and f"{config.similarity}/gate" not in sizes:
+    if config.similarity and not {config.similarity, f"{config.similarity}/gate"} & sizes.keys():
         names = ", ".join(path.removesuffix("/gate") for path in sizes)
         raise ValueError(
             f"config.similarity is {config.similarity!r}, expected a gated layer: {names}"
@@ -213,6 +216,17 @@ def check_sizes(
             f"config.training.cold_start is {config.training.cold_start} epochs, {cold} steps of "
             f"{plan.total_steps}: the gates would never move, expected fewer"
         )
+
+
+def _check_smallest(config: Any, network: Network) -> None:
+    """The targets are something."""
+    whole = getattr(channels.whole(network), config.budget)
+    for target in config.targets:
+        if target_of(config, network, target) < 1:
+            raise ValueError(
+                f"config.targets holds {target}, which is none of {whole:,} {config.budget}: "
+                "expected more"
+            )
 
 
 def _check_maps(settings: Any, module: Any, input_shape: tuple[int, ...]) -> None:

@@ -11,11 +11,13 @@ import numpy as np
 from experiments import dam_pruning_compact, dam_pruning_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_pruning_checks import check_config, check_sizes
-from experiments.dam_pruning_members import make_model, member_names, runs_of
+from experiments.dam_pruning_members import make_model, member_names, runs_of, target_of
 from experiments.dam_pruning_stages import Setup, open_channels, stages_of, train, variables_of
 from experiments.study import hold_out, save_networks
 from ntt_sparse.data import images
 from ntt_sparse.gates import channels
+from ntt_sparse.gates import network as graph
+from ntt_sparse.gates.network import Network
 from ntt_sparse.similarity.cka import cka_matrix
 from ntt_sparse.similarity.features import capture
 from ntt_sparse.training.state import Member
@@ -51,7 +53,28 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         if config.compact:
             dam_pruning_compact.write(config, setup, members, claimed)
         whole = channels.whole(setup.network)
-        return dam_pruning_report.write(config, claimed, whole, setup.stages)
+        summary = dam_pruning_report.write(config, claimed, whole, setup.stages)
+        _warn_of_networks(config, setup, summary["networks"])
+        return summary
+
+
+def _warn_of_networks(config: Any, setup: Setup, rows: list[dict[str, Any]]) -> None:
+    """Says which networks are constants, and which cost more than was asked for."""
+    counted = config.budget in channels.Counts._fields
+    for row in rows:
+        setting = f"lambda {row['coefficient']:g}, target {row['target']:g}"
+        limit = target_of(config, setup.network, row["target"]) if counted else None
+        for index, seed in enumerate(row["seeds"]):
+            if not row["multiply_adds"]["values"][index]:
+                _logger.warning(
+                    "%s, seed %s: layers have closed whole, and the network is a constant",
+                    setting, seed,
+                )  # fmt: skip
+            elif limit is not None and (cost := row[config.budget]["values"][index]) > limit:
+                _logger.warning(
+                    "%s, seed %s: the network has %d %s, above its target of %d",
+                    setting, seed, cost, config.budget, limit,
+                )  # fmt: skip
 
 
 def _warn_of_missed_targets(config: Any, members: Member) -> None:
@@ -78,6 +101,12 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     return Setup(module, network, data, stages)
 
 
+def gated_node(network: Network, place: str) -> str:
+    """The node whose gate is at a place: a gated layer, or a gate of its own."""
+    gates = (place, f"{place}/gate")
+    return next(name for name, node in network.nodes.items() if graph.gate(node) in gates)
+
+
 def save_similarities(path: Path, config: Any, setup: Setup, members: Member) -> None:
     """Writes how alike the channels of one layer are after the last step (Table 7).
 
@@ -93,7 +122,7 @@ def save_similarities(path: Path, config: Any, setup: Setup, members: Member) ->
         maps = jnp.moveaxis(maps.reshape(len(probe), -1, maps.shape[-1]), -1, 0)
         open_ = open_channels(config, setup.network, member, setup.stages[-1])
         used = channels.used(setup.network, open_)
-        return cka_matrix(list(maps)), used[config.similarity]
+        return cka_matrix(list(maps)), used[gated_node(setup.network, config.similarity)]
 
     cka, used = jax.jit(lambda members: jax.lax.map(measure, members))(members)
     with path.open("wb") as file:

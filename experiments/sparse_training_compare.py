@@ -23,8 +23,15 @@ from experiments.statistics import correct
 from experiments.tables import percent
 from ntt_sparse.training.files import write_text
 
-# What has to be the same in all studies.
-_SHARED = ("data", "model", "supervised", "seeds")
+# Fields of the settings that are a method's own; all others have to be the same.
+_OWN = frozenset({
+    *("name", "method", "rounds", "growth", "gradual", "lth", "transform", "density"),
+    *("layer_densities", "score_batch_size", "regularisers", "coefficients"),
+    "checkpoint_seconds",
+})  # fmt: skip
+_NEEDED = frozenset({
+    *("regulariser", "coefficient", "density", "test_accuracy_last", "empty_layers"),
+})  # fmt: skip
 
 
 def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
@@ -42,15 +49,17 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
         UserError: A folder holds no summary of this kind, or the studies differ in more than
             their masks.
     """
+    workdir = Path(workdir)
     with cli.user_errors():
+        if workdir.resolve() in [Path(run).resolve() for run in runs]:
+            raise ValueError(f"--workdir is {workdir}, a study that is compared: expected another")
         summaries = _summaries([Path(run) for run in runs])
     rows = [row for summary in summaries.values() for row in summary["supervised"]]
     correct([row["less_baseline_last"] for row in rows if "less_baseline_last" in row])
     compared = {
-        "shared": {name: next(iter(summaries.values()))["config"][name] for name in _SHARED},
+        "shared": _shared(next(iter(summaries.values()))),
         "methods": {name: summary["supervised"] for name, summary in summaries.items()},
     }
-    workdir = Path(workdir)
     with cli.user_errors():
         (workdir / "figures").mkdir(parents=True, exist_ok=True)
         text = json.dumps(compared, indent=2, allow_nan=False)
@@ -71,8 +80,10 @@ def _summaries(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     found = [(run, _read(run / "summary.json")) for run in runs]
     first, expected = found[0]
     for run, summary in found[1:]:
-        for name in _SHARED:
-            if (theirs := summary["config"][name]) != (ours := expected["config"][name]):
+        pair = _shared(summary), _shared(expected)
+        for name in sorted(pair[0].keys() | pair[1].keys()):
+            theirs, ours = (each.get(name) for each in pair)
+            if theirs != ours:
                 raise ValueError(
                     f"{run} and {first} differ in config.{name}, {theirs} and {ours}: "
                     "expected studies that differ in their method alone"
@@ -87,12 +98,18 @@ def _summaries(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return {name: summary for name, (_, summary) in zip(labels, found, strict=True)}
 
 
+def _shared(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary["config"].items() if name not in _OWN}
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is not there: run the study to its end first")
     try:
         summary = json.loads(path.read_text())
-        complete = {*_SHARED, "method"} <= summary["config"].keys() and summary["supervised"]
+        rows = summary["supervised"]
+        complete = "method" in summary["config"] and rows and "seeds" in summary["config"]
+        complete = complete and all(row.keys() >= _NEEDED for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): run its study again") from error
     if not complete:

@@ -248,3 +248,10 @@ def _check_layers(budget: Budget, moved: Offsets, sizes: Mapping[str, int]) -> N
     for what, given in (("offsets", moved), ("the budget", budget.offsets)):
         if set(given) != set(sizes):
             raise ValueError(f"{what} are of {sorted(given)}, sizes of {sorted(sizes)}")
+    if not sizes:
+        raise ValueError("there are no layers, expected one or more")
+    for name, offset in moved.items():
+        if jnp.shape(offset):
+            raise ValueError(
+                f"the offset of {name!r} has shape {jnp.shape(offset)}, expected one number"
+            )

@@ -50,7 +50,13 @@ def continuation(
         epoch: May be traced.
         beta_every: Epochs in which that of the logistic function grows by 0.1, up to 6.
         gamma_every: Epochs in which that of the Heaviside function doubles, up to 256.
+
+    Raises:
+        ValueError: They are not above 0.
     """
+    # The negated form also refuses NaN.
+    if not (beta_every > 0 and gamma_every > 0):
+        raise ValueError(f"{beta_every=} and {gamma_every=}, expected numbers of epochs above 0")
     passed = jnp.asarray(epoch, jnp.result_type(float))
     beta = jnp.minimum(START[0] + 0.1 * passed / beta_every, _LIMITS[0])
     gamma = jnp.minimum(START[1] * 2.0 ** (passed / gamma_every), _LIMITS[1])
@@ -103,7 +109,7 @@ class ChipNet:
         del ranks
         zeta = per_channel(params, "zeta", n)
         if open is not None:
-            return jnp.asarray(open).astype(zeta.dtype)
+            return per_channel({"open": jnp.asarray(open)}, "open", n).astype(zeta.dtype)
         return heaviside(logistic(zeta, beta), gamma)
 
     def penalty(

@@ -56,7 +56,7 @@ def order_numbers(
         ValueError: Too few channels, `k` or `convention` make no sense, or `ranks`, where
             they are known, are no permutation.
     """
-    if not isinstance(n, int) or n < 2:
+    if not isinstance(n, int | np.integer) or n < 2:
         raise ValueError(
             f"a gate on {n} channel: there is none to close without closing the layer, "
             "expected 2 channels or more"

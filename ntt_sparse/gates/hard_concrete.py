@@ -146,7 +146,9 @@ class HardConcrete:
         """
         del ranks
         log_alpha = per_channel(params, "log_alpha", n)
-        return deterministic(log_alpha) if noise is None else sample(log_alpha, noise)
+        if noise is None:
+            return deterministic(log_alpha)
+        return sample(log_alpha, per_channel({"noise": jnp.asarray(noise)}, "noise", n))
 
     def penalty(self, layers: Sequence[Mapping[str, Array]]) -> Scalar:
         """The expected number of open channels of all layers.

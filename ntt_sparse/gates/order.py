@@ -28,9 +28,11 @@ def by_score(scores: Real[ArrayLike, "..."]) -> Int[Array, " n"]:
         `(n,)`, a permutation of `0..n-1`.
 
     Raises:
-        ValueError: Not a vector.
+        ValueError: Not a vector, or a score is NaN (where it is no tracer).
     """
     scores = jnp.asarray(scores)
+    if not isinstance(scores, Tracer) and jnp.any(jnp.isnan(scores)):
+        raise ValueError(f"scores are {scores}, expected no NaN: it has no place in an order")
     if scores.ndim != 1:
         raise ValueError(f"scores have shape {scores.shape}, expected one per channel, (n,)")
     # A permutation is its own inverse's argsort.

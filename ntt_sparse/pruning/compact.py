@@ -72,7 +72,7 @@ def compact(
             gates, their `kind`; or a `Described` one.
         variables: Of it: `params`, and what else it has.
         input_shape: Of one example. Constants at borders are for images of this size.
-        masks: Of the parameters; weights that are masked are zero.
+        masks: Of the parameters, those of gates among them; what is masked is zero.
         gates: What channels are multiplied by, `(n,)` of each gate by path, in place of what
             the variables say; such as `ntt_sparse.training.export.load_gates` reads.
         empty: What to do about a layer of which no channel is left: `"refuse"`, or `"remove"`
@@ -86,6 +86,8 @@ def compact(
         ValueError: Masks, gates or parameters do not fit the network, a number is not finite,
             or a layer is left empty and `empty` is `"refuse"`.
     """
+    if "params" not in variables:
+        raise ValueError(f"variables hold {sorted(variables)}, expected 'params' among them")
     if isinstance(module, Described):
         network = module.network
         if graph.input_shape(network) != tuple(input_shape):
@@ -94,13 +96,22 @@ def compact(
                 "are of images of that size"
             )
     else:
+        if not hasattr(module, "network"):
+            raise ValueError(
+                f"{type(module).__name__} has no method 'network' that describes it: expected a "
+                "model of ntt_sparse.models, or describe it for compact_network"
+            )
         network = graph.check(module.network(input_shape))
     params = variables["params"]
+    if masks is not None:
+        params = pruning_masks.apply(params, masks)
     values = gates
     if values is None:
-        values = gates_layer.values(getattr(module, "kind", None), variables, network)
+        # Masks may close gates as well.
+        masked = {**variables, "params": params}
+        values = gates_layer.values(getattr(module, "kind", None), masked, network)
     return compact_network(
-        network, params, variables.get(STATISTICS, {}), gates=values, masks=masks, empty=empty,
+        network, params, variables.get(STATISTICS, {}), gates=values, empty=empty,
         dtype=module.dtype if hasattr(module, "dtype") else None,
     )  # fmt: skip
 
@@ -204,7 +215,10 @@ def _checked_gates(network: Network, gates: Mapping[str, Any]) -> dict[str, np.n
                 f"gate {path!r} has shape {value.shape}, expected ({expected[path]},): one number "
                 "per channel"
             )
-        if not np.all(np.isfinite(value)):
+        # In single precision, which they are multiplied in.
+        kinds = (jnp.floating, jnp.integer, jnp.bool_)
+        real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        if not real or not np.all(np.abs(value.astype(float)) <= np.finfo(np.float32).max):
             raise ValueError(f"gate {path!r} is {value}, expected finite numbers")
     return found
 

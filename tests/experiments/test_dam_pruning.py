@@ -270,6 +270,30 @@ def test_published_numbers():
             {"gate": "slimming", "budget": "volume", "targets": (0.5,), "coefficients": (1.0,)},
             "config.budget is 'volume' with gate 'slimming', expected channels, parameters",
         ),
+        (
+            {
+                "gate": "slimming",
+                "budget": "channels",
+                "targets": (0.001,),
+                "slimming.keep": 0,
+                "coefficients": (1.0,),
+                "finetune.epochs": 1,
+                "training.cold_start": 0.0,
+            },
+            "config.targets holds 0.001, which is none of 142 channels",
+        ),
+        (
+            {
+                "gate": "chipnet",
+                "budget": "parameters",
+                "targets": (1e-5,),
+                "coefficients": (1.0,),
+                "pretrain.epochs": 1,
+                "finetune.epochs": 1,
+                "training.cold_start": 0.0,
+            },
+            "config.targets holds 1e-05, which is none of 61,706 parameters",
+        ),
         ({"gate": "slimming"}, "cuts networks to a budget and trains them on: expected"),
         (
             {"gate": "chipnet", "budget": "volume", "targets": (0.5,), "coefficients": (1.0,)},

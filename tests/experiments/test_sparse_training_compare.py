@@ -13,7 +13,7 @@ from experiments.cli import UserError
 from experiments.sparse_training_compare import compare
 from experiments.statistics import paired, spread
 
-SHARED = {"data": {"name": "digits"}, "model": {"name": "a"}, "supervised": {"epochs": 1}}
+SHARED = {"data": {"name": "digits"}, "model": {"name": "a"}, "evaluated": 0}
 NONE = [0.5, 0.6, 0.7]
 # By method, what CKA-SR reaches with the same seeds.
 REACHED = {"snip": [0.52, 0.63, 0.71], "rigl": [0.49, 0.61, 0.74]}
@@ -84,10 +84,14 @@ def test_what_cannot_be_compared(runs, tmp_path):
         compare(runs[:1], tmp_path / "out")
     with pytest.raises(UserError, match="names run_snip more than once"):
         compare([runs[0], runs[0]], tmp_path / "out")
+    with pytest.raises(UserError, match="run_rigl, a study that is compared: expected another"):
+        compare(runs, runs[0].parent / "out" / ".." / runs[1].name)
     path = runs[1] / "summary.json"
     good = json.loads(path.read_text())
     for text, message in (
         (json.dumps({**good, "config": {**good["config"], "seeds": [1, 2]}}), "config.seeds"),
+        (json.dumps({**good, "config": {**good["config"], "evaluated": 9}}), "config.evaluated, 9"),
+        (json.dumps({**good, "supervised": [{"density": 0.1}]}), "is of another study"),
         (json.dumps({"networks": []}), "cannot be read"),
         (json.dumps({**good, "config": {"method": "lth"}}), "is of another study"),
         ("{", "cannot be read"),

@@ -257,6 +257,7 @@ def test_budgets_of_layers(convention):
         (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 2), "is 2, .* 3 or more"),
         (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 9, keep=5), "keep is 5, .* 0 to 4"),
         (lambda: budget.start({}), "no offsets"),
+        (lambda: budget.hold(budget.Budget({}, {}), {}, {}, 1), "there are no layers"),
         (lambda: budget.start({"a": jnp.zeros(2)}), "the offset of 'a' is"),
         (lambda: budget.start({"a": jnp.bfloat16(1)}), "float32 or wider"),
         (

@@ -154,6 +154,10 @@ def test_in_networks(module, shape):
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="expected numbers of epochs above 0"):
+        chipnet.continuation(0, gamma_every=0.0)
+    with pytest.raises(ValueError, match=r"open has shape \(5,\), expected \(3,\)"):
+        ChipNet().values({"zeta": jnp.zeros(3)}, 3, open=jnp.ones(5, bool))
     with pytest.raises(ValueError, match="initial is nan"):
         ChipNet(float("nan"))
     with pytest.raises(ValueError, match="there are no gates"):

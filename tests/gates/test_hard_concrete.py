@@ -137,6 +137,8 @@ def test_the_expected_cost_is_that_of_drawn_networks():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match=r"noise has shape \(1,\), expected \(3,\)"):
+        HardConcrete().values({"log_alpha": jnp.zeros(3)}, 3, noise=jnp.full(1, 0.5))
     for drop in (0.0, 1.0, float("nan")):
         with pytest.raises(ValueError, match="expected a number between 0 and 1"):
             HardConcrete(drop)

@@ -71,6 +71,7 @@ def test_noise_tells_nothing_whether_dense_or_sparse():
     "call, message",
     [
         (lambda: order.by_score(jnp.ones((2, 2))), "one per channel"),
+        (lambda: order.by_score(jnp.array([jnp.nan, 1.0])), "expected no NaN"),
         (lambda: order.mutual_information(jnp.ones((4, 2)), jnp.zeros(3, int), 2), "shapes"),
         (lambda: order.mutual_information(jnp.ones((4, 2)), jnp.zeros(4, int), 2, bins=5), "2 to"),
         (

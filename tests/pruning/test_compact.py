@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_networks import (
@@ -24,6 +25,7 @@ from ntt_sparse.gates import channels, layer
 from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.dam import Dam
 from ntt_sparse.gates.l1 import L1
+from ntt_sparse.gates.slimming import Slimming
 from ntt_sparse.models.described import Described
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.vgg import Vgg
@@ -242,3 +244,28 @@ def test_a_small_network_is_compacted_like_any_other():
     assert again.module.network == small.module.network
     with pytest.raises(ValueError, match=r"input_shape is \(4, 4, 3\)"):
         compact(small.module, small.variables, (4, 4, 3))
+
+
+@pytest.mark.parametrize("kind", [Slimming(), L1()])
+def test_masks_close_gates_too(kind):
+    """As `layer.masks` makes them: what they hold at zero is as if it were zero."""
+    module = models.create("lenet5", kind=kind)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    network = module.network((28, 28, 1))
+    half = {path: jnp.arange(n) < n // 2 for path, n in channels.sizes(network).items()}
+    masks = layer.masks(kind, variables["params"], network, half)
+    applied = {"params": pruning_masks.apply(variables["params"], masks)}
+    small = compact(module, variables, (28, 28, 1), masks=masks)
+    assert small.after == compact(module, applied, (28, 28, 1)).after
+    assert small.after.channels == sum(n // 2 for n in channels.sizes(network).values())
+    x = jax.random.normal(jax.random.key(1), (3, 28, 28, 1))
+    same(small.module.apply(small.variables, x), module.apply(applied, x))
+
+
+def test_what_is_no_network():
+    module = models.create("lenet5")
+    params = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    with pytest.raises(ValueError, match="expected 'params' among them"):
+        compact(module, params, (28, 28, 1))
+    with pytest.raises(ValueError, match="Dense has no method 'network'"):
+        compact(nn.Dense(3), {"params": {}}, (4,))
