@@ -59,7 +59,7 @@ def pixels(data: ImageData) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray,
     Pixels go from -1 to 1, the darkest and the brightest of the training images.
     """
     std, mean = data.std.astype(np.float32), data.mean.astype(np.float32)
-    train, test = (split.x * std + mean for split in (data.train, data.test))
+    train, test = (np.asarray(split.x) * std + mean for split in (data.train, data.test))
     low, high = train.min(), train.max()
     train, test = (
         (2 * (x - low) / (high - low) - 1).reshape(len(x), -1) for x in (train, test)

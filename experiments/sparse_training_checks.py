@@ -23,6 +23,7 @@ from experiments.sparse_training_stages import (
     block_patterns,
     stage_patterns,
 )
+from ntt_sparse.data.folders import FolderImages
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture, select
@@ -64,6 +65,7 @@ _RANGES = {
     "evaluated": (0, LARGEST_INT),
     "checkpoint_seconds": (0, math.inf),
     "data.split_seed": (0, 2**32 - 1),
+    "data.size": (1, 4096),
     "supervised.epochs": (1, LARGEST_INT),
     "supervised.batch_size": (2, LARGEST_INT),
     "supervised.max_steps": (0, LARGEST_INT),
@@ -161,6 +163,11 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
             raise ValueError(f"config.{field} is {config[field]}, there are {size} images")
 
     check_augment(config, data.input_shape)
+    if isinstance(data.train.x, FolderImages) and not config.evaluated:
+        raise ValueError(
+            "config.evaluated is 0, expected how many images of the folder are held to measure "
+            "accuracy: as many of them as fit into memory"
+        )
 
     def shapes(key):
         x = jax.numpy.zeros((2, *data.input_shape))

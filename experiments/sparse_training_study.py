@@ -30,7 +30,7 @@ from experiments.sparse_training_stages import (
     make_optimizer,
     training_terms,
 )
-from experiments.study import augment_images, fit_stage, hold_out, make_plan, save_networks
+from experiments.study import fit_stage, hold_out, make_plan, save_networks, training_input
 from ntt_sparse import models
 from ntt_sparse.data import images
 from ntt_sparse.pruning.masks import named_leaves
@@ -89,8 +89,9 @@ def make_model(config: Any, num_outputs: int) -> Any:
 def prepare(config: Any, data_dir: str | None) -> Setup:
     """Loads data and model and plans the training, before anything is trained or written."""
     whole = images.load(
-        config.data.name, data_dir=data_dir, validation_fraction=0.0, seed=config.data.split_seed
-    )
+        config.data.name, data_dir=data_dir, validation_fraction=0.0,
+        seed=config.data.split_seed, size=config.data.size,
+    )  # fmt: skip
     data = hold_out(whole, config.supervised.validation_fraction, config.data.split_seed)
     module = make_model(config, data.num_classes)
     plan = make_plan(config.supervised, len(data.train.y), config.checkpoint_seconds)
@@ -109,7 +110,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         capture(setup.module, all_patterns(config), examples=config.samples or None),
         straight_through=config.method == "rigl",
     )
-    augment = augment_images if config.data.augment else None
+    train_data, augment = training_input(config, data.train)
     step_fn = make_step(
         training_terms(config), optimizer, forward=forward, augment=augment,
         after_update=mask_schedule(config, setup.plan),
@@ -127,7 +128,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     ) -> Member:  # fmt: skip
         return fit_stage(
             config, workdir, stage, member_names(runs), members, step_fn, plan,
-            tuple(data.train), evaluation(config, setup.module), evaluation_data, mode,
+            train_data, evaluation(config, setup.module), evaluation_data, mode,
             batch_size=batch_size,
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What studies share: held-out data, one stage over all devices, networks as files."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -14,9 +15,11 @@ import numpy as np
 import optax
 
 from ntt_sparse._types import PRNGKey
-from ntt_sparse.data import images
+from ntt_sparse.data import folders, images
 from ntt_sparse.data.augment import pad_crop_flip
 from ntt_sparse.data.batches import steps_per_epoch, total_steps
+from ntt_sparse.data.folders import FolderImages
+from ntt_sparse.data.stream import Stream
 from ntt_sparse.pruning.masks import LayerDensity, layer_densities
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
@@ -25,7 +28,7 @@ from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 from ntt_sparse.training.program import gather, make_program
 from ntt_sparse.training.state import Member
-from ntt_sparse.training.step import StepFn
+from ntt_sparse.training.step import Augment, StepFn
 
 # What each run of each stage took; unlike records it is of this machine and moment.
 _SECONDS = "seconds.jsonl"
@@ -56,9 +59,29 @@ def hold_out(data: images.ImageData, fraction: float, seed: int) -> images.Image
         return data._replace(validation=data.train)
     train, validation = images.split_indices(len(data.train.y), fraction, seed)
     return data._replace(
-        train=images.Split(data.train.x[train], data.train.y[train]),
-        validation=images.Split(data.train.x[validation], data.train.y[validation]),
+        train=images.take(data.train, train), validation=images.take(data.train, validation)
     )
+
+
+def training_input(config: Any, split: images.Split) -> tuple[Any, Augment | None]:
+    """What `fit_stage` trains on, and how its steps change their batches.
+
+    Images in memory are cropped and mirrored on the device, those of a folder where they are read,
+    if the settings augment.
+    """
+    x, y = split
+    if not isinstance(x, FolderImages):
+        return (x, y), augment_images if config.data.augment else None
+
+    def read(index: int, rng: np.random.Generator) -> Any:
+        return x.random(index, rng) if config.data.augment else x.central(index), y[index]
+
+    def standardise(key: PRNGKey, batch: Any) -> Any:
+        del key
+        return folders.standardise(batch[0]), batch[1]
+
+    listed = f"{x.shape} {x.paths} {x.indices.tolist()}"
+    return Stream(read, len(y), identity=hashlib.sha256(listed.encode()).hexdigest()), standardise
 
 
 def make_plan(settings: Any, n: int, checkpoint_seconds: float) -> Plan:
@@ -110,7 +133,7 @@ def fit_stage(
         members: At the start, with a leading member axis.
         step_fn: From `make_step`.
         plan: When to record and to end.
-        train_data: Pytree of arrays `(n, ...)`.
+        train_data: Pytree of arrays `(n, ...)`, or a stream.
         evaluate: `(member, *evaluation_data) -> {name: value}` of one member.
         evaluation_data: What it looks at besides.
         mode: How the members of one device ride.
@@ -126,8 +149,10 @@ def fit_stage(
     """
     mesh = meshes.auto_mesh(len(names), batch_size)
     program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick)
-    train_data, evaluation_data = jax.device_put(
-        jax.tree.map(jnp.asarray, (train_data, evaluation_data)), meshes.replicated(mesh)
+    streamed = isinstance(train_data, Stream)
+    placed, evaluation_data = jax.device_put(
+        jax.tree.map(jnp.asarray, (() if streamed else train_data, evaluation_data)),
+        meshes.replicated(mesh),
     )
     mapped = jax.jit(meshes.map_members(evaluate, mesh, num_shared=len(evaluation_data), mode=mode))
     _logger.info(
@@ -136,14 +161,16 @@ def fit_stage(
     )  # fmt: skip
     log = MetricsLog(workdir / f"{stage}.jsonl", stage)
     board = TensorBoard(workdir / "tensorboard" / stage, names)
-    data_digest = "" if made else digest((train_data, evaluation_data)).tobytes().hex()
+    data_digest = "" if made else digest((placed, evaluation_data)).tobytes().hex()
+    if streamed:
+        data_digest += train_data.identity
     identity = json.dumps([config.to_dict(), names, data_digest], sort_keys=True)
     with Checkpoints(workdir / "checkpoints" / stage, identity=identity) as checkpoints:
         with _timed(workdir, stage, checkpoints, plan.start):
             state = fit(
                 program,
                 members,
-                train_data,
+                train_data if streamed else placed,
                 plan,
                 log=log,
                 checkpoints=checkpoints,

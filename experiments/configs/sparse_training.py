@@ -10,6 +10,8 @@ mnist_METHOD          LeNet-300-100, densities 0.2 to 0.002
 lenet5_caffe_METHOD   the same for LeNet-5 as shipped with Caffe
 cifar10_METHOD        ResNet-20, densities 0.1, 0.05, 0.02
 NETWORK_METHOD        the same for resnet32, resnet56, resnet18, resnet50 and vgg19
+imagenet_METHOD       ResNet-18 at density 0.05, for a folder: --config.data.name=FOLDER
+imagenet50_METHOD     ResNet-50
 pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100: Table 4
 ====================  ================================================================
 
@@ -85,7 +87,8 @@ BASE: dict[str, Any] = {
     "probe": 256,
     # Held-out and test images whose accuracy is measured (0: all).
     "evaluated": 0,
-    "data": {"name": "mnist", "split_seed": 9, "augment": False},
+    # A name as of `ntt_sparse.data.images.load`; the size of images is of those in folders.
+    "data": {"name": "mnist", "split_seed": 9, "augment": False, "size": 224},
     "model": {
         "name": "lenet_300_100",
         "padding": "",
@@ -170,6 +173,23 @@ _SMALL_IMAGES: dict[str, dict[str, Any]] = {
     },
 }
 """What differs from ResNet-20, by network."""
+_IMAGENET = {
+    **RESNET,
+    **_SMALL_IMAGES["resnet18"],
+    "coefficients": (1e-5,),
+    "density": (0.05,),
+    # What is held in memory: as floats 6 GB each of validation and test.
+    "evaluated": 10_000,
+    "data.name": "imagenet",
+    "model.stem": "imagenet",
+    "supervised.epochs": 100,
+    "supervised.batch_size": 768,
+    "supervised.learning_rate": 0.4,
+    "supervised.label_smoothing": 0.1,
+    "supervised.milestones": (0.3, 0.6, 0.9),
+    "supervised.validation_fraction": 0.01,
+}
+"""ImageNet, as in random sparse training, without its warm-up; milestones are ours."""
 _METHODS: dict[str, dict[str, Any]] = {
     "random": {},
     **{
@@ -211,6 +231,11 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     **{
         f"{network}_{method}": {**RESNET, **fields, **settings, "density": (0.1, 0.05, 0.02)}
         for network, fields in _SMALL_IMAGES.items()
+        for method, settings in _METHODS.items()
+    },
+    **{
+        f"{name}_{method}": {**_IMAGENET, "model.name": network, **settings}
+        for name, network in (("imagenet", "resnet18"), ("imagenet50", "resnet50"))
         for method, settings in _METHODS.items()
     },
     # Of the paper, the schedule that all its other runs have; it does not say this one.

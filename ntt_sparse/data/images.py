@@ -1,7 +1,8 @@
-"""Image sets in memory: read, checked, standardised and split once.
+"""Image sets: read, checked, standardised and split once.
 
-`load` gives plain NumPy arrays; `ntt_sparse.data.batches` picks batches from them on
-device. Nothing here reaches for the network.
+`load` gives plain NumPy arrays, from which `ntt_sparse.data.batches` picks batches on the device,
+or the files of a folder, which `ntt_sparse.data.stream` reads ahead of their use. Nothing here
+reaches for the network.
 """
 
 import os
@@ -12,7 +13,8 @@ import numpy as np
 from jaxtyping import Float, Float64, Int32, Int64, Real
 from numpy.typing import DTypeLike
 
-from ntt_sparse.data import checks, npz, tfds_source
+from ntt_sparse.data import checks, folders, npz, tfds_source
+from ntt_sparse.data.folders import FolderImages
 
 _DIGITS_TEST_SIZE = 360
 _CHUNK = 1024
@@ -21,8 +23,8 @@ _CHUNK = 1024
 class Split(NamedTuple):
     """Images and their labels."""
 
-    x: Float[np.ndarray, "n h w c"]
-    """Standardised images, channels last."""
+    x: Float[np.ndarray, "n h w c"] | FolderImages
+    """Standardised images, channels last; those of a folder are decoded when they are indexed."""
     y: Int32[np.ndarray, "n"]
     """Class indices, 0 to num_classes - 1."""
 
@@ -53,6 +55,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     validation_fraction: float = 0.1,
     seed: int = 9,
+    size: int | None = None,
     dtype: DTypeLike = np.float32,
 ) -> ImageData:
     """Loads an image classification set.
@@ -74,6 +77,9 @@ def load(
             * a path that ends in `.npz`, with arrays `x_train`, `y_train`, `x_test` and
               `y_test` (images `(n, h, w)` or `(n, h, w, c)`, labels `(n,)` or `(n, 1)`) and
               optionally `num_classes`;
+            * a folder in the format of ImageNet, with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`
+              (the test split), of which images are read when they are needed, see
+              `ntt_sparse.data.folders`; they are standardised by the numbers of ImageNet;
             * a name in TensorFlow Datasets, prepared beforehand: `"mnist"`,
               `"fashion_mnist"`, `"cifar10"`, `"cifar100"` (fine labels), `"svhn_cropped"`, ...
         data_dir: Where TensorFlow Datasets prepared its sets; default `$TFDS_DATA_DIR`,
@@ -81,7 +87,9 @@ def load(
         validation_fraction: Part of the training split to hold out, in [0, 1); 0 gives an
             empty validation split.
         seed: Seed of the permutation, 0 to 2**32 - 1.
-        dtype: Floating-point type of the images.
+        size: Height and width of images of a folder, which is refused without one; others are
+            as they are stored.
+        dtype: Floating-point type of the images; those of a folder are float32.
 
     Returns:
         The set; its name is `name`, or the stem of the `.npz` file.
@@ -102,6 +110,13 @@ def load(
     path = Path(name)
     if path.suffix == ".npz":
         arrays = npz.read(path.expanduser())
+    elif path.expanduser().is_dir():
+        if size is None:
+            raise ValueError(
+                f"{path} is a folder, and images have to be in memory here: expected a name of "
+                "TensorFlow Datasets or an .npz (or a size, to read them when they are needed)"
+            )
+        return _folder(path.expanduser(), size, validation_fraction, seed)
     elif name == "digits":
         arrays = _digits()
     else:
@@ -125,6 +140,33 @@ def load(
         test=split(x_test, y_test),
         num_classes=num_classes,
         name=path.stem if path.suffix == ".npz" else os.fspath(name),
+        mean=mean,
+        std=std,
+    )
+
+
+def take(split: Split, indices: Int64[np.ndarray, "m"]) -> Split:
+    """Some examples of a split; those of a folder are still not decoded."""
+    x = split.x.select(indices) if isinstance(split.x, FolderImages) else split.x[indices]
+    return Split(x, split.y[indices])
+
+
+def _folder(path: Path, size: int, validation_fraction: float, seed: int) -> ImageData:
+    """The files of a folder, in the order of their names but for the test split.
+
+    Tests look at the first so many of those, which are of all classes then.
+    """
+    found = folders.read(path, size)
+    whole, test = Split(*found.train), Split(*found.val)
+    train, validation = split_indices(len(whole.y), validation_fraction, seed)
+    shuffled = _random_state(seed).permutation(len(test.y)).astype(np.int64)
+    mean, std = (np.asarray(each, float) for each in (folders.MEAN, folders.STD))
+    return ImageData(
+        train=take(whole, train),
+        validation=take(whole, validation),
+        test=take(test, shuffled),
+        num_classes=len(found.classes),
+        name=path.name,
         mean=mean,
         std=std,
     )
@@ -160,7 +202,7 @@ def subset(split: Split, classes: tuple[int, ...], per_class: int, *, seed: int 
             )
     order = _random_state(seed).permutation(len(classes) * per_class)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), per_class)
-    return Split(split.x[np.concatenate(found)[order]], labels[order])
+    return Split(take(split, np.concatenate(found)[order]).x, labels[order])
 
 
 def split_indices(

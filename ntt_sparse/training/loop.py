@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
+from ntt_sparse.training.feed import Feed
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
 from ntt_sparse.training.program import Program
 from ntt_sparse.training.state import Member, TrainState
@@ -104,7 +105,7 @@ def fit(
     Args:
         program: From `ntt_sparse.training.program.make_program`.
         members: Members at the start, with a leading member axis.
-        data: Pytree of arrays `(n, ...)`, on the devices.
+        data: Pytree of arrays `(n, ...)`, on the devices, or a `Stream` of examples.
         plan: When to record, to save and to end.
         log: Where records go; its records are cut back to those of the checkpoint.
         checkpoints: Where checkpoints are found and left.
@@ -133,19 +134,18 @@ def fit(
         checkpoints.save(int(state.step), state, records=len(log.records))
 
     with _interruption() as interrupted:
-        state = _restore(program.init(members, data, plan.start), log, checkpoints)
+        feed = Feed(program, data, plan.steps_per_epoch, plan.total_steps)
+        state = _restore(program.init(members, feed.example, plan.start), log, checkpoints)
         if not log.records:
             state = record(state)
-        step, epoch, permutations, length = int(state.step), -1, None, 1
+        step, length = int(state.step), 1
         saved_at = time.monotonic()
         with _progress(plan, step, log.stage) as progress:
             while step < plan.total_steps and not should_stop(log.records):
-                if step // plan.steps_per_epoch != epoch:
-                    epoch = step // plan.steps_per_epoch
-                    permutations = program.permutations(state, jnp.int32(epoch), data)
-                stop = min(plan.next_stop(step), step + length)
+                fed = feed.at(state, step)
+                stop = min(plan.next_stop(step), step + length, fed.stop)
                 began = time.monotonic()
-                state = program.chunk(state, data, permutations, jnp.int32(stop))
+                state = program.chunk(state, fed.data, fed.permutations, jnp.int32(stop))
                 loss = _check_finite(state, member_names, log.stage)
                 per_step = (time.monotonic() - began) / (stop - step)
                 length = int(np.clip(_CHUNK_SECONDS / per_step, 1, 4 * length))

@@ -35,11 +35,15 @@ class Program(NamedTuple):
         chunk: `(state, data, permutations, stop) -> state` runs the steps up to `stop`,
             which must lie in the same epoch; the state may be donated. One compilation
             serves every length.
+        batch_size: Examples per step and member.
+        mesh: Where it runs.
     """
 
     init: Callable[..., TrainState]
     permutations: Callable[..., Array]
     chunk: Callable[..., TrainState]
+    batch_size: int
+    mesh: Mesh
 
 
 class _Carry(NamedTuple):
@@ -106,6 +110,8 @@ def make_program(
         init=init,
         permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
         chunk=chunks(advance, mesh, mode),
+        batch_size=batch_size,
+        mesh=mesh,
     )
 
 

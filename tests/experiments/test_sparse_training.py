@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cka_sr_problems import member_of, tiny_mlp, tiny_split
 from flax import linen as nn
+from PIL import Image
 from sparse_training_problems import get_config, kernels, start
 
 from experiments import sparse_training_checks as checks
@@ -17,10 +18,12 @@ from experiments import sparse_training_report as report
 from experiments import sparse_training_stages as stages
 from experiments import sparse_training_study as study
 from experiments import sparse_training_transform as transform
+from experiments.cli import UserError
 from experiments.configs import sparse_training as configs
 from ntt_sparse.data.images import ImageData, Split
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.pruning import densities, masks
+from ntt_sparse.training.checkpoint import CheckpointError
 from ntt_sparse.training.export import load_network
 from ntt_sparse.training.loop import DivergenceError, Plan
 from ntt_sparse.training.metrics import MetricsLog
@@ -355,3 +358,30 @@ def test_bad_settings(tmp_path, name, fields, message):
         study.run(config, tmp_path / "w")
     assert type(error.value).__name__ == "UserError" and "\n" not in str(error.value)
     assert not (tmp_path / "w").exists()
+
+
+def test_images_of_a_folder(tmp_path):
+    """The same study with files that are read when they are needed, and after a stop."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 8)):
+        for label in range(3):
+            folder = tmp_path / "made" / split / f"n{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 60, (12, 10, 3)) + 90 * np.eye(3, dtype=int)[label]
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    fields = {
+        "data.name": str(tmp_path / "made"), "data.size": 8, "data.augment": True,
+        "score_batch_size": 32, "probe": 8, "evaluated": 12, "density": (0.3,),
+        "supervised.batch_size": 16, "supervised.max_steps": 24,
+    }  # fmt: skip
+    config = get_config("mnist_snip", **fields)
+    rows = study.run(config, tmp_path / "run")["supervised"]
+    assert all(row["test_accuracy_last"]["mean"] > 0.8 for row in rows)
+    assert all(np.sum(row["kept"][0]) == round(0.3 * (192 * 300 + 300 * 100 + 300)) for row in rows)
+    with pytest.raises(UserError, match=r"config\.evaluated is 0, expected how many images"):
+        study.run(get_config("mnist_snip", **{**fields, "evaluated": 0}), tmp_path / "refused")
+    # Other files are other data: their checkpoints are not those.
+    (tmp_path / "made" / "train" / "n0" / "0.png").unlink()
+    with pytest.raises(CheckpointError):
+        study.run(config, tmp_path / "run")
