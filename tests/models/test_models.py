@@ -25,7 +25,7 @@ def test_unknown_names(name, message):
     [
         ("conv4", "pading", r"unknown keyword of 'conv4' 'pading' \(did you mean 'padding'\?\)"),
         ("conv4", "hidden", "expected one of num_outputs, padding, dtype, param_dtype"),
-        ("lenet_300_100", "padding", "'padding'.*: expected one of num_outputs, dtype"),
+        ("lenet_300_100", "padding", "'padding'.*: expected one of num_outputs, dropout, dtype"),
     ],
 )
 def test_unknown_keywords(name, keyword, message):
