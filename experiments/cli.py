@@ -118,13 +118,14 @@ def _refuse_unknown_fields(known: Collection[str]) -> None:
 
 
 def _guard(main: Callable[[], None]) -> None:
+    from ntt_sparse.data.stream import StreamError
     from ntt_sparse.training.checkpoint import CheckpointError
     from ntt_sparse.training.loop import DivergenceError
 
     _log_to_stderr()
     try:
         main()
-    except (UserError, CheckpointError, DivergenceError) as error:
+    except (UserError, CheckpointError, DivergenceError, StreamError) as error:
         logging.getLogger("experiments").debug("the error came from here", exc_info=True)
         _exit(1, f"error: {error}")
     except KeyboardInterrupt as error:

@@ -247,7 +247,11 @@ def _draw(
     rows: list[dict[str, Any]],
 ) -> None:
     directory = workdir / "figures"
-    ours = [(row["parameters"], _in_percent(row["test_accuracy"])) for row in rows]
+    ours: dict[str, list[Any]] = {}
+    for row in rows:
+        name = f"ours, CKA-SR {row['cka_sr']:g}" if row["cka_sr"] else "ours"
+        point = (row["parameters"], _in_percent(row["test_accuracy"]))
+        ours.setdefault(name, []).append(point)
     theirs = [
         ({"mean": row.parameters, "std": None}, {"mean": row.accuracy, "std": None})
         for row in published(config)
@@ -255,7 +259,7 @@ def _draw(
     ]
     figures.trade_offs(
         directory / "accuracy_against_parameters",
-        {_AXES: {"ours": ours} | ({"published": theirs} if theirs else {})},
+        {_AXES: ours | ({"published": theirs} if theirs else {})},
         logarithmic=_AXES[:1],
     )
     labels = {setting: _label(config, setting) for setting in groups}

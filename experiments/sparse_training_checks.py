@@ -46,6 +46,7 @@ _RANGES = {
     "growth.end": (0, 1),
     "growth.fraction": (1e-6, 1),
     "lth.rewind": (0, 0.999),
+    "lth.prune": (0, 0.99),
     "transform.cycles": (1, LARGEST_INT),
     "transform.every": (1, LARGEST_INT),
     "transform.increment": (1e-30, 1e30),
@@ -145,6 +146,19 @@ def _check_method(config: Any) -> None:
         raise ValueError(
             f"config.rounds is {config.rounds} with method {config.method!r}, expected 1: rounds "
             f"are of {', '.join(SCORED)}"
+        )
+
+
+def check_batch_size(config: Any, data: ImageData) -> None:
+    """Checks that there is a batch.
+
+    Raises:
+        ValueError: There are less images.
+    """
+    if config.supervised.batch_size > len(data.train.y):
+        raise ValueError(
+            f"config.supervised.batch_size is {config.supervised.batch_size}, there are "
+            f"{len(data.train.y)} images"
         )
 
 

@@ -55,7 +55,8 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
             raise ValueError(f"--workdir is {workdir}, a study that is compared: expected another")
         summaries = _summaries([Path(run) for run in runs])
     rows = [row for summary in summaries.values() for row in summary["supervised"]]
-    correct([row["less_baseline_last"] for row in rows if "less_baseline_last" in row])
+    for name in ("less_baseline_last", "less_baseline_best_validation"):
+        correct([row[name] for row in rows if name in row])
     compared = {
         "shared": _shared(next(iter(summaries.values()))),
         "methods": {name: summary["supervised"] for name, summary in summaries.items()},
@@ -89,10 +90,10 @@ def _summaries(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
                     "expected studies that differ in their method alone"
                 )
     methods = [summary["config"]["method"] for _, summary in found]
-    labels = [
-        method if methods.count(method) == 1 else run.name
-        for method, (run, _) in zip(methods, found, strict=True)
-    ]
+    folders = [run.resolve() for run, _ in found]
+    # The first of these that tells all apart.
+    choices = (methods, [folder.name for folder in folders], [str(run) for run, _ in found])
+    labels = next((each for each in choices if len(set(each)) == len(each)), choices[-1])
     if repeated := sorted({name for name in labels if labels.count(name) > 1}):
         raise ValueError(f"--runs names {', '.join(repeated)} more than once, expected each once")
     return {name: summary for name, (_, summary) in zip(labels, found, strict=True)}

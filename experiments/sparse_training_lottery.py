@@ -5,6 +5,7 @@ the data, random draws and the schedule are those of the first time from there o
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,23 @@ Fit = Callable[[str, list[Run], Member, Plan], Member]
 
 
 def levels(config: Any) -> list[float]:
-    """Densities that are trained one after the other, the dense network first."""
-    return [1.0, *(density for density in asked_densities(config) if density < 1)]
+    """Densities that are trained one after the other, the dense network first.
+
+    Between those that are asked for there are others, so that each level prunes about a part
+    `config.lth.prune` of what is left, where that is not 0.
+    """
+    found = [1.0]
+    for density in asked_densities(config):
+        whole = found[-1]
+        if density == whole:
+            continue
+        steps = 1
+        if config.lth.prune:
+            steps = max(1, round(math.log(density / whole) / math.log(1 - config.lth.prune)))
+        # Rounded, as they name files.
+        between = (whole * (density / whole) ** (step / steps) for step in range(1, steps))
+        found += [*(float(f"{each:.4g}") for each in between), density]
+    return found
 
 
 def first_runs(config: Any) -> list[Run]:
@@ -84,7 +100,8 @@ def train(
     if start:
         members = fit("rewind", runs, members, dataclasses.replace(plan, total_steps=start))
     later, snapshot = dataclasses.replace(plan, start=start), members
-    counts = layer_counts(config, jax.tree.map(lambda leaf: leaf[0], members.params))
+    pruned = {density: density for density in levels(config) if density < 1}
+    counts = layer_counts(config, jax.tree.map(lambda leaf: leaf[0], members.params), pruned)
     trained = {}
     for density in levels(config):
         if density < 1:

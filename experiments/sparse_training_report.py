@@ -29,8 +29,13 @@ _TABLE2 = {
     (8, 10): "84.28 84.27 84.62 84.14 84.27 84.06 84.25 84.17 84.19 84.59 84.43 84.08",
 }
 _TABLE3_CCA = 84.58
-# Pre-training, CIFAR-100: without, CKA-SR.
-_TABLE4 = {"resnet18": (75.61, 76.32), "resnet50": (77.39, 78.94)}
+# Pre-training: without, CKA-SR.
+_TABLE4 = {
+    ("cifar100", "resnet18"): (75.61, 76.32),
+    ("cifar100", "resnet50"): (77.39, 78.94),
+    ("imagenet", "resnet18"): (69.62, 69.90),
+    ("imagenet", "resnet50"): (76.15, 76.39),
+}
 # By density: without, CKA-SR, AugCKA-SR; the coefficients are not said.
 _TABLE5 = {
     0.3: (65.42, 65.60, 65.85),
@@ -48,8 +53,9 @@ def published(config: Any) -> list[dict[str, Any]]:
     if not random:
         return []
     rows: list[tuple[float, str, float | None, float]] = []
-    if config.data.name == "cifar100" and config.model.name in _TABLE4:
-        whole, regularised = _TABLE4[config.model.name]
+    data = Path(config.data.name).name
+    if table4 := _TABLE4.get((data, config.model.name)):
+        whole, regularised = table4
         rows += [(1.0, BASELINE, 0.0, whole), (1.0, "cka_sr", None, regularised)]
     small = config.model.name == "resnet20"
     if small and config.data.name == "cifar10":

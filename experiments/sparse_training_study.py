@@ -14,7 +14,7 @@ from experiments import (
     sparse_training_transform,
 )
 from experiments.cli import claim_workdir, user_errors
-from experiments.sparse_training_checks import check_config, check_sizes
+from experiments.sparse_training_checks import check_batch_size, check_config, check_sizes
 from experiments.sparse_training_masks import mask_schedule
 from experiments.sparse_training_members import (
     Run,
@@ -94,6 +94,7 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     )  # fmt: skip
     data = hold_out(whole, config.supervised.validation_fraction, config.data.split_seed)
     module = make_model(config, data.num_classes)
+    check_batch_size(config, data)
     plan = make_plan(config.supervised, len(data.train.y), config.checkpoint_seconds)
     check_sizes(config, module, data, plan)
     return Setup(module, data, plan)

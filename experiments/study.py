@@ -73,7 +73,7 @@ def training_input(config: Any, split: images.Split) -> tuple[Any, Augment | Non
     if not isinstance(x, FolderImages):
         return (x, y), augment_images if config.data.augment else None
 
-    def read(index: int, rng: np.random.Generator) -> Any:
+    def read(index: int, rng: np.random.RandomState) -> Any:
         return x.random(index, rng) if config.data.augment else x.central(index), y[index]
 
     def standardise(key: PRNGKey, batch: Any) -> Any:

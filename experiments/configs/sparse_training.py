@@ -12,15 +12,17 @@ cifar10_METHOD        ResNet-20, densities 0.1, 0.05, 0.02
 NETWORK_METHOD        the same for resnet32, resnet56, resnet18, resnet50 and vgg19
 imagenet_METHOD       ResNet-18 at density 0.05, for a folder: --config.data.name=FOLDER
 imagenet50_METHOD     ResNet-50
-pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100: Table 4
+pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100, imagenet_resnet18 or
+                      imagenet_resnet50 on ImageNet: Table 4
 ====================  ================================================================
 
 Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`,
-`gradual`, `lth` and `dlth`. Settings of training are the same for all, so that only masks differ:
-on CIFAR-10 those of random sparse training (Liu et al., ICLR 2022), on MNIST and the digits Adam.
-Lottery tickets are trained once for each density and once before, so they take as many times as
-long; `dlth` takes 90,000 steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its
-densities are ERK's, where the published code leaves the first and the last layer whole.
+`gradual`, `lth`, `dlth` and `dlth_iterative`. Settings of training are the same for all, so that
+only masks differ: on CIFAR-10 those of random sparse training (Liu et al., ICLR 2022), on MNIST and
+the digits Adam. Lottery tickets prune a fifth of what is left at each level, so they take as many
+times as long as there are levels: with the dense one 11 down to a density of 0.1, 28 to 0.002; `dlth` takes 90,000
+steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its densities are ERK's, where
+the published code leaves the first and the last layer whole.
 """
 
 from typing import Any
@@ -44,10 +46,11 @@ BASE: dict[str, Any] = {
     "growth": {"every": 100, "end": 0.75, "fraction": 0.3},
     # Between which fractions of the run gradual pruning happens, every so many steps.
     "gradual": {"every": 100, "start": 0.1, "end": 0.6},
-    # Lottery tickets: the fraction of the run to which training goes back, and what does: weights
-    # (with batch statistics and the schedule), learning_rate (the schedule alone), or, as a
-    # control, everything to weights drawn anew (random).
-    "lth": {"rewind": 0.0, "restore": "weights"},
+    # Lottery tickets: the part of what is left that each level prunes, about (0: as much as leads
+    # to the next density that is asked for); the fraction of the run to which training goes back,
+    # and what does: weights (with batch statistics and the schedule), learning_rate (the schedule
+    # alone), or, as a control, everything to weights drawn anew (random).
+    "lth": {"prune": 0.2, "rewind": 0.0, "restore": "weights"},
     # Of dlth: the decay grows by the increment in every so many steps until it is above the
     # ceiling, to the power (x, x^2, x^3), and then stays for as many steps as it is held; all
     # that in each cycle, which prunes the same part of what is left.
@@ -137,12 +140,15 @@ RESNET = {
 """ResNet-20 on CIFAR-10."""
 SMOKE = {
     "seeds": (1, 2),
+    "data.size": 32,
     "probe": 16,
     "evaluated": 256,
     "supervised.max_steps": 12,
     "supervised.record_every": 6,
+    "supervised.batch_size": 64,
     "growth.every": 3,
     "gradual.every": 3,
+    "lth.prune": 0.0,
     "transform.increment": 0.25,
     "transform.hold": 4,
 }
@@ -180,7 +186,9 @@ _IMAGENET = {
     "density": (0.05,),
     # What is held in memory: as floats 6 GB each of validation and test.
     "evaluated": 10_000,
-    "data.name": "imagenet",
+    "data.name": "./imagenet",
+    # As published; the networks of a seed share what is read.
+    "seeds": (1,),
     "model.stem": "imagenet",
     "supervised.epochs": 100,
     "supervised.batch_size": 768,
@@ -189,7 +197,8 @@ _IMAGENET = {
     "supervised.milestones": (0.3, 0.6, 0.9),
     "supervised.validation_fraction": 0.01,
 }
-"""ImageNet, as in random sparse training, without its warm-up; milestones are ours."""
+"""ImageNet, after random sparse training, whose last layer is whole, and which has five epochs of
+warm-up; neither is so here, and the milestones are ours."""
 _METHODS: dict[str, dict[str, Any]] = {
     "random": {},
     **{
@@ -200,6 +209,12 @@ _METHODS: dict[str, dict[str, Any]] = {
     "set": {"method": "set"},
     "rigl": {"method": "rigl"},
     "dlth": {"method": "dlth"},
+    "dlth_iterative": {
+        "method": "dlth",
+        "transform.cycles": 5,
+        "transform.every": 1,
+        "transform.hold": 10_000,
+    },
 }
 _MLP = {"stages": ("Dense_0,Dense_1",), "regularisers": "cka_sr", "coefficients": (1e-2,)}
 _CNN = {
@@ -223,7 +238,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             **settings,
             "density": (0.2, 0.05, 0.02, 0.005, 0.002),
             "transform.increment": 1e-3,
-            "transform.hold": 4000,
+            "transform.hold": settings.get("transform.hold", 40_000) // 10,
         }
         for network, fields in (("mnist", _MLP), ("lenet5_caffe", _CNN))
         for method, settings in _METHODS.items()
@@ -244,6 +259,14 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             **RESNET,
             **_SMALL_IMAGES[network],
             "data.name": "cifar100",
+            "density": (1.0,),
+        }
+        for network in ("resnet18", "resnet50")
+    },
+    **{
+        f"pretraining_imagenet_{network}": {
+            **_IMAGENET,
+            "model.name": network,
             "density": (1.0,),
         }
         for network in ("resnet18", "resnet50")

@@ -78,7 +78,7 @@ class FolderImages:
         sides = (*image.size, *image.size)
         return self._cut(image, [at * side / n for (at, n), side in zip(box, sides, strict=True)])
 
-    def random(self, index: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+    def random(self, index: int, rng: np.random.RandomState) -> UInt8[np.ndarray, "h w 3"]:
         """A random part of an image, of random area and aspect, mirrored in half of all cases.
 
         Raises:
@@ -157,8 +157,11 @@ def read(folder: str | os.PathLike[str], size: int = 224) -> Folder:
     for split, classes in zip(_SPLITS, listed, strict=True):
         paths = [path for _, files in classes for path in files]
         labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(f) for _, f in classes])
-        if not paths:
-            raise ValueError(f"{root / split} holds no {', '.join(_SUFFIXES)} files")
+        if empty := [name for name, files in classes if not files]:
+            raise ValueError(
+                f"{root / split / empty[0]} holds no {', '.join(_SUFFIXES)} files: expected images "
+                "of each class"
+            )
         parts.append((FolderImages(paths, size, np.arange(len(paths))), labels))
     return Folder(*parts, classes=tuple(names[0]))
 
@@ -166,16 +169,24 @@ def read(folder: str | os.PathLike[str], size: int = 224) -> Folder:
 def _list(split: Path) -> list[tuple[str, list[str]]]:
     if not split.is_dir():
         raise ValueError(f"{split} is not there: expected a folder of images for each class")
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
+    classes = sorted(
+        entry.name for entry in os.scandir(split) if _is_seen(entry) and entry.is_dir()
+    )
     if not classes:
         raise ValueError(f"{split} holds no folders: expected one for each class")
-    return [
-        (
-            name,
-            sorted(e.path for e in os.scandir(split / name) if e.name.lower().endswith(_SUFFIXES)),
-        )
-        for name in classes
-    ]
+    return [(name, _files(split / name)) for name in classes]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        entry.path
+        for entry in os.scandir(folder)
+        if _is_seen(entry) and entry.name.lower().endswith(_SUFFIXES)
+    )
+
+
+def _is_seen(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".")
 
 
 def standardise(x: UInt8[Any, "n h w c"]) -> Float[Any, "n h w c"]:

@@ -5,6 +5,7 @@ or the files of a folder, which `ntt_sparse.data.stream` reads ahead of their us
 reaches for the network.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def load(
     path = Path(name)
     if path.suffix == ".npz":
         arrays = npz.read(path.expanduser())
-    elif path.expanduser().is_dir():
+    elif _is_folder(name):
         if size is None:
             raise ValueError(
                 f"{path} is a folder, and images have to be in memory here: expected a name of "
@@ -145,6 +146,16 @@ def load(
     )
 
 
+def _is_folder(name: str | os.PathLike[str]) -> bool:
+    """Whether it is meant: a path that looks like one, or a folder that has a part `train`.
+
+    The sets of TensorFlow Datasets are folders too, in the folder that holds them.
+    """
+    path = Path(name).expanduser()
+    explicit = path.is_absolute() or os.fspath(name).startswith(".")
+    return explicit or (path / "train").is_dir()
+
+
 def take(split: Split, indices: Int64[np.ndarray, "m"]) -> Split:
     """Some examples of a split; those of a folder are still not decoded."""
     x = split.x.select(indices) if isinstance(split.x, FolderImages) else split.x[indices]
@@ -152,19 +163,24 @@ def take(split: Split, indices: Int64[np.ndarray, "m"]) -> Split:
 
 
 def _folder(path: Path, size: int, validation_fraction: float, seed: int) -> ImageData:
-    """The files of a folder, in the order of their names but for the test split.
+    """The files of a folder, shuffled once: the first so many are of all classes then.
 
-    Tests look at the first so many of those, which are of all classes then.
+    Raises:
+        ImportError: Grain, which reads them, is not installed.
     """
+    if importlib.util.find_spec("grain") is None:
+        raise ImportError("images of folders are read by Grain: pip install grain")
     found = folders.read(path, size)
-    whole, test = Split(*found.train), Split(*found.val)
+    whole, test = (
+        take(Split(*part), _random_state(seed).permutation(len(part[1])).astype(np.int64))
+        for part in (found.train, found.val)
+    )
     train, validation = split_indices(len(whole.y), validation_fraction, seed)
-    shuffled = _random_state(seed).permutation(len(test.y)).astype(np.int64)
     mean, std = (np.asarray(each, float) for each in (folders.MEAN, folders.STD))
     return ImageData(
         train=take(whole, train),
         validation=take(whole, validation),
-        test=take(test, shuffled),
+        test=test,
         num_classes=len(found.classes),
         name=path.name,
         mean=mean,

@@ -5,6 +5,7 @@ number of the step alone, as for data on the device: a run that was stopped goes
 batches. Grain reads ahead in threads.
 """
 
+import importlib.util
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from jaxtyping import Int
 
 _MEMORY = 2**28
 _MOST_STEPS = 32
+
+
+class StreamError(ValueError):
+    """An example could not be read."""
 
 
 class Window(NamedTuple):
@@ -42,7 +47,7 @@ class Stream:
 
     def __init__(
         self,
-        read: Callable[[int, np.random.Generator], Any],
+        read: Callable[[int, np.random.RandomState], Any],
         size: int,
         *,
         identity: str,
@@ -58,13 +63,18 @@ class Stream:
             identity: See the attributes.
             memory: Bytes of a window, about; there are a few.
             threads: That read.
+
+        Raises:
+            ImportError: Grain is not installed.
         """
+        if importlib.util.find_spec("grain") is None:
+            raise ImportError("streams are read by Grain: pip install grain")
         self.size, self.identity = size, identity
         self._read, self._memory, self._threads = read, memory, threads
 
     def example(self) -> Any:
         """One example as a batch, for shapes and dtypes."""
-        one = self._read(0, np.random.default_rng(0))
+        one = self._read(0, np.random.RandomState(0))
         return jax.tree.map(lambda leaf: np.asarray(leaf)[None], one)
 
     def windows(
@@ -80,12 +90,9 @@ class Stream:
             stop: The step after the last.
 
         Raises:
-            ImportError: Grain is not installed.
+            StreamError: An example could not be read.
         """
-        try:
-            import grain
-        except ImportError as error:
-            raise ImportError("images of folders are read by Grain: pip install grain") from error
+        import grain
 
         # Members of one seed share an order, and what is read for it.
         shared = {zlib.crc32(order.tobytes()): order for order in orders}
@@ -105,7 +112,8 @@ class Stream:
             if not start <= step < stop:
                 return blank
             position = (step - first) * batch_size + slot % batch_size
-            rng = np.random.default_rng((keys[which], position))
+            # Its stream is frozen, that of Generator may change between releases of NumPy.
+            rng = np.random.RandomState(np.array([keys[which], position], np.uint32))
             return self._read(int(shared[keys[which]][position]), rng)
 
         numbers = grain.MapDataset.range(count * len(keys) * rows)
@@ -114,9 +122,16 @@ class Stream:
         )
         batches = numbers.map(load).to_iter_dataset(options).batch(len(keys) * rows)
         table = place[:, None] * rows + np.arange(rows)
-        for index, data in enumerate(batches):
-            end = min(begin + (index + 1) * steps, stop)
-            yield Window(end, data, table.astype(np.int32))
+        ends = range(begin + steps, begin + (count + 1) * steps, steps)
+        iterator = iter(batches)
+        for end in ends:
+            # Whatever the reader of the moment raises.
+            try:
+                data = next(iterator)
+            except Exception as error:
+                cause = str(error).strip().splitlines() or [type(error).__name__]
+                raise StreamError(cause[0]) from error
+            yield Window(min(end, stop), data, table.astype(np.int32))
 
     def _steps(self, examples: int) -> int:
         """Steps of a window, where each needs so many examples."""

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ntt_sparse.data.stream import StreamError
 from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
 from ntt_sparse.training.feed import Feed
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
@@ -121,6 +122,8 @@ def fit(
         DivergenceError: A term of the loss, the parameters or a value that `evaluate`
             returned stopped being finite; the newest checkpoint is from before that.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
+        StreamError: Data of the next steps could not be read; a checkpoint of the step before is
+            on disk.
         CheckpointError: Checkpoints are there, but none can be used, or the records
             of `log` do not belong to them.
     """
@@ -142,7 +145,11 @@ def fit(
         saved_at = time.monotonic()
         with _progress(plan, step, log.stage) as progress:
             while step < plan.total_steps and not should_stop(log.records):
-                fed = feed.at(state, step)
+                try:
+                    fed = feed.at(state, step)
+                except StreamError:
+                    save(state)
+                    raise
                 stop = min(plan.next_stop(step), step + length, fed.stop)
                 began = time.monotonic()
                 state = program.chunk(state, fed.data, fed.permutations, jnp.int32(stop))

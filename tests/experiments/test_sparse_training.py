@@ -361,7 +361,7 @@ def test_bad_settings(tmp_path, name, fields, message):
 
 
 def test_images_of_a_folder(tmp_path):
-    """The same study with files that are read when they are needed, and after a stop."""
+    """The same study with files that are read when they are needed."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("val", 8)):
         for label in range(3):

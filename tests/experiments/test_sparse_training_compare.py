@@ -1,6 +1,7 @@
 """Studies side by side: what is read, corrected and refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def runs(tmp_path):
 def test_tables(runs, tmp_path):
     compared = compare(runs, tmp_path / "compared")
     assert list(compared["methods"]) == ["snip", "rigl"]
+    # Folders that tell them apart where methods do not, and paths where folders do not.
+    again = runs[0].parent / "again" / runs[0].name
+    shutil.copytree(runs[0], again)
+    twice = compare([runs[0], again], tmp_path / "twice")["methods"]
+    assert list(twice) == [str(runs[0]), str(again)]
+    named = compare([again, again.parent.parent / runs[1].name, runs[0]], tmp_path / "three")
+    assert len(named["methods"]) == 3
     p = {m: paired(values, NONE)["p_value"] for m, values in REACHED.items()}
     assert p["snip"] < p["rigl"]
     corrected = {m: max(2 * p["snip"], p["rigl"]) if m == "rigl" else 2 * p["snip"] for m in p}
@@ -82,7 +90,7 @@ def test_studies_themselves_on_the_command_line(tmp_path):
 def test_what_cannot_be_compared(runs, tmp_path):
     with pytest.raises(UserError, match="names 1 studies, expected two or more"):
         compare(runs[:1], tmp_path / "out")
-    with pytest.raises(UserError, match="names run_snip more than once"):
+    with pytest.raises(UserError, match="run_snip more than once"):
         compare([runs[0], runs[0]], tmp_path / "out")
     with pytest.raises(UserError, match="run_rigl, a study that is compared: expected another"):
         compare(runs, runs[0].parent / "out" / ".." / runs[1].name)

@@ -11,6 +11,8 @@ from sparse_training_problems import get_config, kernels, start
 from experiments import sparse_training_lottery as lottery
 from experiments import sparse_training_members as sparse_members
 from experiments import sparse_training_study as study
+from experiments.configs import sparse_training as configs
+from ntt_sparse.training.metrics import MetricsLog
 
 
 @pytest.mark.parametrize("restore", ["weights", "learning_rate", "random"])
@@ -153,3 +155,38 @@ def test_levels_may_be_written_as_integers(tmp_path):
     config = get_config("mnist_lth", density=(1, 0.5), seeds=(1,), coefficients=(0.1,))
     rows = study.run(config, tmp_path)["supervised"]
     assert [row["density"] for row in rows] == [1, 1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("prune", "density", "expected"),
+    [
+        (0.0, (0.5, 0.1), [1.0, 0.5, 0.1]),
+        (0.5, (0.5, 0.1), [1.0, 0.5, 0.2236, 0.1]),
+        (0.2, (1.0, 0.64), [1.0, 0.8, 0.64]),
+        (0.9, (0.5, 0.4), [1.0, 0.5, 0.4]),
+    ],
+)
+def test_levels_lead_to_what_is_asked_for(prune, density, expected):
+    config = get_config("mnist_lth", density=density, **{"lth.prune": prune})
+    assert lottery.levels(config) == expected
+
+
+def test_levels_as_published():
+    """A fifth of what is left at each level, as nearly as densities that are asked for allow."""
+    config = configs.get_config("mnist_lth")
+    levels = lottery.levels(config)
+    assert len(levels) == 28 and set(config.density) <= set(levels)
+    kept = np.divide(levels[1:], levels[:-1])
+    assert np.all((kept > 0.76) & (kept < 0.83))
+
+
+def test_levels_between_are_trained_but_not_reported(tmp_path):
+    config = get_config(
+        "mnist_lth", density=(0.5, 0.1), seeds=(1,), coefficients=(0.1,), **{"lth.prune": 0.5}
+    )
+    rows = study.run(config, tmp_path)["supervised"]
+    assert [row["density"] for row in rows] == [0.5, 0.5, 0.1, 0.1]
+    size = 64 * 300 + 300 * 100 + 100 * 10
+    for density in (0.5, 0.2236, 0.1):
+        log = MetricsLog(tmp_path / f"level_{density}.jsonl", "level")
+        assert np.all(log.column("kept")[1].sum(-1) == round(density * size))

@@ -5,7 +5,7 @@ import numpy as np
 import problems
 import pytest
 
-from ntt_sparse.data.stream import Stream
+from ntt_sparse.data.stream import Stream, StreamError
 from ntt_sparse.training import loop
 from ntt_sparse.training.checkpoint import Checkpoints
 from ntt_sparse.training.metrics import MetricsLog
@@ -14,6 +14,7 @@ X, Y = problems.data()
 EXAMPLE = X[0].nbytes + 4
 # Passes of 6 steps, the last of which is cut short.
 PLAN = loop.Plan(total_steps=16, steps_per_epoch=6, record_every=5, checkpoint_seconds=0.0)
+PLAN_OF_DEFAULT_SAVES = loop.Plan(total_steps=16, steps_per_epoch=6, record_every=5)
 SEEDS = (0, 1, 1, 2)
 
 
@@ -80,7 +81,7 @@ def test_windows():
 
     def read(index, rng):
         seen.append(index)
-        return np.int32(index), rng.random()
+        return np.int32(index), rng.random_sample()
 
     made = Stream(read, 96, identity="", memory=2 * 4 * 16 * 12, threads=2)
     windows = list(made.windows(orders, 16, 12, 13, 18))
@@ -103,10 +104,24 @@ def test_windows():
 
 
 def test_what_cannot_be_read_says_so(tmp_path, program):
+    """In one line, after a checkpoint of the step before."""
+
     def read(index, rng):
-        if index == 40:
-            raise ValueError("file 40 is broken")
+        if broken and index == 40:
+            raise ValueError("file 40 is broken\nand more")
         return X[index], Y[index]
 
-    with pytest.raises(ValueError, match="file 40 is broken"):
-        run(tmp_path, program, stream(read=read))
+    broken = True
+    with pytest.raises(StreamError, match=r"^file 40 is broken$"):
+        run(tmp_path / "part", program, stream(1, read=read), PLAN_OF_DEFAULT_SAVES)
+    broken = False
+    assert any((tmp_path / "part" / "checkpoints").iterdir())
+    found = run(tmp_path / "part", program, stream(1, read=read), PLAN_OF_DEFAULT_SAVES)
+    expected = run(tmp_path / "whole", program, stream(1), PLAN_OF_DEFAULT_SAVES)
+    jax.tree.map(np.testing.assert_array_equal, found[0], expected[0])
+
+
+def test_without_grain(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="streams are read by Grain: pip install grain"):
+        stream()
