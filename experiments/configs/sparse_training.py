@@ -20,9 +20,9 @@ Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow
 `gradual`, `lth`, `dlth` and `dlth_iterative`. Settings of training are the same for all, so that
 only masks differ: on CIFAR-10 those of random sparse training (Liu et al., ICLR 2022), on MNIST and
 the digits Adam. Lottery tickets prune a fifth of what is left at each level, so they take as many
-times as long as there are levels: with the dense one 11 down to a density of 0.1, 28 to 0.002; `dlth` takes 90,000
-steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its densities are ERK's, where
-the published code leaves the first and the last layer whole.
+times as long as there are levels: with the dense one 11 down to a density of 0.1, 28 to 0.002;
+`dlth` takes 90,000 steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its
+densities are ERK's, where the published code leaves the first and the last layer whole.
 """
 
 from typing import Any
