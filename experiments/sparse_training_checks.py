@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import sparse_training_lottery, sparse_training_transform
 from experiments.checks import (
@@ -41,6 +42,7 @@ _CHOICES = {
 }
 _RANGES = {
     "score_batch_size": (1, LARGEST_INT),
+    "score_per_class": (0, LARGEST_INT),
     "rounds": (1, LARGEST_INT),
     "growth.every": (1, LARGEST_INT),
     "growth.end": (0, 1),
@@ -172,9 +174,14 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
     scored = ("snip", "grasp", "logit_snip")
     if config.layer_densities in scored or config.method in scored:
         sizes["score_batch_size"] = len(data.train.y)
+    if "score_batch_size" in sizes and config.score_per_class:
+        # In place of the other.
+        del sizes["score_batch_size"]
+        sizes["score_per_class"] = int(np.min(np.unique(data.train.y, return_counts=True)[1]))
     for field, size in sizes.items():
         if config[field] > size:
-            raise ValueError(f"config.{field} is {config[field]}, there are {size} images")
+            each = " of some class" if field == "score_per_class" else ""
+            raise ValueError(f"config.{field} is {config[field]}, there are {size} images{each}")
 
     check_augment(config, data.input_shape)
     if isinstance(data.train.x, FolderImages) and not config.evaluated:

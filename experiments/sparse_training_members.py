@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.sparse_training_masks import layer_counts, random_masks, starting_masks
 from experiments.sparse_training_stages import BASELINE
 from experiments.study import asked_densities, stack, warn_of_empty_layers
-from ntt_sparse.data.images import Split
+from ntt_sparse.data.images import Split, take
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.state import Member, create_member
 
@@ -43,6 +44,17 @@ def member_names(runs: list[Run]) -> list[str]:
     return [f"{r.regulariser}-c{r.coefficient!r}-d{r.density!r}-s{r.seed}" for r in runs]
 
 
+def score_batch(config: Any, train: Split) -> tuple[Any, Any]:
+    """Images and labels that score masks: the first of the training part, or of each class."""
+    # Checked where masks are scored.
+    indices = np.arange(min(config.score_batch_size, len(train.y)))
+    if count := config.score_per_class:
+        found = [np.flatnonzero(train.y == label)[:count] for label in np.unique(train.y)]
+        indices = np.concatenate(found)
+    chosen = take(train, indices)
+    return jnp.asarray(chosen.x[:]), jnp.asarray(chosen.y)
+
+
 def start_members(
     config: Any,
     module: Any,
@@ -56,7 +68,7 @@ def start_members(
     So networks of one seed and density differ in their regulariser alone. The context of each
     is its coefficient, by regulariser, and for gradual pruning the `counts` it ends with.
     """
-    batch = tuple(jnp.asarray(leaf[: config.score_batch_size]) for leaf in (train.x, train.y))
+    batch = score_batch(config, train)
     make = starting_masks(config, module, input_shape)
     by_seed, masks, counts = {}, {}, {}
     for seed in config.seeds:

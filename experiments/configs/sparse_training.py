@@ -77,8 +77,9 @@ BASE: dict[str, Any] = {
     # network), snip (those of a SNIP mask) or grasp (of a GraSP mask), the last two with masks
     # that are random themselves.
     "layer_densities": "erk",
-    # Examples that score masks: the first of the training split.
+    # Examples that score masks: the first of the training split, or so many of each class.
     "score_batch_size": 128,
+    "score_per_class": 0,
     # Feature maps, stage by stage: patterns of module paths, several joined by commas. Two
     # stages on the command line: --config.stages="('Conv_0,Conv_1','Dense_0,Dense_1')". The
     # map of a layer is its output, of a Dense or Conv before the ReLU, of a residual block after.
@@ -244,7 +245,14 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         for method, settings in _METHODS.items()
     },
     **{
-        f"{network}_{method}": {**RESNET, **fields, **settings, "density": (0.1, 0.05, 0.02)}
+        f"{network}_{method}": {
+            **RESNET,
+            **fields,
+            **settings,
+            "density": (0.1, 0.05, 0.02),
+            # Of its code, for CIFAR-10.
+            "score_per_class": 10 if method == "grasp" else 0,
+        }
         for network, fields in _SMALL_IMAGES.items()
         for method, settings in _METHODS.items()
     },

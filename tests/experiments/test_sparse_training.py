@@ -315,6 +315,20 @@ def test_published_numbers_are_of_random_masks_alone():
         assert difference == pytest.approx(gain)
 
 
+def test_what_scores_masks():
+    """The first images, or the first of each class."""
+    train = tiny_split()
+    x, y = sparse_members.score_batch(get_config("mnist_snip", score_batch_size=7), train)
+    np.testing.assert_array_equal(x, train.x[:7])
+    np.testing.assert_array_equal(y, train.y[:7])
+    x, y = sparse_members.score_batch(get_config("mnist_snip", score_per_class=2), train)
+    labels = np.unique(train.y)
+    assert np.asarray(y).tolist() == np.repeat(labels, 2).tolist()
+    for label in labels:
+        first = [index for index, each in enumerate(train.y) if each == label][:2]
+        np.testing.assert_array_equal(x[y == label], train.x[first])
+
+
 def test_scores_that_are_no_numbers_are_refused():
     """Not even under `jit`, in one round or in many, are masks made of them."""
 
@@ -350,6 +364,7 @@ def test_scores_that_are_no_numbers_are_refused():
         ("mnist_lth", {"density": (0.1, 0.3)}, "expected falling densities"),
         ("mnist_random", {"method": "lottery"}, "config.method is 'lottery'"),
         ("mnist_snip", {"score_batch_size": 10**6}, "there are"),
+        ("mnist_snip", {"score_per_class": 10**6}, "images of some class"),
     ],
 )
 def test_bad_settings(tmp_path, name, fields, message):
