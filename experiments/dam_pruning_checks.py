@@ -37,6 +37,7 @@ _BUDGETS = {
 _CHOICES = {
     "gate": ("dam", "hard_concrete", *CUT),
     "convention": ("paper", "code"),
+    "shape": ("relu_tanh", "linear", "piecewise_linear"),
     "budget": ("", *_BUDGETS),
     "model.name": (
         *("lenet5", "preresnet20", "preresnet56", "preresnet110", "preresnet164", "vgg19"),
@@ -49,6 +50,8 @@ _CHOICES = {
     },
 }
 _RANGES = {
+    "alpha": (1e-3, 1e3),
+    "k": (1e-3, 1e3),
     "drop": (0.01, 0.916),
     "gradient_noise": (0, 1e30),
     "probe": (4, LARGEST_INT),

@@ -72,7 +72,7 @@ def member_names(runs: list[Run]) -> list[str]:
 def make_kind(config: Any) -> Kind:
     """The gates of a study."""
     return {
-        "dam": lambda: Dam(config.initial, convention=config.convention),
+        "dam": lambda: Dam(config.initial, config.alpha, config.k, config.convention, config.shape),
         "l1": lambda: L1(config.initial),
         "slimming": lambda: Slimming(config.initial),
         "chipnet": ChipNet,

@@ -70,6 +70,11 @@ _BASE: dict[str, Any] = {
     "gate": "dam",
     # Where order numbers start: paper or code.
     "convention": "paper",
+    # Of DAM: steepness, range of the order numbers, and the shape of the gate (relu_tanh, linear,
+    # piecewise_linear).
+    "alpha": 1.0,
+    "k": 5.0,
+    "shape": "relu_tanh",
     # Offset (dam) or gates (l1) to start from.
     "initial": 1.0,
     # Chance of a hard-concrete gate to be dropped at the start.

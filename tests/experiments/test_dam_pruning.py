@@ -43,6 +43,13 @@ def orders(tmp_path_factory):
     return config, workdir, study.run(config, workdir)
 
 
+def test_gates_are_those_of_the_settings():
+    kind = members.make_kind(
+        small(alpha=2.0, k=4.0, shape="linear", convention="code", initial=1.5)
+    )
+    assert kind == dam.Dam(initial=1.5, alpha=2.0, k=4.0, convention="code", shape="linear")
+
+
 def test_the_report_holds_what_the_networks_are(orders):
     config, workdir, summary = orders
     assert summary == json.loads((workdir / "summary.json").read_text())
@@ -245,6 +252,8 @@ def test_published_numbers():
     ("settings", "message"),
     [
         ({"gate": "sigmoid"}, "config.gate is 'sigmoid'"),
+        ({"shape": "tanh"}, "config.shape is 'tanh', expected one of 'relu_tanh'"),
+        ({"alpha": 0.0}, "config.alpha is 0.0, expected a number from 0.001"),
         ({"initial": -5.0}, "config.initial is -5.0: initial is -5.0, which closes all 6"),
         ({"budget": "channels", "targets": (0.0,)}, "a budget of nothing cannot be met"),
         ({"budget": "channels", "targets": (1.0,)}, "one of everything prunes nothing"),
