@@ -16,8 +16,8 @@ def check_members(config: Any) -> None:
     """
     _check_different(config, "density")
     for density in config.density:
-        if isinstance(density, bool):
-            raise ValueError(f"config.density holds {density}, expected fractions in (0, 1]")
+        if type(density) not in (int, float):
+            raise ValueError(f"config.density holds {density!r}, expected a fraction in (0, 1]")
         check_density(float(density), "config.density")
     check_seeds(config)
 

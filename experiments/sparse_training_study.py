@@ -122,6 +122,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)
     )
     evaluation_data = (held_out, test, probe_of(config, setup))
+    evaluate = evaluation(config, setup.module)
 
     def fit(
         stage: str, runs: list[Run], members: Member, plan: Plan, *, step_fn: Any = step_fn,
@@ -129,7 +130,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     ) -> Member:  # fmt: skip
         return fit_stage(
             config, workdir, stage, member_names(runs), members, step_fn, plan,
-            train_data, evaluation(config, setup.module), evaluation_data, mode,
+            train_data, evaluate, evaluation_data, mode,
             batch_size=batch_size,
         )  # fmt: skip
 

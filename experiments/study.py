@@ -1,6 +1,7 @@
 """What studies share: held-out data, one stage over all devices, networks as files."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ntt_sparse._types import PRNGKey
 from ntt_sparse.data import folders, images
@@ -26,7 +28,7 @@ from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
-from ntt_sparse.training.program import gather, make_program
+from ntt_sparse.training.program import Program, gather, make_program
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Augment, StepFn
 
@@ -148,13 +150,14 @@ def fit_stage(
         The members at the end.
     """
     mesh = meshes.auto_mesh(len(names), batch_size)
-    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick)
     streamed = isinstance(train_data, Stream)
     placed, evaluation_data = jax.device_put(
         jax.tree.map(jnp.asarray, (() if streamed else train_data, evaluation_data)),
         meshes.replicated(mesh),
     )
-    mapped = jax.jit(meshes.map_members(evaluate, mesh, num_shared=len(evaluation_data), mode=mode))
+    program, mapped = _compiled(
+        step_fn, evaluate, len(evaluation_data), mesh, mode, batch_size, pick
+    )
     _logger.info(
         "%s: %d members, %d steps, mesh %s, %s", stage, len(names), plan.total_steps,
         dict(mesh.shape), mode,
@@ -181,6 +184,22 @@ def fit_stage(
             )
     board.close()
     return state.members
+
+
+# Stages that follow one another with the same step and evaluation are compiled once.
+@functools.lru_cache(maxsize=1)
+def _compiled(
+    step_fn: StepFn,
+    evaluate: Callable[..., Any],
+    num_shared: int,
+    mesh: Mesh,
+    mode: meshes.MemberMode,
+    batch_size: int,
+    pick: Callable[..., Any],
+) -> tuple[Program, Callable[..., Any]]:
+    """The steps of a stage, and its evaluation over members."""
+    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick)
+    return program, jax.jit(meshes.map_members(evaluate, mesh, num_shared=num_shared, mode=mode))
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ ROOMS = {
         *(
             "_types",
             "data.batches",
+            "data.stream",
             "gates.network",
             "gates.network_text",
             "models.described",

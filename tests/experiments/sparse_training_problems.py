@@ -1,13 +1,17 @@
 """Small studies of sparse training, and what their tests share."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from cka_sr_problems import tiny_mlp, tiny_split
 
 from experiments import sparse_training_checks as checks
 from experiments import sparse_training_members as sparse_members
 from experiments import sparse_training_stages as stages
+from experiments import sparse_training_study as study
 from experiments.configs import sparse_training as configs
 from ntt_sparse.pruning import masks
+from ntt_sparse.training.export import load_network
 
 SMALL = {
     "data.name": "digits", "density": (0.3, 0.1), "seeds": (1, 2), "coefficients": (0.1,),
@@ -35,3 +39,18 @@ def start(config, module=None):
 def kernels(tree):
     return {name: np.asarray(leaf, float) for name, leaf in masks.named_leaves(tree).items()
             if name.endswith("kernel")}  # fmt: skip
+
+
+def networks(workdir):
+    return {path.stem: load_network(path) for path in sorted((workdir / "networks").iterdir())}
+
+
+def tiny_init(config, seed):
+    module = study.prepare(config, None).module
+    return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+
+
+def largest(scores, count):
+    flat = np.concatenate([leaf.ravel() for leaf in scores.values()])
+    threshold = np.sort(flat)[-count]
+    return {name: leaf >= threshold for name, leaf in scores.items()}

@@ -122,7 +122,7 @@ MISTAKES = [
     ({"supervised.milestones": (math.nan,)}, "config.supervised.milestones holds nan"),
     ({"supervised.milestones": ("abc",)}, "config.supervised.milestones holds abc"),
     ({"supervised.optimizer": "lion"}, "config.supervised.optimizer is 'lion'"),
-    ({"supervised.batch_size": 5000}, "no batch can be filled"),
+    ({"supervised.batch_size": 5000}, "batch_size is 5000, there are 1293 images"),
     ({"stages": ()}, "config.stages is empty"),
     ({"stages": (1,)}, "config.stages"),
     ({"stages": ("Dense_0",)}, "config.stages holds 'Dense_0', which is 1 feature map"),

@@ -1,6 +1,5 @@
 """Network Slimming and ChipNet in stages: what is cut, stays cut, is counted and made small."""
 
-import functools
 import json
 
 import jax
@@ -82,7 +81,7 @@ def test_networks_are_cut_to_their_targets(finished):
 def test_networks_of_one_size(tmp_path, name):
     """Every kind meets a budget of parameters to within one channel, and keeps it to the end."""
     config = small(
-        name, targets=(0.5, 0.3), seeds=(1,), coefficients=(3.0,),
+        name, targets=(0.5, 0.3), seeds=(1,), coefficients=(3.0,), compact=False,
         **{"chipnet.continuation_epochs": 0},
     )  # fmt: skip
     if name == "mnist_dam":
@@ -294,7 +293,7 @@ def centred_cka(x, y):
 
 def test_similarity_is_penalised_where_initial_weights_are_trained(tmp_path):
     """In the first stage and no other, by each network's own coefficient, as it is defined."""
-    settings = {"targets": (0.6,), "seeds": (1, 2), "cka_sr.every": 2}
+    settings = {"targets": (0.6,), "seeds": (1, 2), "cka_sr.every": 2, "training.max_steps": 6}
     config = small("mnist_slimming_cka_sr", **settings, **{"cka_sr.coefficients": (0.0, 3.0)})
     setup = study.prepare(config, None)
     runs, stage = members.runs_of(config), setup.stages[0]
@@ -327,17 +326,6 @@ def test_similarity_is_penalised_where_initial_weights_are_trained(tmp_path):
     difference = np.subtract(*(rows[k]["test_accuracy"]["values"] for k in (3.0, 0.0)))
     assert rows[3.0]["less_baseline_last"]["mean"] == pytest.approx(difference.mean())
     assert "less_baseline_last" not in rows[0.0]
-    # The networks without are those of a study that knows nothing of it.
-    plain = small("mnist_slimming_cka_sr", **settings, **{"cka_sr.coefficients": (0.0,)})
-    study.run(plain, tmp_path / "without")
-    for run in runs:
-        if not run.cka_sr:
-            name = f"{members.member_names([run])[0]}.npz"
-            ours, theirs = (
-                load_network(tmp_path / each / "networks" / name)[0] for each in ("with", "without")
-            )
-            close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-            jax.tree.map(close, ours, theirs)
 
 
 @pytest.mark.parametrize(

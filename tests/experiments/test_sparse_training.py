@@ -9,7 +9,7 @@ import pytest
 from cka_sr_problems import member_of, tiny_mlp, tiny_split
 from flax import linen as nn
 from PIL import Image
-from sparse_training_problems import get_config, kernels, start
+from sparse_training_problems import get_config, kernels, largest, start
 
 from experiments import sparse_training_checks as checks
 from experiments import sparse_training_masks as methods
@@ -24,16 +24,9 @@ from ntt_sparse.data.images import ImageData, Split
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.pruning import densities, masks
 from ntt_sparse.training.checkpoint import CheckpointError
-from ntt_sparse.training.export import load_network
 from ntt_sparse.training.loop import DivergenceError, Plan
 from ntt_sparse.training.metrics import MetricsLog
 from ntt_sparse.training.terms import NetworkOutputs
-
-
-def largest(scores, count):
-    flat = np.concatenate([leaf.ravel() for leaf in scores.values()])
-    threshold = np.sort(flat)[-count]
-    return {name: leaf >= threshold for name, leaf in scores.items()}
 
 
 def forward(kernel, bias, x):
@@ -181,10 +174,6 @@ def test_what_comes_and_goes(method):
         assert any(np.any(new[name] != again[name]) for name in old)
 
 
-def networks(workdir):
-    return {path.stem: load_network(path) for path in sorted((workdir / "networks").iterdir())}
-
-
 def test_norms_of_weights_are_regularisers(tmp_path):
     """The loss of each network is its task's and its own norm, without biases."""
     config = get_config(
@@ -226,11 +215,6 @@ def test_what_all_networks_are_trained_with(tmp_path):
     log = np.asarray(jax.nn.log_softmax(logits), float)
     expected = -np.mean([0.8 * log[i, y] + 0.2 * log[i].mean() for i, y in enumerate((0, 2, 1))])
     np.testing.assert_allclose(chosen["task"](inputs)[0], expected, rtol=1e-5)
-
-
-def tiny_init(config, seed):
-    module = study.prepare(config, None).module
-    return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
 
 
 def test_rigl_sees_the_gradient_of_weights_that_are_not_there(tmp_path, monkeypatch):

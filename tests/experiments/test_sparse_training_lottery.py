@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from cka_sr_problems import member_of
-from sparse_training_problems import get_config, kernels, start
+from sparse_training_problems import get_config, kernels, largest, networks, start, tiny_init
 
 from experiments import sparse_training_lottery as lottery
 from experiments import sparse_training_members as sparse_members
