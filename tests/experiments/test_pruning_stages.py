@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import dam_pruning_compact
 from experiments import dam_pruning_members as members
 from experiments import dam_pruning_stages as stages
 from experiments import dam_pruning_study as study
@@ -35,6 +36,15 @@ def small(name, **settings):
                 node = node[parent]
             node[field] = value
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_latencies():
+    """One batch and few rounds: numbers here tell nothing of speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dam_pruning_compact, "_BATCHES", (1,))
+        patch.setattr(dam_pruning_compact, "_ROUNDS", 2)
+        yield
 
 
 @pytest.fixture(scope="module", params=["mnist_slimming", "mnist_chipnet"])
