@@ -376,3 +376,35 @@ def layer_widths(path: Path, widths: Mapping[str, np.ndarray]) -> None:
         axis.set_ylabel("open channels")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize="x-small", frameon=False, ncols=2)
+
+
+def ranges(
+    path: Path,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
+    *,
+    x: str,
+    logarithmic: bool = False,
+) -> None:
+    """Means over members with bars from the lowest to the highest, a panel for each quantity.
+
+    Args:
+        path: Where to, without a suffix.
+        panels: `{quantity: {label: (xs, values of the members at each x)}}`.
+        x: What is on the horizontal axis.
+        logarithmic: Whether that axis is.
+    """
+    with _figure(path, 1, len(panels), figsize=(1.2 + 4.8 * len(panels), 4.0)) as axes:
+        for axis, (quantity, lines) in zip(axes[0], panels.items(), strict=True):
+            for index, (label, (xs, values)) in enumerate(lines.items()):
+                mean, low, high = (
+                    np.array([reduce(members) for members in values])
+                    for reduce in (np.mean, np.min, np.max)
+                )
+                axis.errorbar(
+                    xs, mean, (mean - low, high - mean), label=label, color=f"C{index % 10}",
+                    marker=_MARKERS[index % len(_MARKERS)], capsize=2, markersize=4, linewidth=1,
+                )  # fmt: skip
+            axis.set_xlabel(x)
+            axis.set_ylabel(quantity)
+            axis.set_xscale("log" if logarithmic else "linear")
+        axes[0, 0].legend(fontsize="small", frameon=False)

@@ -31,6 +31,7 @@ from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 from ntt_sparse.training.program import Program, gather, make_program
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Augment, StepFn
+from ntt_sparse.training.stopping import EarlyStopping
 
 # What each run of each stage took; unlike records it is of this machine and moment.
 _SECONDS = "seconds.jsonl"
@@ -122,6 +123,7 @@ def fit_stage(
     *,
     batch_size: int,
     patience: int = 0,
+    stopping: EarlyStopping | None = None,
     pick: Callable[..., Any] = gather,
     made: bool = False,
 ) -> Member:
@@ -142,6 +144,8 @@ def fit_stage(
         batch_size: Examples per step and member.
         patience: Records without a better validation accuracy of any member after which the
             stage ends; 0 for never.
+        stopping: Of single members, whose steps are those of `while_active`; the stage ends when
+            all have stopped.
         pick: How a step gets its batch, see `make_program`.
         made: The data follow from the settings. They are then not compared with those of a
             checkpoint, as their last digits differ between machines and numbers of cores.
@@ -179,7 +183,11 @@ def fit_stage(
                 checkpoints=checkpoints,
                 member_names=names,
                 evaluate=lambda current: mapped(current, *evaluation_data),
-                should_stop=lambda records: out_of_patience(records, patience),
+                should_stop=lambda records: (
+                    out_of_patience(records, patience)
+                    or (stopping is not None and stopping.all_stopped(records))
+                ),
+                **({} if stopping is None else {"revise": stopping.revise}),
                 tensorboard=board,
             )
     board.close()

@@ -1,5 +1,6 @@
 """LeNet and its kin: plain stacks of convolutions, pooling and dense layers."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,15 +12,18 @@ from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models import gated
 from ntt_sparse.models.activations import ACTIVATIONS, check_activation
+from ntt_sparse.models.dropout import Dropout
+from ntt_sparse.models.initializers import torch_bias_init, torch_kernel_init
 
 _PADDINGS = ("VALID", "SAME")
 _ACTIVATIONS = ("relu", "tanh", "sine")
+_INITS = ("glorot", "torch")
 
 
 class LeNet(nn.Module):
     """Stages of convolutions, each closed by 2x2 max pooling, then dense layers.
 
-    Kernels start from `glorot_normal`, biases from `normal(stddev=1e-2)`. The params are
+    The params are
     named in order: `Conv_0`, ..., `Dense_0`, ..., each with a `kernel`, a `bias` and, where
     channels are gated, a `gate`, which is before the activation.
 
@@ -31,7 +35,11 @@ class LeNet(nn.Module):
         padding: "VALID" (the default, as in published code) or "SAME".
         field: Smaller images are centred on zeros, up to this height and width.
         dropout: With `train=True`, drops 0.25 after each pooling and 0.5 between each
-            hidden dense layer and its activation; takes `rngs={"dropout": key}`.
+            hidden dense layer and its activation; takes `rngs={"dropout": key}`. Other rates,
+            and names of neurons, are variables of `Dropout_0`, ..., see
+            `ntt_sparse.models.dropout`.
+        initializer: "glorot": kernels start from `glorot_normal`, biases from `normal(stddev=1e-2)`;
+            "torch": both uniform, up to the square root of one over the fan in.
         activation: "relu", "tanh" or "sine".
         kind: Of the gates; `None` for none.
         gated: Hidden layers that are gated, counted from the input; `None` for all.
@@ -46,6 +54,7 @@ class LeNet(nn.Module):
     padding: str = "VALID"
     field: int = 0
     dropout: bool = False
+    initializer: str = "glorot"
     activation: str = "relu"
     kind: Kind | None = None
     gated: int | None = None
@@ -68,6 +77,10 @@ class LeNet(nn.Module):
             )
         if self.padding not in _PADDINGS:
             raise ValueError(f"padding is {self.padding!r}, expected one of {', '.join(_PADDINGS)}")
+        if self.initializer not in _INITS:
+            raise ValueError(
+                f"initializer is {self.initializer!r}, expected one of {', '.join(_INITS)}"
+            )
         if self.num_outputs < 1:
             raise ValueError(f"num_outputs is {self.num_outputs}, expected 1 or more")
 
@@ -88,34 +101,39 @@ class LeNet(nn.Module):
             ValueError: Not images, or images too small for the stages.
         """
         y: Any = jnp.asarray(x)
-        layer = {
-            "kernel_init": nn.initializers.glorot_normal(),
-            "bias_init": nn.initializers.normal(stddev=1e-2),
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-
-        kinds = self._kinds()
+        kinds, places = self._kinds(), itertools.count()
         activate = ACTIVATIONS[self.activation]
 
+        def layer(fan_in):
+            torch = self.initializer == "torch"
+            return {
+                "kernel_init": torch_kernel_init if torch else nn.initializers.glorot_normal(),
+                "bias_init": torch_bias_init(fan_in) if torch else nn.initializers.normal(1e-2),
+                "dtype": self.dtype,
+                "param_dtype": self.param_dtype,
+            }
+
         def drop(x, rate):
-            return nn.Dropout(rate, deterministic=not train)(x) if self.dropout else x
+            if not self.dropout:
+                return x
+            return Dropout(rate, name=f"Dropout_{next(places)}")(x, deterministic=not train)
 
         if self.stages:
             self._check_images(y.shape)
             y = pad_to_field(y, self.field)
         for stage in self.stages:
             for channels in stage:
-                y = activate(
-                    gated.Conv(
-                        channels, self.kernel_size, padding=self.padding, kind=next(kinds), **layer
-                    )(y)
-                )
+                fields = layer(self.kernel_size**2 * y.shape[-1])
+                y = gated.Conv(
+                    channels, self.kernel_size, padding=self.padding, kind=next(kinds), **fields
+                )(y)
+                y = activate(y)
             y = drop(max_pool(y), 0.25)
         y = y.reshape(y.shape[0], -1)
         for width in self.hidden:
-            y = activate(drop(gated.Dense(width, kind=next(kinds), **layer)(y), 0.5))
-        return gated.Dense(self.num_outputs, **layer)(y)
+            fields = layer(y.shape[-1])
+            y = activate(drop(gated.Dense(width, kind=next(kinds), **fields)(y), 0.5))
+        return gated.Dense(self.num_outputs, **layer(y.shape[-1]))(y)
 
     def network(self, input_shape: tuple[int, ...]) -> graph.Network:
         """Its description, for inputs of a shape, such as `(height, width, channels)`.

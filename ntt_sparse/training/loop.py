@@ -99,6 +99,7 @@ def fit(
     member_names: Sequence[str],
     evaluate: Callable[[Member], Mapping[str, Array]] | None = None,
     should_stop: Callable[[list[Record]], bool] = lambda records: False,
+    revise: Callable[[TrainState, list[Record]], TrainState] = lambda state, records: state,
     tensorboard: TensorBoard | None = None,
 ) -> TrainState:
     """Runs a stage to its end, from its newest checkpoint if there is one.
@@ -113,6 +114,8 @@ def fit(
         member_names: One name per member, for messages.
         evaluate: `(members) -> {name: (M, ...)}`, joined into every record.
         should_stop: Looks at all records after each of them; `True` ends the stage.
+        revise: Changes the state after a record, by all records up to it, for example to stop
+            single members; the same shapes, dtypes and shardings.
         tensorboard: A second sink for the scalars of the records.
 
     Returns:
@@ -129,7 +132,8 @@ def fit(
     """
 
     def record(state: TrainState) -> TrainState:
-        return _record(state, log, evaluate, tensorboard, member_names)
+        state = _record(state, log, evaluate, tensorboard, member_names)
+        return revise(state, log.records)
 
     def save(state: TrainState) -> None:
         if tensorboard is not None:

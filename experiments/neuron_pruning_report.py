@@ -1,0 +1,334 @@
+"""The report of the neuron pruning study: summary.json, report.md and the figures."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures
+from experiments import neuron_pruning_published as published
+from experiments.neuron_pruning_orders import CRITERIA
+from experiments.neuron_pruning_thresholds import READINGS, THRESHOLDS
+from experiments.statistics import correct, paired, spread
+from experiments.tables import difference, percent
+from ntt_sparse.training.files import write_text
+
+BASELINE = "l1"
+
+
+def write(config: Any, workdir: Path) -> dict[str, Any]:
+    """Writes everything from the files of the stages alone, so that it can be repeated.
+
+    Returns:
+        The summary.
+    """
+    groups, thresholds = [], {}
+    for network in config.networks.split(","):
+        whole = _read(workdir / f"{network}-whole.json")
+        thresholds[network] = _thresholds(whole["thresholds"])
+        for rate, dropout in itertools.product(config.rates, config.dropouts):
+            groups.append(_group(config, workdir, network, float(rate), float(dropout), whole))
+    correct([
+        row["criteria"][name]["difference"]
+        for group in groups
+        for row in group["iterations"]
+        for name in row["criteria"]
+        if row["criteria"][name]["difference"] is not None
+    ])  # fmt: skip
+    summary = {
+        "config": json.loads(json.dumps(config.to_dict())),
+        "groups": groups,
+        "thresholds": thresholds,
+    }
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "report.md", _markdown(config, groups, thresholds))
+    _draw(workdir / "figures", config, groups)
+    return summary
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _group(
+    config: Any, workdir: Path, network: str, rate: float, dropout: float, whole: Any
+) -> dict[str, Any]:
+    """One line of networks for each criterion, at one width, rate and dropout."""
+    criteria = config.criteria.split(",")
+    dense = [each for each in whole["networks"] if each["dropout"] == dropout]
+    iterations = [_iteration(0, {name: dense for name in criteria})]
+    gone: dict[tuple[str, int], set[Any]] = {}
+    for index in range(1, config.iterations):
+        found = _read(workdir / f"{network}-r{rate!r}-i{index:02}.json")["networks"]
+        found = [each for each in found if each["dropout"] == dropout]
+        by_criterion = {
+            name: [each for each in found if each["criterion"] == name] for name in criteria
+        }
+        iterations.append(_iteration(index, by_criterion))
+        if BASELINE in criteria:
+            _add_agreement(iterations[-1], by_criterion, gone)
+    return {"network": network, "rate": rate, "dropout": dropout, "iterations": iterations}
+
+
+def _iteration(index: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds of each criterion, and differences to the baseline for the same seeds."""
+    row: dict[str, Any] = {"iteration": index, "criteria": {}}
+    for name, networks in found.items():
+        layers = list(networks[0]["widths"])
+        cell: dict[str, Any] = {
+            "test": spread([each["test"] for each in networks]),
+            "validation": spread([each["validation"] for each in networks]),
+            "left": {
+                layer: float(np.mean([each["widths"][layer] for each in networks]))
+                for layer in layers
+            },
+            "difference": None,
+        }
+        if index:
+            cell["before_training"] = spread([each["before_training"] for each in networks])
+            cell["similarity"] = {
+                layer: float(np.mean([each["similarity"][layer] for each in networks]))
+                for layer in layers
+            }
+            if name != BASELINE and BASELINE in found:
+                baseline = [each["test"] for each in found[BASELINE]]
+                cell["difference"] = paired(cell["test"]["values"], baseline)
+        row["criteria"][name] = cell
+    return row
+
+
+def _add_agreement(
+    row: dict[str, Any],
+    found: dict[str, list[dict[str, Any]]],
+    gone: dict[tuple[str, int], set[Any]],
+) -> None:
+    """Parts of the neurons that a criterion prunes which the baseline prunes as well.
+
+    `gone` collects what went before, by criterion and seed; neurons are named by their places in
+    the whole network.
+    """
+    now = {
+        (name, each["seed"]): {
+            (layer, unit) for layer, units in each["removed"].items() for unit in units
+        }
+        for name, networks in found.items()
+        for each in networks
+    }
+    for key, units in now.items():
+        gone[key] = gone.get(key, set()) | units
+    for name, networks in found.items():
+        if name == BASELINE:
+            continue
+        for field, sets in (("agreement", now), ("cumulative_agreement", gone)):
+            row["criteria"][name][field] = spread([
+                len(sets[name, each["seed"]] & sets[BASELINE, each["seed"]])
+                / max(1, len(sets[name, each["seed"]]))
+                for each in networks
+            ])  # fmt: skip
+
+
+def _thresholds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over seeds and dropout rates, for each reading and threshold."""
+    found = []
+    for reading, threshold in itertools.product(READINGS, THRESHOLDS):
+        own = [row for row in rows if row["reading"] == reading and row["threshold"] == threshold]
+        found.append({
+            "reading": reading,
+            "threshold": threshold,
+            "left": {
+                layer: spread([row["left"][layer] for row in own]) for layer in own[0]["left"]
+            },
+            "accuracy": spread([row["accuracy"] for row in own]),
+        })  # fmt: skip
+    return found
+
+
+def _markdown(config: Any, groups: Sequence[dict[str, Any]], thresholds: dict[str, Any]) -> str:
+    lines = [
+        f"# Neuron pruning by representation: {config.name}",
+        "",
+        f"Test accuracy in percent, mean and standard deviation over the seeds "
+        f"{list(config.seeds)}, and lowest to highest. Differences are of the same seeds, with "
+        "95 % intervals and p-values of paired t-tests, in brackets corrected for all "
+        "comparisons of this report (Holm). Agreement is the part of the neurons pruned in an "
+        "iteration (up to then) that L1 prunes too.",
+    ]
+    for group in groups:
+        lines += ["", *_group_table(config, group)]
+    for network, rows in thresholds.items():
+        lines += ["", *_threshold_table(network, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
+    names = config.criteria.split(",")
+    rivals = [name for name in names if name != BASELINE and BASELINE in names]
+    known = (
+        config.data.name == "mnist"
+        and config.amount == "rate"
+        and (group["network"], group["dropout"], group["rate"])
+        == (published.NETWORK, published.DROPOUT, published.RATE)
+        and {"cka", BASELINE} <= set(names)
+    )
+    header = ["iteration", "neurons left", *(CRITERIA[name] for name in names)]
+    header += [f"{CRITERIA[name]} less L1" for name in rivals]
+    header += [f"agreement of {CRITERIA[name]}" for name in rivals]
+    header += ["published: CKA, L1, agreement"] * known
+    lines = [
+        f"## {group['network']}, dropout {group['dropout']:g}, "
+        + (f"{100 * group['rate']:g} % in each iteration" if config.amount != "threshold"
+           else f"similarity of {config.threshold:g} and more"),
+        "",
+        f"| {' | '.join(header)} |",
+        f"|{' --- |' * len(header)}",
+    ]  # fmt: skip
+    for row in group["iterations"]:
+        cells = [str(row["iteration"]), _left(row, names)]
+        cells += [_with_range(row["criteria"][name]["test"]) for name in names]
+        cells += [difference(row["criteria"][name]["difference"]) for name in rivals]
+        for name in rivals:
+            cell = row["criteria"][name]
+            cells.append(
+                f"{cell['agreement']['mean']:.3f} ({cell['cumulative_agreement']['mean']:.3f})"
+                if "agreement" in cell
+                else ""
+            )
+        if known:
+            cells.append(_published(row["iteration"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _left(row: dict[str, Any], names: Sequence[str]) -> str:
+    """Neurons of the layers, of each criterion where they differ."""
+    found = [
+        ", ".join(f"{count:g}" for count in row["criteria"][name]["left"].values())
+        for name in names
+    ]
+    return found[0] if len(set(found)) == 1 else "; ".join(found)
+
+
+def _with_range(value: dict[str, Any]) -> str:
+    low, high = min(value["values"]), max(value["values"])
+    return f"{percent(value)} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def _published(iteration: int) -> str:
+    if iteration >= len(published.SECTION_4_1):
+        return ""
+    cka, l1, agreement = published.SECTION_4_1[iteration]
+    return f"{100 * cka:.2f}, {100 * l1:.2f}" + ("" if agreement is None else f", {agreement}")
+
+
+def _threshold_table(network: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"## Similarity thresholds on the whole network, {network}",
+        "",
+        "Neurons left of each layer (lowest to highest over networks) when neurons go as long "
+        "as CKA stays at the threshold: of the layer without all that went before, or without "
+        "that neuron alone. Accuracy is that of the pruned network, not trained on.",
+        "",
+        "| similarity | threshold | neurons left | test accuracy |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        left = ", ".join(
+            f"{value['mean']:.0f} ({min(value['values'])} to {max(value['values'])})"
+            for value in row["left"].values()
+        )
+        lines.append(
+            f"| {row['reading']} | {row['threshold']:g} | {left} | {percent(row['accuracy'])} |"
+        )
+    return lines
+
+
+def _draw(directory: Path, config: Any, groups: Sequence[dict[str, Any]]) -> None:
+    names = config.criteria.split(",")
+    rivals = [name for name in names if name != BASELINE and BASELINE in names]
+    for group in groups:
+        label = f"{group['network']}_p{group['dropout']:g}_r{group['rate']:g}"
+        steps = [row["iteration"] for row in group["iterations"]]
+        figures.ranges(
+            directory / f"accuracy_{label}",
+            {"test accuracy (%)": {
+                CRITERIA[name]: (steps, [
+                    [100 * value for value in row["criteria"][name]["test"]["values"]]
+                    for row in group["iterations"]
+                ])
+                for name in names
+            }},
+            x="iteration",
+        )  # fmt: skip
+        if rivals and len(steps) > 1:
+            figures.ranges(
+                directory / f"agreement_{label}",
+                {
+                    title: {
+                        CRITERIA[name]: (steps[1:], [
+                            row["criteria"][name][field]["values"]
+                            for row in group["iterations"][1:]
+                        ])
+                        for name in rivals
+                    }
+                    for title, field in (
+                        ("agreement with L1, of the iteration", "agreement"),
+                        ("agreement with L1, up to the iteration", "cumulative_agreement"),
+                    )
+                },
+                x="iteration",
+            )  # fmt: skip
+    if len(groups) > 1 and config.iterations > 1:
+        _draw_sweep(directory, config, groups, rivals)
+
+
+def _draw_sweep(
+    directory: Path, config: Any, groups: Sequence[dict[str, Any]], rivals: Sequence[str]
+) -> None:
+    """What criteria gain over L1, and their accuracy against neurons, one line per group."""
+    varied = [
+        field for field in ("network", "dropout", "rate")
+        if len({group[field] for group in groups}) > 1
+    ]  # fmt: skip
+    labels = [", ".join(f"{field} {group[field]}" for field in varied) for group in groups]
+    if rivals:
+        figures.ranges(
+            directory / "gain_over_l1",
+            {
+                f"{CRITERIA[name]} less L1 (points)": {
+                    label: (
+                        [row["iteration"] for row in group["iterations"]],
+                        [
+                            list(100 * (
+                                np.array(row["criteria"][name]["test"]["values"])
+                                - np.array(row["criteria"][BASELINE]["test"]["values"])
+                            ))
+                            for row in group["iterations"]
+                        ],
+                    )
+                    for label, group in zip(labels, groups, strict=True)
+                }
+                for name in rivals
+            },
+            x="iteration",
+        )  # fmt: skip
+    figures.ranges(
+        directory / "accuracy_against_neurons",
+        {
+            f"{CRITERIA[name]}: test accuracy (%)": {
+                label: (
+                    [sum(row["criteria"][name]["left"].values()) for row in group["iterations"]],
+                    [
+                        [100 * value for value in row["criteria"][name]["test"]["values"]]
+                        for row in group["iterations"]
+                    ],
+                )
+                for label, group in zip(labels, groups, strict=True)
+            }
+            for name in config.criteria.split(",")
+        },
+        x="neurons left",
+        logarithmic=True,
+    )

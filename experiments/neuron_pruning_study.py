@@ -1,0 +1,284 @@
+"""Neuron pruning: train, prune, make smaller, train on; then report."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments import neuron_pruning_report, neuron_pruning_thresholds
+from experiments.cli import claim_workdir, user_errors
+from experiments.neuron_pruning_checks import check_config, check_sizes
+from experiments.neuron_pruning_members import (
+    Run,
+    Smaller,
+    dense_runs,
+    has_dropout,
+    make_members,
+    make_module,
+    make_optimizer,
+    member_names,
+    networks_of,
+    runs_of,
+    start,
+    without,
+)
+from experiments.neuron_pruning_orders import Decision, activation_fn, decide
+from experiments.study import fit_stage, hold_out, make_plan, save_networks
+from ntt_sparse.data import images
+from ntt_sparse.data.images import ImageData, Split
+from ntt_sparse.models.lenet import LeNet
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import terms
+from ntt_sparse.training.files import write_text
+from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.step import make_step
+from ntt_sparse.training.stopping import EarlyStopping, while_active
+
+# Independent of the streams that training folds from a member's key.
+_SAMPLES_STREAM = 1000
+
+
+class Setup(NamedTuple):
+    """Everything that is known before training starts."""
+
+    data: ImageData
+    plan: Plan
+
+
+class Trained(NamedTuple):
+    """Networks after a training, one for each run."""
+
+    networks: list[Smaller]
+    module: LeNet
+
+
+def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dict[str, Any]:
+    """Runs the study, or goes on with it.
+
+    Args:
+        config: From `experiments.configs.neuron_pruning.get_config`.
+        workdir: Where everything is written; an earlier run of the same config there is
+            continued, and a finished one only draws its report again.
+        data_dir: Where prepared TensorFlow Datasets are; by default as TFDS decides.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        UserError: The config, the data or the work directory does not permit the study;
+            nothing was changed.
+    """
+    with user_errors():
+        check_config(config)
+        setup = prepare(config, data_dir)
+    with claim_workdir(workdir, config.to_dict()) as claimed:
+        for network in config.networks.split(","):
+            whole = train_whole(config, setup, network, claimed)
+            for rate in config.rates:
+                iterate(config, setup, network, float(rate), whole, claimed)
+        return neuron_pruning_report.write(config, claimed)
+
+
+def prepare(config: Any, data_dir: str | None) -> Setup:
+    """Loads the images and plans the training, before anything is trained or written."""
+    whole = images.load(
+        config.data.name, data_dir=data_dir, validation_fraction=0.0, seed=config.data.split_seed
+    )
+    data = hold_out(whole, config.data.validation_fraction, config.data.split_seed)
+    if config.data.pixels == "unit":
+        data = unit_pixels(data)
+    check_sizes(config, data)
+    plan = make_plan(config.training, len(data.train.y), config.checkpoint_seconds)
+    return Setup(data, plan)
+
+
+def unit_pixels(data: ImageData) -> ImageData:
+    """Images whose pixels go from 0 to 1, the darkest and the brightest of the training part."""
+    std, mean = data.std.astype(np.float32), data.mean.astype(np.float32)
+    train = np.asarray(data.train.x) * std + mean
+    low, high = train.min(), train.max()
+
+    def scaled(split: Split) -> Split:
+        return Split((np.asarray(split.x) * std + mean - low) / (high - low), split.y)
+
+    return data._replace(
+        train=scaled(data.train), validation=scaled(data.validation), test=scaled(data.test)
+    )
+
+
+def stage_of(network: str, rate: float | None, iteration: int) -> str:
+    """The name of a training, such as `"512-512-r0.2-i03"`; the first is for all rates."""
+    return f"{network}-{'whole' if rate is None else f'r{rate!r}-i{iteration:02}'}"
+
+
+def train_whole(config: Any, setup: Setup, network: str, workdir: Path) -> Trained:
+    """Trains the whole networks, which all criteria and rates begin with."""
+    networks = start(config, network, setup.data.num_classes, setup.data.input_shape)
+    stage, runs = stage_of(network, None, 0), dense_runs(config)
+    trained = train(config, setup, network, networks, runs, 0, stage, workdir)
+    found = {
+        "networks": measure(setup, trained, runs),
+        "thresholds": at_thresholds(config, setup, trained, runs),
+    }
+    write_text(workdir / f"{stage}.json", json.dumps(found) + "\n")
+    return trained
+
+
+def iterate(
+    config: Any, setup: Setup, network: str, rate: float, whole: Trained, workdir: Path
+) -> None:
+    """Prunes and trains in turn, from the whole networks on."""
+    runs, dense = runs_of(config), dense_runs(config)
+    places = [dense.index(Run("dense", run.dropout, run.seed)) for run in runs]
+    trained = whole._replace(networks=[whole.networks[place] for place in places])
+    for iteration in range(1, config.iterations):
+        decisions = decide_all(config, setup, trained, runs, rate, iteration)
+        networks = [
+            without(config, each, made.removed, setup.data.num_classes, setup.data.input_shape)
+            for each, made in zip(trained.networks, decisions, strict=True)
+        ]
+        stage = stage_of(network, rate, iteration)
+        before = accuracies(setup, networks, setup.data.test)
+        removed = [
+            {name: each.units[name][places].tolist() for name, places in made.removed.items()}
+            for each, made in zip(trained.networks, decisions, strict=True)
+        ]
+        trained = train(config, setup, network, networks, runs, iteration, stage, workdir)
+        measured = measure(setup, trained, runs)
+        for row, made, units, accuracy in zip(measured, decisions, removed, before, strict=True):
+            row |= {"similarity": made.similarity, "removed": units, "before_training": accuracy}
+        write_text(workdir / f"{stage}.json", json.dumps({"networks": measured}) + "\n")
+
+
+def train(
+    config: Any,
+    setup: Setup,
+    network: str,
+    networks: Sequence[Smaller],
+    runs: Sequence[Run],
+    iteration: int,
+    stage: str,
+    workdir: Path,
+) -> Trained:
+    """Trains all networks of an iteration as one program, each until its loss stops to fall."""
+    members, widths = make_members(config, network, networks, runs, iteration)
+    data = setup.data
+    module = make_module(widths, data.num_classes, dropout=has_dropout(config))
+    names = member_names(runs)
+    step_fn = make_step(
+        {"task": terms.task()},
+        make_optimizer(config),
+        forward=terms.masked_forward(terms.without_features(module)),
+    )
+    members = fit_stage(
+        config, workdir, stage, names, members, while_active(step_fn), setup.plan,
+        tuple(data.train), functools.partial(evaluate, module), (tuple(data.validation),),
+        member_mode(), batch_size=config.training.batch_size,
+        stopping=EarlyStopping("validation/loss", config.training.patience),
+    )  # fmt: skip
+    if iteration in (0, config.iterations - 1):
+        directory = workdir / "networks"
+        directory.mkdir(exist_ok=True)
+        save_networks(directory / stage, names, members)
+    return Trained(networks_of(members), make_module(widths, data.num_classes, dropout=False))
+
+
+def member_mode() -> meshes.MemberMode:
+    """One after another on CPU, where members that have stopped then cost nothing."""
+    return "loop" if jax.default_backend() == "cpu" else "vmap"
+
+
+def evaluate(module: LeNet, member: Any, validation: Any) -> dict[str, Array]:
+    """Loss and accuracy on validation images, which tell when a network stops."""
+    values = terms.evaluate_supervised(
+        lambda params, x: module.apply({"params": params}, x),
+        member.params, member.masks, validation,
+    )  # fmt: skip
+    return {f"validation/{name}": value for name, value in values.items()}
+
+
+def decide_all(
+    config: Any, setup: Setup, trained: Trained, runs: Sequence[Run], rate: float, iteration: int
+) -> list[Decision]:
+    """What goes from each network, by validation images that its seed draws."""
+    return [
+        decide(
+            config, own_module(network, setup.data.num_classes), network, run, rate,
+            sample(config, setup, run.seed, iteration), iteration,
+        )
+        for network, run in zip(trained.networks, runs, strict=True)
+    ]  # fmt: skip
+
+
+def own_module(network: Smaller, num_outputs: int) -> LeNet:
+    """The network of its own widths."""
+    widths = {name: len(ids) for name, ids in network.units.items()}
+    return make_module(widths, num_outputs, dropout=False)
+
+
+def sample(config: Any, setup: Setup, seed: int, iteration: int) -> Float[Array, "n h w c"]:
+    """Validation images, other ones in each iteration, the same for all criteria."""
+    key = jax.random.fold_in(jax.random.key(seed), _SAMPLES_STREAM + iteration)
+    held_out = setup.data.validation
+    chosen = jax.random.permutation(key, len(held_out.y))[: config.samples]
+    return jnp.asarray(np.asarray(held_out.x)[np.asarray(chosen)])
+
+
+def measure(setup: Setup, trained: Trained, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What is reported of each network. Nothing is chosen by test images."""
+    found = accuracies(setup, trained.networks, setup.data.test)
+    held_out = accuracies(setup, trained.networks, setup.data.validation)
+    return [
+        {
+            **run._asdict(),
+            "widths": {name: len(ids) for name, ids in network.units.items()},
+            "test": test,
+            "validation": validation,
+        }
+        for run, network, test, validation in zip(
+            runs, trained.networks, found, held_out, strict=True
+        )
+    ]
+
+
+def accuracies(setup: Setup, networks: Sequence[Smaller], split: Split) -> list[float]:
+    """The accuracy of each network on a part of the data."""
+    data = tuple(map(jnp.asarray, split))
+    return [
+        float(_accuracy(own_module(network, setup.data.num_classes))(network.params, data))
+        for network in networks
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _accuracy(module: LeNet) -> Callable[..., Array]:
+    """`(params, data) -> accuracy`, compiled once for networks of one shape."""
+
+    def accuracy(params, data):
+        masks = jax.tree.map(lambda leaf: None, params)
+        apply = lambda params, x: module.apply({"params": params}, x)  # noqa: E731
+        return terms.evaluate_supervised(apply, params, masks, data)["accuracy"]
+
+    return jax.jit(accuracy)
+
+
+def at_thresholds(
+    config: Any, setup: Setup, trained: Trained, runs: Sequence[Run]
+) -> list[dict[str, Any]]:
+    """What similarity thresholds would make of the whole networks."""
+    test, rows = tuple(map(jnp.asarray, setup.data.test)), []
+    for network, run in zip(trained.networks, runs, strict=True):
+        module = own_module(network, setup.data.num_classes)
+        found = neuron_pruning_thresholds.rows(
+            network,
+            activation_fn(config, module)(network.params, sample(config, setup, run.seed, 1), {}),
+            lambda params, module=module: _accuracy(module)(params, test),
+        )
+        rows += [{**run._asdict(), **row} for row in found]
+    return rows

@@ -1,0 +1,95 @@
+"""Early stopping of single members."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+from ntt_sparse.training import loop, step, terms
+from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import program as programs
+from ntt_sparse.training.checkpoint import Checkpoints
+from ntt_sparse.training.metrics import MetricsLog
+from ntt_sparse.training.stopping import ACTIVE, EarlyStopping, while_active
+
+
+def records(*values):
+    return [{"step": step, "loss": list(value)} for step, value in enumerate(values)]
+
+
+def test_a_member_stops_after_its_patience_without_a_new_lowest_value():
+    stopping = EarlyStopping("loss", 2)
+    # The first record is from before training, and does not count.
+    assert stopping.active(records((0, 0, 0), (3, 3, 3), (2, 3, 4))) is None
+    assert stopping.active(
+        records((0, 0, 0), (3, 3, 3), (2, 3, 4), (2, 2.9, 3))
+    ).tolist() == [True, True, False]  # fmt: skip
+    later = records((0, 0, 0), (3, 3, 3), (2, 3, 4), (2, 2.9, 3), (2, 3, 3))
+    assert stopping.active(later).tolist() == [False, True, False]
+    assert not stopping.all_stopped(later)
+    assert stopping.all_stopped([*later, {"step": 5, "loss": [2, 3, 3]}])
+
+
+@functools.cache
+def step_fn():
+    return while_active(
+        step.make_step({"task": terms.supervised(problems.apply_fn)}, problems.optimizer)
+    )
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop"])
+def test_members_that_are_not_active_stay_as_they_are(mode):
+    mesh = meshes.make_mesh()
+    active = jnp.array([True, False, True, False])
+    members = problems.members()._replace(context={ACTIVE: active})
+    program = programs.make_program(step_fn(), batch_size=16, mesh=mesh, mode=mode)
+    data = jax.device_put(problems.data(), meshes.replicated(mesh))
+    state = program.init(members, data)
+    order = program.permutations(state, jnp.int32(0), data)
+    after = program.chunk(state, data, order, jnp.int32(3))
+    for before, now in zip(
+        jax.tree.leaves(members.params), jax.tree.leaves(after.members.params), strict=True
+    ):
+        same = np.all(np.asarray(before == now).reshape(4, -1), axis=1)
+        assert same.tolist() == [False, True, False, True]
+    assert np.all(np.asarray(after.sums["loss"]) > 0) == np.False_
+    assert (np.asarray(after.sums["loss"]) > 0).tolist() == active.tolist()
+
+
+def test_a_run_ends_when_all_have_stopped_and_goes_on_the_same(tmp_path):
+    """Losses by hand: one member stops after three records, the others after four."""
+    mesh = meshes.make_mesh()
+    members = problems.members()._replace(context={ACTIVE: jnp.ones(4, bool)})
+    program = programs.make_program(step_fn(), batch_size=16, mesh=mesh)
+    data = jax.device_put(problems.data(), meshes.replicated(mesh))
+    plan = loop.Plan(40, 4, 4, checkpoint_seconds=0.0)
+    stopping = EarlyStopping("loss", 2)
+    losses = iter([[9] * 4, [3] * 4, [4, 2, 2, 2], [4, 3, 3, 3], [4, 3, 3, 3]])
+    seen = []
+
+    def evaluate(current):
+        seen.append(jax.device_get(current.params["in"]))
+        return {"loss": jnp.asarray(next(losses), float)}
+
+    def run():
+        with Checkpoints(tmp_path / "checkpoints", identity="") as checkpoints:
+            return loop.fit(
+                program, members, data, plan, log=MetricsLog(tmp_path / "log.jsonl", "stage"),
+                checkpoints=checkpoints, member_names=list("abcd"), evaluate=evaluate,
+                should_stop=stopping.all_stopped, revise=stopping.revise,
+            )  # fmt: skip
+
+    state = run()
+    assert int(state.step) == 16
+    assert state.members.context[ACTIVE].tolist() == [False] * 4
+    # The first stopped one record before the others.
+    np.testing.assert_array_equal(seen[3][0], seen[4][0])
+    assert np.all(np.any(seen[3][1:] != seen[4][1:], axis=(1, 2)))
+    again = run()
+    for one, two in zip(
+        jax.tree.leaves(state.members.params), jax.tree.leaves(again.members.params), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
