@@ -37,12 +37,12 @@ class Decision(NamedTuple):
     similarity: dict[str, float]
 
 
-def activation_fn(config: Any, module: LeNet) -> Callable[..., dict[str, Array]]:
+def activation_fn(config: Any, module: Any) -> Callable[..., dict[str, Array]]:
     """`(params, images, kept={}) -> {layer: activations}`, compiled; see `prune_sequentially`."""
     return _activation_fn(module, config.activations)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _activation_fn(module: LeNet, which: str) -> Callable[..., dict[str, Array]]:
     hidden = [f"Conv_{index}" for index in range(sum(map(len, module.stages)))]
     hidden += [f"Dense_{index}" for index in range(len(module.hidden))]

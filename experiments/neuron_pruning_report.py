@@ -199,6 +199,27 @@ def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
         if known:
             cells.append(_published(row["iteration"]))
         lines.append(f"| {' | '.join(cells)} |")
+    if config.iterations > 1:
+        lines += ["", *_before_table(names, group)]
+    return lines
+
+
+def _before_table(names: Sequence[str], group: dict[str, Any]) -> list[str]:
+    """What pruning alone does in each iteration."""
+    lines = [
+        "Right after pruning, before training on: test accuracy, and in brackets the mean CKA of "
+        "each layer with what is left of it.",
+        "",
+        f"| iteration | {' | '.join(CRITERIA[name] for name in names)} |",
+        f"|{' --- |' * (1 + len(names))}",
+    ]
+    for row in group["iterations"][1:]:
+        cells = [str(row["iteration"])]
+        for name in names:
+            cell = row["criteria"][name]
+            kept = ", ".join(f"{value:.3f}" for value in cell["similarity"].values())
+            cells.append(f"{percent(cell['before_training'])} ({kept})")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

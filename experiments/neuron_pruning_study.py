@@ -216,7 +216,7 @@ def decide_all(
     ]  # fmt: skip
 
 
-def own_module(network: Smaller, num_outputs: int) -> LeNet:
+def own_module(network: Smaller, num_outputs: int) -> Any:
     """The network of its own widths."""
     widths = {name: len(ids) for name, ids in network.units.items()}
     return make_module(widths, num_outputs, dropout=False)

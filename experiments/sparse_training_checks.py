@@ -26,6 +26,8 @@ from experiments.sparse_training_stages import (
 )
 from ntt_sparse.data.folders import FolderImages
 from ntt_sparse.data.images import ImageData
+from ntt_sparse.models.deep_resnet import DeepResNet
+from ntt_sparse.models.torchvision import load_resnet
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture, select
 from ntt_sparse.training.loop import Plan
@@ -189,6 +191,14 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
             "config.evaluated is 0, expected how many images of the folder are held to measure "
             "accuracy: as many of them as fit into memory"
         )
+
+    if config.model.weights:
+        if not isinstance(module, DeepResNet):
+            raise ValueError(
+                f"config.model.weights is given for {config.model.name!r}: expected 'resnet18' or "
+                "'resnet50', whose names such files have"
+            )
+        load_resnet(config.model.weights, module)
 
     def shapes(key):
         x = jax.numpy.zeros((2, *data.input_shape))

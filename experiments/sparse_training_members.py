@@ -10,7 +10,9 @@ import optax
 from experiments.sparse_training_masks import layer_counts, random_masks, starting_masks
 from experiments.sparse_training_stages import BASELINE
 from experiments.study import asked_densities, stack, warn_of_empty_layers
+from ntt_sparse._types import PRNGKey
 from ntt_sparse.data.images import Split, take
+from ntt_sparse.models.torchvision import load_resnet
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.state import Member, create_member
 
@@ -55,6 +57,15 @@ def score_batch(config: Any, train: Split) -> tuple[Any, Any]:
     return jnp.asarray(chosen.x[:]), jnp.asarray(chosen.y)
 
 
+def initial_variables(
+    config: Any, module: Any, key: PRNGKey, input_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """What a network starts from: drawn, or the weights of a file, the same for all seeds."""
+    if config.model.weights:
+        return load_resnet(config.model.weights, module)
+    return dict(module.init(key, jnp.zeros((1, *input_shape))))
+
+
 def start_members(
     config: Any,
     module: Any,
@@ -65,15 +76,16 @@ def start_members(
 ) -> Member:
     """All networks at their start. A seed fixes weights, masks and the order of the data.
 
-    So networks of one seed and density differ in their regulariser alone. The context of each
-    is its coefficient, by regulariser, and for gradual pruning the `counts` it ends with.
+    Weights of a file are those of all seeds. Networks of one seed and density differ in their
+    regulariser alone. The context of each is its coefficient, by regulariser, and for gradual
+    pruning the `counts` it ends with.
     """
     batch = score_batch(config, train)
     make = starting_masks(config, module, input_shape)
     by_seed, masks, counts = {}, {}, {}
     for seed in config.seeds:
         key = jax.random.key(seed)
-        variables = dict(module.init(key, jnp.zeros((1, *input_shape))))
+        variables = initial_variables(config, module, key, input_shape)
         params = variables.pop("params")
         by_seed[seed] = key, params, variables
         counts = layer_counts(config, params)

@@ -100,6 +100,8 @@ BASE: dict[str, Any] = {
         "shortcut": "",
         "stem": "",
         "dropout": False,
+        # A safetensors file with the names of torchvision's ResNets that every seed starts from.
+        "weights": "",
     },
     "supervised": {
         "epochs": 5,

@@ -23,9 +23,8 @@ _INITS = ("glorot", "torch")
 class LeNet(nn.Module):
     """Stages of convolutions, each closed by 2x2 max pooling, then dense layers.
 
-    The params are
-    named in order: `Conv_0`, ..., `Dense_0`, ..., each with a `kernel`, a `bias` and, where
-    channels are gated, a `gate`, which is before the activation.
+    The params are named in order: `Conv_0`, ..., `Dense_0`, ..., each with a `kernel`, a `bias`
+    and, where channels are gated, a `gate`, which is before the activation.
 
     Attributes:
         num_outputs: Outputs of the last dense layer, 1 or more.
@@ -38,7 +37,7 @@ class LeNet(nn.Module):
             hidden dense layer and its activation; takes `rngs={"dropout": key}`. Other rates,
             and names of neurons, are variables of `Dropout_0`, ..., see
             `ntt_sparse.models.dropout`.
-        initializer: "glorot": kernels start from `glorot_normal`, biases from `normal(stddev=1e-2)`;
+        initializer: "glorot": kernels from `glorot_normal`, biases from `normal(stddev=1e-2)`;
             "torch": both uniform, up to the square root of one over the fan in.
         activation: "relu", "tanh" or "sine".
         kind: Of the gates; `None` for none.

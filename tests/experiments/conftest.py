@@ -1,8 +1,12 @@
 """One finished smoke run of the study, shared by the tests that compare with it."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import pytest
+
+from ntt_sparse.training import mesh as meshes
 
 
 class SmokeRun(NamedTuple):
@@ -36,3 +40,20 @@ def finished_smoke(tmp_path_factory):
     result = run(*arguments, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-2000:]
     return SmokeRun(arguments, fields, workdir)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device():
+    """Studies on one of the eight devices: less to compile, and steps as most users run them."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "auto_mesh", functools.partial(meshes.auto_mesh, devices=devices))
+        yield
+
+
+@pytest.fixture
+def eight_devices(monkeypatch, one_device):
+    """A study on all of them."""
+    assert jax.device_count() == 8
+    spread = functools.partial(meshes.auto_mesh, devices=jax.devices())
+    monkeypatch.setattr(meshes, "auto_mesh", spread)

@@ -115,7 +115,7 @@ def finished(tmp_path_factory):
 
 
 def test_every_criterion_prunes_the_same_number_and_measures_the_rest(finished):
-    config, workdir, summary = finished
+    _, workdir, summary = finished
     (group,) = summary["groups"]
     assert [row["criteria"]["cka"]["left"] for row in group["iterations"]] == [
         {"Dense_0": 16, "Dense_1": 12}, {"Dense_0": 10, "Dense_1": 7}, {"Dense_0": 6, "Dense_1": 4}
@@ -159,7 +159,7 @@ def test_neurons_that_went_are_those_that_the_criterion_names(finished):
 
 
 def test_agreement_is_counted_per_neuron(finished):
-    config, workdir, summary = finished
+    _, workdir, summary = finished
     sets = {"cka": [set(), set()], "l1": [set(), set()]}
     for index in (1, 2):
         found = json.loads((workdir / f"16-12-r0.4-i0{index}.json").read_text())["networks"]
@@ -186,7 +186,7 @@ def test_a_run_goes_on_and_a_finished_one_only_reports_again(finished, tmp_path)
 
 
 def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
-    config, workdir, summary = finished
+    _, workdir, summary = finished
     zeros = get_config(criteria=",".join(CRITERIA), compact=False, **{"training.patience": 1})
     other = study.run(zeros, tmp_path / "work")
     for index in (1, 2):

@@ -115,7 +115,7 @@ def test_networks_of_one_size(tmp_path, name):
 def test_hard_concrete_gates_close_by_themselves(tmp_path):
     """Drawn in training, held within their limits, counted and made small as in evaluation."""
     config = small(
-        "mnist_l0", targets=(1.0,), seeds=(1,), coefficients=(0.0, 30.0),
+        "mnist_l0", targets=(1.0,), seeds=(1,), coefficients=(0.0, 100.0),
         **{"training.max_steps": 60, "training.record_every": 30, "training.learning_rate": 0.1},
     )  # fmt: skip
     summary = study.run(config, tmp_path)
@@ -124,7 +124,7 @@ def test_hard_concrete_gates_close_by_themselves(tmp_path):
     assert pushed < 0.5 * whole < free <= whole
     measured = json.loads((tmp_path / "compact.json").read_text())
     assert all(found["difference"] < 1e-5 for found in measured.values())
-    params, _ = load_network(tmp_path / "networks" / "c30.0-t1.0-o0-s1.npz")
+    params, _ = load_network(tmp_path / "networks" / "c100.0-t1.0-o0-s1.npz")
     low, high = np.log(0.01), np.log(100)
     for gate in layer.find(params).values():
         assert np.all((gate["log_alpha"] >= low - 1e-6) & (gate["log_alpha"] <= high + 1e-6))

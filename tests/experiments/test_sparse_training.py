@@ -384,3 +384,38 @@ def test_images_of_a_folder(tmp_path):
     (tmp_path / "made" / "train" / "n0" / "0.png").unlink()
     with pytest.raises(CheckpointError):
         study.run(config, tmp_path / "run")
+
+
+def test_every_seed_starts_from_the_weights_of_a_file(monkeypatch, tmp_path):
+    module = tiny_mlp()
+    given = dict(module.init(jax.random.key(7), jnp.zeros((1, *tiny_split().x.shape[1:]))))
+    asked = []
+
+    def load(path, network):
+        asked.append((path, network))
+        return dict(given)
+
+    monkeypatch.setattr(sparse_members, "load_resnet", load)
+    config = get_config("mnist_random", **{"model.weights": "made.safetensors"})
+    _, members = start(config, module)
+    assert set(asked) == {("made.safetensors", module)}
+    kernel, kept = (
+        np.asarray(tree["Dense_0"]["kernel"]) for tree in (members.params, members.masks)
+    )
+    expected = np.asarray(given["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(kernel, np.where(kept, expected, 0))
+    assert np.any(kept[0] != kept[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mnist_random", "config.model.weights is given for 'lenet_300_100'"),
+        ("resnet18_random", "there is no file .*nowhere.safetensors"),
+    ],
+)
+def test_weights_that_cannot_be_loaded(name, message, tmp_path):
+    fields = {"model.weights": str(tmp_path / "nowhere.safetensors"), "data.augment": False}
+    with pytest.raises(UserError, match=message):
+        study.run(get_config(name, **fields), tmp_path / "w")
+    assert not (tmp_path / "w").exists()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ntt_sparse.pruning import neurons
+from ntt_sparse.pruning import _neuron_curve
 from ntt_sparse.pruning.neurons import (
     cka_prune_curve,
     cka_prune_order,
@@ -27,8 +27,8 @@ from ntt_sparse.pruning.neurons import (
 
 def cka(x, y):
     """Linear CKA of features, by Gram matrices in double precision."""
-    k, l = (_centred_gram(np.asarray(z, np.float64).reshape(len(z), -1)) for z in (x, y))
-    return np.sum(k * l) / np.sqrt(np.sum(k * k) * np.sum(l * l))
+    one, two = (_centred_gram(np.asarray(z, np.float64).reshape(len(z), -1)) for z in (x, y))
+    return np.sum(one * two) / np.sqrt(np.sum(one * one) * np.sum(two * two))
 
 
 def _centred_gram(x):
@@ -213,7 +213,7 @@ def test_the_same_inside_of_jit_and_vmap_and_in_rows():
 def test_large_layers_need_no_square_of_their_size(monkeypatch):
     x = activations(seed=2)
     expected = cka_prune_curve(x)
-    monkeypatch.setattr(neurons, "_MOST_PRODUCTS", 0)
+    monkeypatch.setattr(_neuron_curve, "_MOST_PRODUCTS", 0)
     jax.clear_caches()
     order, similarity = cka_prune_curve(x)
     jax.clear_caches()

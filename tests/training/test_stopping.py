@@ -61,7 +61,7 @@ def test_members_that_are_not_active_stay_as_they_are(mode):
 
 def test_a_run_ends_when_all_have_stopped_and_goes_on_the_same(tmp_path):
     """Losses by hand: one member stops after three records, the others after four."""
-    mesh = meshes.make_mesh()
+    mesh = meshes.auto_mesh(4, 16)
     members = problems.members()._replace(context={ACTIVE: jnp.ones(4, bool)})
     program = programs.make_program(step_fn(), batch_size=16, mesh=mesh)
     data = jax.device_put(problems.data(), meshes.replicated(mesh))
