@@ -257,7 +257,7 @@ def _threshold_table(network: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         left = ", ".join(
-            f"{value['mean']:.0f} ({min(value['values'])} to {max(value['values'])})"
+            f"{value['mean']:.0f} ({min(value['values']):.0f} to {max(value['values']):.0f})"
             for value in row["left"].values()
         )
         lines.append(

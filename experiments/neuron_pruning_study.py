@@ -37,8 +37,9 @@ from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import terms
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import make_step
-from ntt_sparse.training.stopping import EarlyStopping, while_active
+from ntt_sparse.training.stopping import EarlyStopping
 
 # Independent of the streams that training folds from a member's key.
 _SAMPLES_STREAM = 1000
@@ -177,9 +178,9 @@ def train(
         forward=terms.masked_forward(terms.without_features(module)),
     )
     members = fit_stage(
-        config, workdir, stage, names, members, while_active(step_fn), setup.plan,
+        config, workdir, stage, names, members, step_fn, setup.plan,
         tuple(data.train), functools.partial(evaluate, module), (tuple(data.validation),),
-        member_mode(), batch_size=config.training.batch_size,
+        member_mode(members), batch_size=config.training.batch_size,
         stopping=EarlyStopping("validation/loss", config.training.patience),
     )  # fmt: skip
     if iteration in (0, config.iterations - 1):
@@ -189,9 +190,10 @@ def train(
     return Trained(networks_of(members), make_module(widths, data.num_classes, dropout=False))
 
 
-def member_mode() -> meshes.MemberMode:
+def member_mode(members: Member) -> meshes.MemberMode:
     """One after another on CPU, where members that have stopped then cost nothing."""
-    return "loop" if jax.default_backend() == "cpu" else "vmap"
+    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    return "loop" if mode == "vmap" and jax.default_backend() == "cpu" else mode
 
 
 def evaluate(module: LeNet, member: Any, validation: Any) -> dict[str, Array]:

@@ -31,7 +31,7 @@ from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 from ntt_sparse.training.program import Program, gather, make_program
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Augment, StepFn
-from ntt_sparse.training.stopping import EarlyStopping
+from ntt_sparse.training.stopping import EarlyStopping, is_active
 
 # What each run of each stage took; unlike records it is of this machine and moment.
 _SECONDS = "seconds.jsonl"
@@ -144,8 +144,8 @@ def fit_stage(
         batch_size: Examples per step and member.
         patience: Records without a better validation accuracy of any member after which the
             stage ends; 0 for never.
-        stopping: Of single members, whose steps are those of `while_active`; the stage ends when
-            all have stopped.
+        stopping: Of single members, whose context holds `ACTIVE`; the stage ends when all have
+            stopped.
         pick: How a step gets its batch, see `make_program`.
         made: The data follow from the settings. They are then not compared with those of a
             checkpoint, as their last digits differ between machines and numbers of cores.
@@ -160,7 +160,7 @@ def fit_stage(
         meshes.replicated(mesh),
     )
     program, mapped = _compiled(
-        step_fn, evaluate, len(evaluation_data), mesh, mode, batch_size, pick
+        step_fn, evaluate, len(evaluation_data), mesh, mode, batch_size, pick, stopping is not None
     )
     _logger.info(
         "%s: %d members, %d steps, mesh %s, %s", stage, len(names), plan.total_steps,
@@ -204,9 +204,13 @@ def _compiled(
     mode: meshes.MemberMode,
     batch_size: int,
     pick: Callable[..., Any],
+    stopping: bool,
 ) -> tuple[Program, Callable[..., Any]]:
     """The steps of a stage, and its evaluation over members."""
-    program = make_program(step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick)
+    program = make_program(
+        step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick,
+        active=is_active if stopping else None,
+    )  # fmt: skip
     return program, jax.jit(meshes.map_members(evaluate, mesh, num_shared=num_shared, mode=mode))
 
 

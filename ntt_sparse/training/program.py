@@ -68,6 +68,7 @@ def make_program(
     mesh: Mesh,
     mode: MemberMode = "vmap",
     pick: Callable[[Member, Any, Array], Any] = gather,
+    active: Callable[[Member], Any] | None = None,
 ) -> Program:
     """Compiles a step into chunks over all members.
 
@@ -80,6 +81,9 @@ def make_program(
         mesh: From `ntt_sparse.training.mesh`.
         mode: How the members of one device ride.
         pick: `(member, data, indices) -> batch`, where members have data of their own.
+        active: `member -> bool`, asked at the start of each chunk: whether it takes part. Others
+            stay as they are. Where members ride one after another nothing is computed for them;
+            on a batched axis it is, and thrown away.
     """
     shardings = state_shardings(mesh)
     advance = _advance(step_fn, batch_size, pick)
@@ -109,7 +113,7 @@ def make_program(
     return Program(
         init=init,
         permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
-        chunk=chunks(advance, mesh, mode),
+        chunk=chunks(advance, mesh, mode, active),
         batch_size=batch_size,
         mesh=mesh,
     )
@@ -155,11 +159,22 @@ def _ended(state: TrainState, finished: tuple[Member, Any, Any], stop: Array) ->
     return TrainState(stop, members, sums, state.since + stop - state.step, bad_step)
 
 
-def _compiled(advance: Callable[..., _Carry], mesh: Mesh, mode: MemberMode) -> Callable[..., Any]:
+def _compiled(
+    advance: Callable[..., _Carry],
+    mesh: Mesh,
+    mode: MemberMode,
+    active: Callable[[Member], Any] | None,
+) -> Callable[..., Any]:
     """All steps of a chunk in one program."""
 
     def chunk_one(carry, start, stop, data):
-        carry = jax.lax.fori_loop(start, stop, lambda i, c: advance(c, i, data), carry)
+        def steps(carry):
+            return jax.lax.fori_loop(start, stop, lambda i, c: advance(c, i, data), carry)
+
+        if active is None:
+            carry = steps(carry)
+        else:
+            carry = jax.lax.cond(active(carry.member), steps, lambda carry: carry, carry)
         return _finish(carry, stop)
 
     mapped = map_members(chunk_one, mesh, num_shared=3, mode=mode)
@@ -171,7 +186,12 @@ def _compiled(advance: Callable[..., _Carry], mesh: Mesh, mode: MemberMode) -> C
     return jax.jit(chunk, donate_argnums=0, out_shardings=state_shardings(mesh))
 
 
-def _dispatched(advance: Callable[..., _Carry], mesh: Mesh, mode: MemberMode) -> Callable[..., Any]:
+def _dispatched(
+    advance: Callable[..., _Carry],
+    mesh: Mesh,
+    mode: MemberMode,
+    active: Callable[[Member], Any] | None,
+) -> Callable[..., Any]:
     """Each step of each member as a call of its own, see `MemberMode`."""
     del mode
     pick = jax.jit(lambda carries, index: jax.tree.map(lambda leaf: leaf[index], carries))
@@ -188,7 +208,8 @@ def _dispatched(advance: Callable[..., _Carry], mesh: Mesh, mode: MemberMode) ->
         carries, finished = _carries(state, permutations), []
         for index in range(num_members(state.members)):
             carry = pick(carries, index)
-            for step in range(int(state.step), int(stop)):
+            takes_part = active is None or bool(active(carry.member))
+            for step in range(int(state.step), int(stop) if takes_part else 0):
                 carry = one_step(carry, jnp.int32(step), data)
             finished.append(finish(carry, stop))
         return joined(state, finished, stop)

@@ -1,16 +1,15 @@
 """Early stopping of each member by itself, decided on its own records."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool
 
 from ntt_sparse.training.metrics import Record
-from ntt_sparse.training.state import TrainState
-from ntt_sparse.training.step import StepFn
+from ntt_sparse.training.state import Member, TrainState
 
 ACTIVE = "active"
 """In the context of a member: whether it still trains."""
@@ -56,23 +55,6 @@ class EarlyStopping(NamedTuple):
         return active is not None and not active.any()
 
 
-def while_active(step_fn: StepFn) -> StepFn:
-    """A step that leaves members alone whose context says that they are not active.
-
-    What it logs of them is zero. Where members ride one after another nothing is computed for
-    them; on a batched axis it is, and thrown away.
-
-    Args:
-        step_fn: From `ntt_sparse.training.step.make_step`, for members with `ACTIVE`, a boolean
-            scalar, in their context.
-    """
-
-    def step(member: Any, batch: Any, index: Any) -> Any:
-        logs = jax.eval_shape(step_fn, member, batch, index)[1]
-
-        def stopped():
-            return member, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), logs)
-
-        return jax.lax.cond(member.context[ACTIVE], lambda: step_fn(member, batch, index), stopped)
-
-    return step
+def is_active(member: Member) -> Bool[Array, ""]:
+    """Whether a member still trains, by its context; for `make_program(active=...)`."""
+    return member.context[ACTIVE]
