@@ -78,6 +78,7 @@ _RANGES = {
     "supervised.weight_decay": (0, 1e30),
     "supervised.l1": (0, 1e30),
     "supervised.label_smoothing": (0, 1),
+    "supervised.warmup": (0, 1),
     "supervised.record_every": (0, LARGEST_INT),
 }
 

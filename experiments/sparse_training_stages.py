@@ -65,13 +65,20 @@ def block_patterns(config: Any) -> list[str]:
 def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransformation:
     """Adam, or SGD with Nesterov momentum and a schedule; pruned weights stay zero."""
     settings = config.supervised
-    rate = decayed_rate(settings, total_steps)
+    rate = warmed_up(decayed_rate(settings, total_steps), round(settings.warmup * total_steps))
     if settings.optimizer == "adam":
         inner = optax.adam(rate)
     else:
         inner = optax.sgd(rate, momentum=0.9, nesterov=True)
     # Coupled with the step and on all parameters, as in the training it comes from.
     return keep_masked(optax.chain(optax.add_decayed_weights(settings.weight_decay), inner))
+
+
+def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    """A schedule that rises in equal steps over the first ones; none leave it as it is."""
+    if not steps:
+        return schedule
+    return lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / steps)
 
 
 def training_terms(config: Any) -> Mapping[str, Term]:

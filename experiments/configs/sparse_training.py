@@ -113,8 +113,10 @@ BASE: dict[str, Any] = {
         # weights, and the part of the target that all classes share.
         "l1": 0.0,
         "label_smoothing": 0.0,
-        # Fractions of the run at which the learning rate is divided by ten.
+        # Fractions of the run at which the learning rate is divided by ten, and the fraction over
+        # which it rises at first.
         "milestones": (),
+        "warmup": 0.0,
         "validation_fraction": 0.1,
         # 0: once an epoch.
         "record_every": 0,
@@ -198,10 +200,11 @@ _IMAGENET = {
     "supervised.learning_rate": 0.4,
     "supervised.label_smoothing": 0.1,
     "supervised.milestones": (0.3, 0.6, 0.9),
+    "supervised.warmup": 0.05,
     "supervised.validation_fraction": 0.01,
 }
-"""ImageNet, after random sparse training, whose last layer is whole, and which has five epochs of
-warm-up; neither is so here, and the milestones are ours."""
+"""ImageNet, after random sparse training, whose last layer is whole; it is not so here, and the
+milestones are ours."""
 _METHODS: dict[str, dict[str, Any]] = {
     "random": {},
     **{

@@ -419,3 +419,25 @@ def test_weights_that_cannot_be_loaded(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         study.run(get_config(name, **fields), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_the_learning_rate_rises_at_first():
+    config = get_config(
+        "mnist_random", **{
+            "supervised.optimizer": "sgd", "supervised.learning_rate": 0.8,
+            "supervised.warmup": 0.2, "supervised.milestones": (0.5,),
+        },
+    )  # fmt: skip
+    checks.check_config(config)
+    whole = stages.decayed_rate(config.supervised, 20)
+    rates = [float(stages.warmed_up(whole, 4)(count)) for count in range(20)]
+    np.testing.assert_allclose(rates[:5], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(rates[9:12], [0.8, 0.08, 0.08], rtol=1e-6)
+    # The first step of the optimiser goes by it.
+    params = {"w": jnp.ones((1, 1))}
+    optimizer = stages.make_optimizer(config, total_steps=20)
+    updates, _ = optimizer.update(
+        params, optimizer.init(params), params, masks={"w": jnp.ones((1, 1), bool)}
+    )
+    # Nesterov momentum: one and nine tenths of the gradient.
+    np.testing.assert_allclose(updates["w"], -0.2 * 1.9, rtol=1e-6)
