@@ -14,7 +14,7 @@ closed form in long doubles, whose sums are formed anew in each step.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,9 @@ from ntt_sparse.pruning.neurons import cka_prune_curve, cka_prune_order
 _EXAMPLES, _PART = 512, 0.2
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Orders of neurons by CKA against brute force.")
     parser.add_argument("--widths", type=int, nargs="*", default=[128, 512, 1024])
     parser.add_argument("--large", type=int, default=16384, help="timed alone; 0 for none")
     parser.add_argument("--seeds", type=int, default=20, help="orders compared in long doubles")
@@ -39,7 +39,7 @@ def main() -> None:
         "--through", type=int, nargs="*", default=[128, 512],
         help="widths at which the rank-one brute force runs through, for its order",
     )  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     whole, name = _brute_force()
     print(f"{_EXAMPLES} examples, {_PART:.0%} removed; brute force with {name}; medians of ms")
     head = ("p", "removed", "candidates", "ours", "rank-one", "paper", "x rank-one", "x paper")
