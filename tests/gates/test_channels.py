@@ -88,7 +88,7 @@ def test_what_counts_is_what_the_outputs_depend_on(name):
     module, shape, network = small(name)
     module = module.clone(kind=Binary())
     x = jnp.ones((1, *shape))
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) / max(leaf.size, 1), variables["params"])
 
     def with_norms(path, leaf):

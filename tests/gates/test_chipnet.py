@@ -128,7 +128,7 @@ def test_budgets_of_other_kinds(cost):
 def test_in_networks(module, shape):
     """Gates follow normalisation; what is cut is closed, the rest one, and can be taken out."""
     x = jax.random.normal(jax.random.key(0), (6, *shape))
-    variables = module.init(jax.random.key(1), x)
+    variables = jax.jit(module.init)(jax.random.key(1), x)
     network = module.network(shape)
     soft = layer.values(module.kind, variables, network)
     np.testing.assert_allclose(next(iter(soft.values())), 0.7015, atol=1e-3)
@@ -145,10 +145,12 @@ def test_in_networks(module, shape):
     values = layer.values(module.kind, cut, network)
     for path, mask in kept.items():
         np.testing.assert_array_equal(values[path], mask.astype(float))
-    assert np.max(np.abs(module.apply(cut, x) - module.apply(variables, x))) > 1e-3
+    assert (
+        np.max(np.abs(jax.jit(module.apply)(cut, x) - jax.jit(module.apply)(variables, x))) > 1e-3
+    )
     small = compact(module, cut, shape)
     np.testing.assert_allclose(
-        small.module.apply(small.variables, x), module.apply(cut, x), atol=1e-5
+        jax.jit(small.module.apply)(small.variables, x), jax.jit(module.apply)(cut, x), atol=1e-5
     )
     assert small.after == channels.count(network, kept)
 

@@ -82,7 +82,7 @@ def test_in_networks():
     shape = (8, 8, 1)
     module = models.create("lenet5", kind=HardConcrete())
     x = jax.random.normal(jax.random.key(0), (4, *shape))
-    variables = dict(module.init(jax.random.key(1), x))
+    variables = dict(jax.jit(module.init)(jax.random.key(1), x))
     network = module.network(shape)
     start = layer.values(module.kind, variables, network)
     for value in start.values():
@@ -104,7 +104,7 @@ def test_in_networks():
     small = compact(module, closed, shape)
     assert small.after == channels.count(network, open_)
     np.testing.assert_allclose(
-        small.module.apply(small.variables, x), module.apply(closed, x), atol=1e-5
+        jax.jit(small.module.apply)(small.variables, x), jax.jit(module.apply)(closed, x), atol=1e-5
     )
 
 

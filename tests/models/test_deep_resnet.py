@@ -1,5 +1,7 @@
 """ResNet-18 and -50: published sizes, their description, and weights as torchvision names them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,15 +56,15 @@ def test_published_multiply_adds():
 def test_the_description_is_the_network(stem, bottleneck):
     module, shape = small(bottleneck, stem), (17, 22, 3)
     x = jax.random.normal(jax.random.key(0), (3, *shape))
-    variables = module.init(jax.random.key(1), x)
+    variables = jax.jit(module.init)(jax.random.key(1), x)
     described = Described(module.network(shape))
-    assert jax.tree.map(jnp.shape, described.init(jax.random.key(2), x)) == jax.tree.map(
-        jnp.shape, variables
-    )
+    assert jax.tree.map(
+        jnp.shape, jax.eval_shape(described.init, jax.random.key(2), x)
+    ) == jax.tree.map(jnp.shape, variables)
     for train in (False, True):
         options = {"train": train, "mutable": ["batch_stats"]}
-        expected, state = module.apply(variables, x, **options)
-        got, other = described.apply(variables, x, **options)
+        expected, state = jax.jit(functools.partial(module.apply, **options))(variables, x)
+        got, other = jax.jit(functools.partial(described.apply, **options))(variables, x)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state, other
@@ -74,7 +76,7 @@ def test_the_description_is_the_network(stem, bottleneck):
 def test_gated_and_made_small(kind, bottleneck):
     module, shape = small(bottleneck, kind=kind), (16, 16, 3)
     x = jax.random.normal(jax.random.key(0), (3, *shape))
-    variables = dict(module.init(jax.random.key(1), x))
+    variables = dict(jax.jit(module.init)(jax.random.key(1), x))
     network = module.network(shape)
     # Inside of blocks alone.
     sizes = channels.sizes(network)
@@ -100,7 +102,9 @@ def test_gated_and_made_small(kind, bottleneck):
     result = compact(module, variables, shape)
     assert result.after == channels.count(network, open_)
     np.testing.assert_allclose(
-        result.module.apply(result.variables, x), module.apply(variables, x), atol=1e-5
+        jax.jit(result.module.apply)(result.variables, x),
+        jax.jit(module.apply)(variables, x),
+        atol=1e-5,
     )
 
 

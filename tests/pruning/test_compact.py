@@ -112,7 +112,7 @@ def test_double_precision_is_exact():
     with jax.enable_x64(True):
         module = Vgg(4, ((6, 5), (8, 7)), L1(), param_dtype=jnp.float64)
         x = jax.random.normal(jax.random.key(0), (3, 10, 12, 3), jnp.float64)
-        variables = module.init(jax.random.key(1), x)
+        variables = jax.jit(module.init)(jax.random.key(1), x)
         gates = {
             path: {"scale": jnp.asarray(np.arange(n) % 2, jnp.float64)}
             for path, n in channels.sizes(module.network(x.shape[1:])).items()
@@ -206,7 +206,7 @@ def test_weights_of_zero_are_no_way():
 
 def test_an_order_of_channels_counts():
     module = models.create("lenet5", kind=Dam(-2.5))
-    variables = module.init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 28, 28, 1)))
     ranks = {"Conv_0": {"gate": {"ranks": jnp.array([5, 0, 1, 2, 3, 4])}}}
     rest = {
         path.split("/")[0]: {"gate": {"ranks": jnp.arange(n)}}
@@ -250,7 +250,7 @@ def test_a_small_network_is_compacted_like_any_other():
 def test_masks_close_gates_too(kind):
     """As `layer.masks` makes them: what they hold at zero is as if it were zero."""
     module = models.create("lenet5", kind=kind)
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     network = module.network((28, 28, 1))
     half = {path: jnp.arange(n) < n // 2 for path, n in channels.sizes(network).items()}
     masks = layer.masks(kind, variables["params"], network, half)
