@@ -180,20 +180,15 @@ def without(
     masks = traverse_util.unflatten_dict(
         {path: None for path in traverse_util.flatten_dict(network.params)}
     )
-    kept = {}
-    for name, width in widths.items():
-        kept[name] = np.setdiff1d(np.arange(width), removed[name])
-        mask = np.zeros(network.params[name]["kernel"].shape, bool)
-        mask[..., kept[name]] = True
+    for name, places in removed.items():
+        mask = np.ones(network.params[name]["kernel"].shape, bool)
+        mask[..., places] = False
         masks[name]["kernel"] = jnp.asarray(mask)
     module = make_module(widths, num_outputs, dropout=has_dropout(config))
     small = compact(module, {"params": network.params}, input_shape, masks=masks)
-    expected = {name: len(left) for name, left in kept.items()}
-    got = {name: small.variables["params"][name]["kernel"].shape[-1] for name in expected}
-    if got != expected:
-        raise RuntimeError(f"layers of {got} neurons are left, expected {expected}")
     params = jax.tree.map(jnp.asarray, small.variables["params"])
-    return Smaller(params, {name: network.units[name][left] for name, left in kept.items()})
+    # Neurons that nothing reaches or reads go as well.
+    return Smaller(params, {name: ids[small.kept[name]] for name, ids in network.units.items()})
 
 
 def embed(params: Any, places: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> Any:

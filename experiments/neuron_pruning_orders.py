@@ -21,8 +21,9 @@ CRITERIA = {
     "l1": "L1",
     "random": "random",
 }
-# Independent of the streams that training folds from a member's key.
-_RANDOM_STREAM = 1001
+# Independent of the streams that training and the choice of images fold from a key, which are
+# numbers of three and four digits.
+_RANDOM_STREAM = 1_000_000
 
 
 class Decision(NamedTuple):
@@ -97,6 +98,7 @@ def decide(
     else:
         counts = {name: width - 1 for name, width in widths.items()}
 
+    similarities: dict[str, np.ndarray] = {}
     if run.criterion == "cka_sequential":
         curves = neurons.prune_sequentially(
             lambda kept: activations_of(network.params, images, kept), counts
@@ -106,21 +108,23 @@ def decide(
         mode = "greedy" if run.criterion == "cka" else "oneshot"
         curves = neurons.prune_layers(whole, counts, mode=mode)
         orders = {name: curve.order for name, curve in curves.items()}
+        similarities = {name: np.asarray(curve.similarity) for name, curve in curves.items()}
     elif run.criterion == "l1":
         orders = {
             name: neurons.l1_prune_order(network.params[name]["kernel"], count)
             for name, count in counts.items()
         }
     else:
-        key = jax.random.fold_in(jax.random.key(run.seed), _RANDOM_STREAM + iteration)
+        key = jax.random.fold_in(jax.random.key(run.seed), _RANDOM_STREAM)
+        key = jax.random.fold_in(key, iteration)
         orders = {
             name: neurons.random_prune_order(jax.random.fold_in(key, i), widths[name], count)
             for i, (name, count) in enumerate(counts.items())
         }
-    similarities = {
-        name: np.asarray(neurons.similarity_along(whole[name], order))
-        for name, order in orders.items()
-    }
+    # Of what the criterion did not look at, or not with all other layers whole.
+    for name, order in orders.items():
+        if name not in similarities:
+            similarities[name] = np.asarray(neurons.similarity_along(whole[name], order))
     if config.amount == "threshold":
         counts = neurons.counts_at_threshold(similarities, config.threshold)
     elif config.amount == "total":

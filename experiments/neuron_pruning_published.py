@@ -3,10 +3,17 @@
 Higgins, "Representation aware pruning with centered kernel alignment", 2023: result files of
 https://github.com/SupurCalvinHiggins/cka-prune. MNIST, 784-512-512-10, dropout 0.5, 20 % in
 each iteration, nine trials: mean test accuracies, and the part of the neurons of an iteration that
-both criteria prune.
+both criteria prune. That code judges each neuron by its removal alone (one-shot).
 """
 
 NETWORK, DROPOUT, RATE = "512-512", 0.5, 0.2
+# The rest of the settings that they are of.
+SETTINGS = {
+    "data.name": "mnist", "data.pixels": "unit", "amount": "rate", "activations": "before",
+    "samples": 512, "training.learning_rate": 1e-3, "training.batch_size": 512,
+    "training.epochs": 50, "training.patience": 3, "training.max_steps": 0,
+    "training.record_every": 0,
+}  # fmt: skip
 
 # By iteration: CKA, L1, agreement.
 SECTION_4_1 = (

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,16 @@ def _add_agreement(
         if name == BASELINE:
             continue
         for field, sets in (("agreement", now), ("cumulative_agreement", gone)):
-            row["criteria"][name][field] = spread([
-                len(sets[name, each["seed"]] & sets[BASELINE, each["seed"]])
-                / max(1, len(sets[name, each["seed"]]))
-                for each in networks
-            ])  # fmt: skip
+            pairs = [(sets[name, each["seed"]], sets[BASELINE, each["seed"]]) for each in networks]
+            # Where nothing went there is nothing to agree on.
+            if all(own for own, _ in pairs):
+                row["criteria"][name][field] = spread(
+                    [len(own & other) / len(own) for own, other in pairs]
+                )
 
 
 def _thresholds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over seeds and dropout rates, for each reading and threshold."""
+    """Over networks of all seeds and dropout rates, for each reading and threshold."""
     found = []
     for reading, threshold in itertools.product(READINGS, THRESHOLDS):
         own = [row for row in rows if row["reading"] == reading and row["threshold"] == threshold]
@@ -141,7 +142,8 @@ def _thresholds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "left": {
                 layer: spread([row["left"][layer] for row in own]) for layer in own[0]["left"]
             },
-            "accuracy": spread([row["accuracy"] for row in own]),
+            "validation": spread([row["validation"] for row in own]),
+            "test": spread([row["test"] for row in own]),
         })  # fmt: skip
     return found
 
@@ -166,17 +168,13 @@ def _markdown(config: Any, groups: Sequence[dict[str, Any]], thresholds: dict[st
 def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
     names = config.criteria.split(",")
     rivals = [name for name in names if name != BASELINE and BASELINE in names]
-    known = (
-        config.data.name == "mnist"
-        and config.amount == "rate"
-        and (group["network"], group["dropout"], group["rate"])
-        == (published.NETWORK, published.DROPOUT, published.RATE)
-        and {"cka", BASELINE} <= set(names)
-    )
+    known = (group["network"], group["dropout"], group["rate"]) == (
+        published.NETWORK, published.DROPOUT, published.RATE
+    ) and _settings(config, published.SETTINGS) == published.SETTINGS  # fmt: skip
     header = ["iteration", "neurons left", *(CRITERIA[name] for name in names)]
     header += [f"{CRITERIA[name]} less L1" for name in rivals]
     header += [f"agreement of {CRITERIA[name]}" for name in rivals]
-    header += ["published: CKA, L1, agreement"] * known
+    header += ["published: CKA (one-shot), L1, agreement"] * known
     lines = [
         f"## {group['network']}, dropout {group['dropout']:g}, "
         + (f"{100 * group['rate']:g} % in each iteration" if config.amount != "threshold"
@@ -202,6 +200,17 @@ def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
     if config.iterations > 1:
         lines += ["", *_before_table(names, group)]
     return lines
+
+
+def _settings(config: Any, paths: Iterable[str]) -> dict[str, Any]:
+    """Fields of the settings by their paths."""
+    found = {}
+    for path in paths:
+        node = config
+        for field in path.split("."):
+            node = node[field]
+        found[path] = node
+    return found
 
 
 def _before_table(names: Sequence[str], group: dict[str, Any]) -> list[str]:
@@ -248,12 +257,13 @@ def _threshold_table(network: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         f"## Similarity thresholds on the whole network, {network}",
         "",
-        "Neurons left of each layer (lowest to highest over networks) when neurons go as long "
-        "as CKA stays at the threshold: of the layer without all that went before, or without "
-        "that neuron alone. Accuracy is that of the pruned network, not trained on.",
+        "Neurons left of each layer (mean, lowest to highest over networks of all seeds and "
+        "dropout rates) when neurons go as long as CKA stays at the threshold: of the layer "
+        "without all that went before, in the order of CKA or of L1, or without that neuron "
+        "alone. Accuracies are those of the pruned network, not trained on.",
         "",
-        "| similarity | threshold | neurons left | test accuracy |",
-        "| --- | --- | --- | --- |",
+        "| similarity | threshold | neurons left | validation accuracy | test accuracy |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         left = ", ".join(
@@ -261,7 +271,8 @@ def _threshold_table(network: str, rows: Sequence[dict[str, Any]]) -> list[str]:
             for value in row["left"].values()
         )
         lines.append(
-            f"| {row['reading']} | {row['threshold']:g} | {left} | {percent(row['accuracy'])} |"
+            f"| {READINGS[row['reading']]} | {row['threshold']:g} | {left} "
+            f"| {percent(row['validation'])} | {percent(row['test'])} |"
         )
     return lines
 
@@ -283,7 +294,12 @@ def _draw(directory: Path, config: Any, groups: Sequence[dict[str, Any]]) -> Non
             }},
             x="iteration",
         )  # fmt: skip
-        if rivals and len(steps) > 1:
+        told = all(
+            {"agreement", "cumulative_agreement"} <= set(row["criteria"][name])
+            for row in group["iterations"][1:]
+            for name in rivals
+        )
+        if rivals and told and len(steps) > 1:
             figures.ranges(
                 directory / f"agreement_{label}",
                 {

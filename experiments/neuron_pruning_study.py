@@ -52,13 +52,6 @@ class Setup(NamedTuple):
     plan: Plan
 
 
-class Trained(NamedTuple):
-    """Networks after a training, one for each run."""
-
-    networks: list[Smaller]
-    module: LeNet
-
-
 def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dict[str, Any]:
     """Runs the study, or goes on with it.
 
@@ -118,7 +111,7 @@ def stage_of(network: str, rate: float | None, iteration: int) -> str:
     return f"{network}-{'whole' if rate is None else f'r{rate!r}-i{iteration:02}'}"
 
 
-def train_whole(config: Any, setup: Setup, network: str, workdir: Path) -> Trained:
+def train_whole(config: Any, setup: Setup, network: str, workdir: Path) -> list[Smaller]:
     """Trains the whole networks, which all criteria and rates begin with."""
     networks = start(config, network, setup.data.num_classes, setup.data.input_shape)
     stage, runs = stage_of(network, None, 0), dense_runs(config)
@@ -132,23 +125,23 @@ def train_whole(config: Any, setup: Setup, network: str, workdir: Path) -> Train
 
 
 def iterate(
-    config: Any, setup: Setup, network: str, rate: float, whole: Trained, workdir: Path
+    config: Any, setup: Setup, network: str, rate: float, whole: list[Smaller], workdir: Path
 ) -> None:
     """Prunes and trains in turn, from the whole networks on."""
     runs, dense = runs_of(config), dense_runs(config)
     places = [dense.index(Run("dense", run.dropout, run.seed)) for run in runs]
-    trained = whole._replace(networks=[whole.networks[place] for place in places])
+    trained = [whole[place] for place in places]
     for iteration in range(1, config.iterations):
         decisions = decide_all(config, setup, trained, runs, rate, iteration)
         networks = [
             without(config, each, made.removed, setup.data.num_classes, setup.data.input_shape)
-            for each, made in zip(trained.networks, decisions, strict=True)
+            for each, made in zip(trained, decisions, strict=True)
         ]
         stage = stage_of(network, rate, iteration)
         before = accuracies(setup, networks, setup.data.test)
         removed = [
             {name: each.units[name][places].tolist() for name, places in made.removed.items()}
-            for each, made in zip(trained.networks, decisions, strict=True)
+            for each, made in zip(trained, decisions, strict=True)
         ]
         trained = train(config, setup, network, networks, runs, iteration, stage, workdir)
         measured = measure(setup, trained, runs)
@@ -166,7 +159,7 @@ def train(
     iteration: int,
     stage: str,
     workdir: Path,
-) -> Trained:
+) -> list[Smaller]:
     """Trains all networks of an iteration as one program, each until its loss stops to fall."""
     members, widths = make_members(config, network, networks, runs, iteration)
     data = setup.data
@@ -187,7 +180,7 @@ def train(
         directory = workdir / "networks"
         directory.mkdir(exist_ok=True)
         save_networks(directory / stage, names, members)
-    return Trained(networks_of(members), make_module(widths, data.num_classes, dropout=False))
+    return networks_of(members)
 
 
 def member_mode(members: Member) -> meshes.MemberMode:
@@ -206,7 +199,12 @@ def evaluate(module: LeNet, member: Any, validation: Any) -> dict[str, Array]:
 
 
 def decide_all(
-    config: Any, setup: Setup, trained: Trained, runs: Sequence[Run], rate: float, iteration: int
+    config: Any,
+    setup: Setup,
+    trained: Sequence[Smaller],
+    runs: Sequence[Run],
+    rate: float,
+    iteration: int,
 ) -> list[Decision]:
     """What goes from each network, by validation images that its seed draws."""
     return [
@@ -214,7 +212,7 @@ def decide_all(
             config, own_module(network, setup.data.num_classes), network, run, rate,
             sample(config, setup, run.seed, iteration), iteration,
         )
-        for network, run in zip(trained.networks, runs, strict=True)
+        for network, run in zip(trained, runs, strict=True)
     ]  # fmt: skip
 
 
@@ -232,10 +230,10 @@ def sample(config: Any, setup: Setup, seed: int, iteration: int) -> Float[Array,
     return jnp.asarray(np.asarray(held_out.x)[np.asarray(chosen)])
 
 
-def measure(setup: Setup, trained: Trained, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def measure(setup: Setup, trained: Sequence[Smaller], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What is reported of each network. Nothing is chosen by test images."""
-    found = accuracies(setup, trained.networks, setup.data.test)
-    held_out = accuracies(setup, trained.networks, setup.data.validation)
+    found = accuracies(setup, trained, setup.data.test)
+    held_out = accuracies(setup, trained, setup.data.validation)
     return [
         {
             **run._asdict(),
@@ -243,9 +241,7 @@ def measure(setup: Setup, trained: Trained, runs: Sequence[Run]) -> list[dict[st
             "test": test,
             "validation": validation,
         }
-        for run, network, test, validation in zip(
-            runs, trained.networks, found, held_out, strict=True
-        )
+        for run, network, test, validation in zip(runs, trained, found, held_out, strict=True)
     ]
 
 
@@ -271,16 +267,21 @@ def _accuracy(module: LeNet) -> Callable[..., Array]:
 
 
 def at_thresholds(
-    config: Any, setup: Setup, trained: Trained, runs: Sequence[Run]
+    config: Any, setup: Setup, networks: Sequence[Smaller], runs: Sequence[Run]
 ) -> list[dict[str, Any]]:
     """What similarity thresholds would make of the whole networks."""
-    test, rows = tuple(map(jnp.asarray, setup.data.test)), []
-    for network, run in zip(trained.networks, runs, strict=True):
+    parts = {
+        name: tuple(map(jnp.asarray, getattr(setup.data, name))) for name in ("validation", "test")
+    }
+    rows = []
+    for network, run in zip(networks, runs, strict=True):
         module = own_module(network, setup.data.num_classes)
-        found = neuron_pruning_thresholds.rows(
-            network,
-            activation_fn(config, module)(network.params, sample(config, setup, run.seed, 1), {}),
-            lambda params, module=module: _accuracy(module)(params, test),
-        )
+
+        def measured(params, module=module):
+            return {name: float(_accuracy(module)(params, data)) for name, data in parts.items()}
+
+        batch = sample(config, setup, run.seed, 1)
+        activations = activation_fn(config, module)(network.params, batch, {})
+        found = neuron_pruning_thresholds.rows(network, activations, measured)
         rows += [{**run._asdict(), **row} for row in found]
     return rows

@@ -18,28 +18,33 @@ from experiments.neuron_pruning_orders import silenced
 from ntt_sparse.pruning import neurons
 
 THRESHOLDS = (0.9999, 0.999, 0.99, 0.98, 0.95, 0.9, 0.8)
-READINGS = ("cumulative", "alone")
+READINGS = {"cumulative": "cumulative", "l1": "cumulative, in the order of L1", "alone": "alone"}
 
 
 def rows(
     network: Smaller,
     activations: Mapping[str, Float[Array, "n ... p"]],
-    accuracy: Callable[[Any], Array],
+    accuracies: Callable[[Any], dict[str, float]],
 ) -> list[dict[str, Any]]:
-    """For each reading and threshold the neurons left of each layer, and the accuracy at once.
+    """For each reading and threshold the neurons left of each layer, and accuracies at once.
 
     Args:
         network: The whole one.
         activations: Of each hidden layer.
-        accuracy: `params -> accuracy`.
+        accuracies: `params -> {part of the data: accuracy}`.
     """
     found = []
     for reading in READINGS:
         orders, curves = {}, {}
         for name, x in activations.items():
-            mode = "greedy" if reading == "cumulative" else "oneshot"
-            order, similarity = neurons.cka_prune_curve(x, mode=mode)
-            if reading == "alone":
+            if reading == "l1":
+                kernel = network.params[name]["kernel"]
+                order = neurons.l1_prune_order(kernel, kernel.shape[-1])
+                similarity = neurons.similarity_along(x, order)
+            elif reading == "cumulative":
+                order, similarity = neurons.cka_prune_curve(x)
+            else:
+                order = neurons.cka_prune_order(x, x.shape[-1], mode="oneshot")
                 similarity = without_each(x, order)
             # One neuron of each layer stays.
             orders[name], curves[name] = np.asarray(order)[:-1], similarity[:-1]
@@ -54,7 +59,7 @@ def rows(
                 "reading": reading,
                 "threshold": threshold,
                 "left": {name: int(jnp.sum(left)) for name, left in kept.items()},
-                "accuracy": float(accuracy(silenced(network.params, kept))),
+                **accuracies(silenced(network.params, kept)),
             })  # fmt: skip
     return found
 

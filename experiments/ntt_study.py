@@ -35,6 +35,7 @@ from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import make_step
+from ntt_sparse.training.stopping import EarlyStopping
 
 _logger = logging.getLogger(__name__)
 
@@ -166,5 +167,12 @@ def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | No
     return fit_stage(
         config, workdir, "supervised", member_names(runs), members, step_fn, setup.supervised_plan,
         tuple(data.train), evaluate, evaluation_data, mode, batch_size=config.supervised.batch_size,
-        patience=config.supervised.patience,
+        stopping=early_stopping(config.supervised.patience),
     )  # fmt: skip
+
+
+def early_stopping(patience: int) -> EarlyStopping | None:
+    """All networks train until none has a better validation accuracy; 0 for never."""
+    if not patience:
+        return None
+    return EarlyStopping("validation/accuracy", patience, higher=True, alone=False)

@@ -122,7 +122,6 @@ def fit_stage(
     mode: meshes.MemberMode,
     *,
     batch_size: int,
-    patience: int = 0,
     stopping: EarlyStopping | None = None,
     pick: Callable[..., Any] = gather,
     made: bool = False,
@@ -142,10 +141,8 @@ def fit_stage(
         evaluation_data: What it looks at besides.
         mode: How the members of one device ride.
         batch_size: Examples per step and member.
-        patience: Records without a better validation accuracy of any member after which the
-            stage ends; 0 for never.
-        stopping: Of single members, whose context holds `ACTIVE`; the stage ends when all have
-            stopped.
+        stopping: When the stage ends before its last step; members that stop one by one have
+            `ACTIVE` in their context.
         pick: How a step gets its batch, see `make_program`.
         made: The data follow from the settings. They are then not compared with those of a
             checkpoint, as their last digits differ between machines and numbers of cores.
@@ -160,7 +157,14 @@ def fit_stage(
         meshes.replicated(mesh),
     )
     program, mapped = _compiled(
-        step_fn, evaluate, len(evaluation_data), mesh, mode, batch_size, pick, stopping is not None
+        step_fn,
+        evaluate,
+        len(evaluation_data),
+        mesh,
+        mode,
+        batch_size,
+        pick,
+        stopping is not None and stopping.alone,
     )
     _logger.info(
         "%s: %d members, %d steps, mesh %s, %s", stage, len(names), plan.total_steps,
@@ -183,11 +187,11 @@ def fit_stage(
                 checkpoints=checkpoints,
                 member_names=names,
                 evaluate=lambda current: mapped(current, *evaluation_data),
-                should_stop=lambda records: (
-                    out_of_patience(records, patience)
-                    or (stopping is not None and stopping.all_stopped(records))
+                **(
+                    {"should_stop": stopping.all_stopped, "revise": stopping.revise}
+                    if stopping
+                    else {}
                 ),
-                **({} if stopping is None else {"revise": stopping.revise}),
                 tensorboard=board,
             )
     board.close()
@@ -204,12 +208,12 @@ def _compiled(
     mode: meshes.MemberMode,
     batch_size: int,
     pick: Callable[..., Any],
-    stopping: bool,
+    stop_alone: bool,
 ) -> tuple[Program, Callable[..., Any]]:
     """The steps of a stage, and its evaluation over members."""
     program = make_program(
         step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick,
-        active=is_active if stopping else None,
+        active=is_active if stop_alone else None,
     )  # fmt: skip
     return program, jax.jit(meshes.map_members(evaluate, mesh, num_shared=num_shared, mode=mode))
 
@@ -238,14 +242,6 @@ def seconds_per_step(workdir: Path, stage: str) -> float:
     rows = [row for row in map(json.loads, lines) if row["stage"] == stage]
     steps = sum(row["steps"] for row in rows)
     return sum(row["seconds"] for row in rows) / steps if steps else float("nan")
-
-
-def out_of_patience(records: list[dict[str, Any]], patience: int) -> bool:
-    """Whether no member's validation accuracy rose in the last `patience` records."""
-    if not patience or len(records) <= patience:
-        return False
-    accuracies = np.array([record["validation/accuracy"] for record in records], float)
-    return bool(np.all(accuracies[-patience:].max(0) <= accuracies[:-patience].max(0)))
 
 
 def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:

@@ -18,7 +18,12 @@ convolutions  LeNet-5-Caffe, channels and neurons
 ============  =====================================================================
 
 Networks are widths joined by dashes, or `lenet5_caffe`. Every option that has several values is
-crossed with every other.
+crossed with every other. The published numbers are of the published code, which is `cka_oneshot`;
+`cka` is the text of the paper.
+
+A neuron that goes is a constant, by its bias. In the published code that constant is dropped out
+and its bias trained on; here it goes into the biases of the next layer, so that the network gets
+smaller.
 """
 
 from typing import Any
@@ -38,7 +43,7 @@ _BASE: dict[str, Any] = {
     },
     "networks": "512-512",
     # From cka, cka_oneshot (the published code), cka_sequential, l1, random.
-    "criteria": "cka,l1",
+    "criteria": "cka,cka_oneshot,l1",
     "dropouts": (0.5,),
     # Fractions of the neurons of each layer that are left.
     "rates": (0.2,),
@@ -53,14 +58,16 @@ _BASE: dict[str, Any] = {
     # "before" the nonlinearity, as in the published code, or "after".
     "samples": 512,
     "activations": "before",
-    # Whether networks get smaller between iterations, or zeros are put where neurons were.
+    # Whether networks get smaller between iterations, or zeros stand where neurons were, with the
+    # same result.
     "compact": True,
     "training": {
         "learning_rate": 1e-3,
         "batch_size": 512,
         "epochs": 50,
-        # Epochs without a lower loss on validation images after which a network stops.
+        # Records (epochs) without a lower loss on validation images after which a network stops.
         "patience": 3,
+        # Steps between records; 0: once an epoch.
         "record_every": 0,
         # 0: epochs decide.
         "max_steps": 0,
@@ -73,7 +80,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "width": {"networks": "128-128,256-256,512-512,1024-1024", "seeds": tuple(range(10))},
     "depth": {
         "networks": "512,512-512,512-512-512",
-        "criteria": "cka,cka_sequential,l1",
+        "criteria": "cka,cka_oneshot,cka_sequential,l1",
         "seeds": tuple(range(10)),
     },
     "rate": {"rates": (0.1, 0.2, 0.3, 0.4), "seeds": tuple(range(10))},

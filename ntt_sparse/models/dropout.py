@@ -33,15 +33,25 @@ class Dropout(nn.Module):
         Args:
             x: Features.
             deterministic: Whether all stay.
+
+        Raises:
+            ValueError: The field is out of range, or there is not one name for each channel.
         """
+        # The negated form also refuses NaN.
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate is {self.rate}, expected a probability in [0, 1)")
+        if deterministic:
+            return x
         rate = self.get_variable(COLLECTION, "rate", self.rate)
         units = self.get_variable(COLLECTION, "units", None)
-        if deterministic or (units is None and rate == 0):
+        if isinstance(rate, float | int) and rate == 0:
             return x
         key = self.make_rng(COLLECTION)
         if units is None:
             stay = jax.random.bernoulli(key, 1 - rate, x.shape)
         else:
+            if jnp.shape(units) != x.shape[-1:]:
+                raise ValueError(f"units have shape {jnp.shape(units)}, expected {x.shape[-1:]}")
             # 0 to 65536, which does not fit 16 bits.
             threshold = jnp.round((1 - jnp.asarray(rate)) * _LEVELS).astype(jnp.uint32)
 

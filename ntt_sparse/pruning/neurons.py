@@ -15,13 +15,15 @@ whose sums only grow: it keeps the digits that CKA, a number next to one, does n
 order is that of brute force, which takes time $\Omega(p^2 n p)$.
 
 All is computed in double precision, whatever the configuration of JAX, also inside of `jax.jit`
-and `jax.vmap`. Neurons whose removals differ by rounding alone are tied, and go by index.
+and `jax.vmap`. Neurons whose removals differ by rounding alone are tied, and go by index. What is
+left when little is left is summed anew, so the digits last to the last neuron.
 
 References:
     Higgins, "Representation aware pruning with centered kernel alignment", 2023, Section 3.
     Kornblith et al., "Similarity of neural network representations revisited", ICML 2019.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,8 +70,10 @@ def cka_prune_curve(
 ) -> PruneCurve:
     """Removes neuron after neuron, always the one without which the layer is most like itself.
 
-    O(n p^2) operations for the layer, then O(p) for each removal; O(p^2) memory up to
-    p = 16,384, O(n p) and O(n p) operations for each removal beyond.
+    O(n p^2) operations for the layer, O(p) for each removal, and O(p^2) the few times that next to
+    nothing is left of what there was; O(p^2) memory up to p = 16,384, beyond O(n p), and as many
+    operations for each removal. For maps of s positions O(n^2 p (s + p)) for the layer, for a
+    reference of m features O(n^2 (m + s p)) more.
 
     Args:
         activations: `(n, p)` of the layer, before or after its nonlinearity: n examples of p
@@ -87,8 +91,8 @@ def cka_prune_curve(
         constant; the order is then that of indices.
 
     Raises:
-        ValueError: Shapes do not fit, `count` is not possible, the mode is unknown, or (outside
-            of a transformation) values are not finite.
+        ValueError: Shapes or dtypes do not fit, `count` is not possible, the mode is unknown, or
+            (outside of a transformation) values are not finite.
 
     References:
         Higgins 2023, Section 3, "CKA pruning".
@@ -124,16 +128,10 @@ def similarity_along(
         ValueError: Shapes do not fit, or (outside of a transformation) an index is out of range or
             repeated, or a value is not finite.
     """
-    given = jnp.asarray(order, jnp.int32)
     dtype = jnp.result_type(float)
     with jax.enable_x64(True):
         x, target = _checked_pair(activations, reference)
-        if not isinstance(given, Tracer):
-            inside = bool(jnp.all((given >= 0) & (given < x.shape[-1])))
-            if not inside or len(np.unique(given)) < len(given):
-                raise ValueError(
-                    f"order is {given}, expected different numbers from 0 to {x.shape[-1] - 1}"
-                )
+        given = _checked_order(order, x.shape[-1])
         left = _checked_kept(None, x.shape[-1])
         return curve(x, target, left, given, len(given), "given").similarity.astype(dtype)
 
@@ -157,11 +155,12 @@ def l1_prune_order(
     References:
         Higgins 2023, Section 3, "L1 pruning".
     """
-    weights = _checked(kernel, "kernel")
-    left = _checked_kept(kept, weights.shape[-1])
-    count = _checked_count(count, left)
-    norms = jnp.sum(jnp.abs(weights), axis=tuple(range(weights.ndim - 1)))
-    return _smallest(norms, left, count)
+    with jax.enable_x64(True):
+        weights = _checked(kernel, "kernel").astype(jnp.float64)
+        left = _checked_kept(kept, weights.shape[-1])
+        count = _checked_count(count, left)
+        norms = jnp.sum(jnp.abs(weights), axis=tuple(range(weights.ndim - 1)))
+        return _smallest(norms, left, count)
 
 
 def random_prune_order(
@@ -214,8 +213,8 @@ def prune_sequentially(
 ) -> dict[str, PruneCurve]:
     """The curves of several layers, where each sees the pruning of those before it.
 
-    A layer is pruned so that it stays like that of the whole network, of what it computes when
-    the layers before it are pruned already. One forward pass for each layer.
+    Of what a layer computes when those before it are pruned already, neurons go so that it stays
+    like that layer of the whole network. One forward pass for each layer.
 
     Args:
         activations_of: `{layer: (p,) bool} -> {layer: activations}`: what the network computes
@@ -231,9 +230,8 @@ def prune_sequentially(
     curves = {}
     for name, count in counts.items():
         now = activations_of(dict(kept)) if kept else whole
-        curves[name] = cka_prune_curve(
-            _of_layer(now, name), count, mode=mode, reference=_of_layer(whole, name)
-        )
+        reference = _of_layer(whole, name) if kept else None
+        curves[name] = cka_prune_curve(_of_layer(now, name), count, mode=mode, reference=reference)
         p = jnp.shape(_of_layer(whole, name))[-1]
         kept[name] = jnp.ones(p, bool).at[curves[name].order].set(False)
     return curves
@@ -247,10 +245,12 @@ def counts_at_rate(widths: Mapping[str, int], rate: float) -> dict[str, int]:
         rate: In [0, 1); the product is rounded, halves to even.
 
     Raises:
-        ValueError: The rate is out of range.
+        ValueError: The rate is out of range, or a layer has no neuron.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"{rate=}, expected a fraction of the neurons in [0, 1)")
+    if empty := [name for name, width in widths.items() if width < 1]:
+        raise ValueError(f"layers without any neuron: {', '.join(empty)}")
     return {name: min(round(rate * width), width - 1) for name, width in widths.items()}
 
 
@@ -288,12 +288,14 @@ def counts_of_total(
         total: Of all layers together.
 
     Returns:
-        The numbers, and the lowest similarity that a layer has after that.
+        The numbers, and the threshold: the lowest similarity that a layer had on the way.
 
     Raises:
-        ValueError: There are not so many removals in the curves.
+        ValueError: There are not so many removals in the curves, or one is not finite.
     """
     falling = {name: np.minimum.accumulate(np.asarray(c)) for name, c in similarities.items()}
+    if bad := [name for name, each in falling.items() if not np.all(np.isfinite(each))]:
+        raise ValueError(f"similarities of {', '.join(bad)} hold a number that is not finite")
     available = sum(map(len, falling.values()))
     if not 0 <= total <= available:
         raise ValueError(f"{total=}, expected 0 to {available}, the removals in the curves")
@@ -321,8 +323,10 @@ def _of_layer(activations: Mapping[str, Any], name: str) -> Any:
 
 def _checked(value: Any, name: str) -> Any:
     array = jnp.asarray(value)
-    if array.ndim < 2 or array.shape[0] < 1 or array.shape[-1] < 1:
+    if array.ndim < 2 or 0 in array.shape:
         raise ValueError(f"{name} has shape {array.shape}, expected two axes or more, none empty")
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"{name} is {array.dtype}, expected real numbers")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(jnp.float32)
     if not isinstance(array, Tracer) and not np.all(np.isfinite(np.asarray(array))):
@@ -347,12 +351,28 @@ def _checked_kept(kept: Any, p: int) -> Any:
     left = jnp.asarray(kept)
     if left.shape != (p,):
         raise ValueError(f"kept has shape {left.shape}, expected ({p},): one for each neuron")
+    if left.dtype != bool:
+        raise ValueError(f"kept is {left.dtype}, expected booleans")
     return left
 
 
-def _checked_count(count: int | None, left: Any) -> int:
+def _checked_order(order: Any, p: int) -> Any:
+    given = jnp.asarray(order)
+    if given.ndim != 1 or not (jnp.issubdtype(given.dtype, jnp.integer) or not given.size):
+        raise ValueError(f"order is {given}, expected indices (count,) of neurons")
+    if not isinstance(given, Tracer):
+        values = np.asarray(given)
+        if np.any((values < 0) | (values >= p)) or len(np.unique(values)) < len(values):
+            raise ValueError(f"order is {values}, expected different numbers from 0 to {p - 1}")
+    return given.astype(jnp.int32)
+
+
+def _checked_count(count: Any, left: Any) -> int:
     most = len(left) if isinstance(left, Tracer) else int(jnp.sum(left))
-    count = most if count is None else count
+    try:
+        count = most if count is None else operator.index(count)
+    except (TypeError, jax.errors.JAXTypeError):
+        raise ValueError(f"{count=}, expected a whole number that is known in advance") from None
     if not 0 <= count <= most:
         raise ValueError(f"{count=}, expected 0 to {most}, the neurons that are there")
     return count

@@ -189,10 +189,7 @@ def _record(
     member_names: Sequence[str],
 ) -> TrainState:
     """Writes what was measured since the last record; the state with its sums cleared."""
-    values = {} if evaluate is None else dict(evaluate(state.members))
-    if int(state.since):
-        values |= {f"train/{name}": total / state.since for name, total in state.sums.items()}
-    values = jax.device_get(values)
+    values = {} if evaluate is None else jax.device_get(dict(evaluate(state.members)))
     for name, value in values.items():
         bad = np.flatnonzero(~np.isfinite(value).reshape(len(member_names), -1).all(1))
         if bad.size:
@@ -200,6 +197,11 @@ def _record(
                 f"stage {log.stage!r}: {name!r} of member {member_names[bad[0]]!r} is not finite "
                 f"at step {int(state.step)}: {_REMEDY}"
             )
+    sums, since = jax.device_get((state.sums, state.since))
+    if np.any(since):
+        # Of a member that has stopped there is no loss.
+        steps = np.where(since, since, np.nan)
+        values |= {f"train/{name}": total / steps for name, total in sums.items()}
     log.write(int(state.step), values)
     if tensorboard is not None:
         tensorboard.write(log.stage, int(state.step), values)
@@ -243,7 +245,7 @@ def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) ->
             f"stage {stage!r}: {name!r} of member {member_names[member]!r} is not finite at step "
             f"{step}: {_REMEDY}"
         )
-    return float(np.mean(sums["loss"]) / since)
+    return float(np.mean(sums["loss"][since > 0] / since[since > 0]))
 
 
 @contextmanager

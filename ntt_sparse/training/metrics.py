@@ -131,14 +131,15 @@ class TensorBoard:
         self._writers: list[Any] | None = None
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the scalars of every member; arrays with more axes are left out."""
+        """Writes the finite scalars of every member; arrays with more axes are left out."""
         if self._writers is None:
             self._writers = self._open(step)
         for name, value in values.items():
             array = np.asarray(value)
             if array.ndim == 1 and self._writers:
                 for writer, scalar in zip(self._writers, array, strict=True):
-                    writer.add_scalar(f"{stage}/{name}", float(scalar), step)
+                    if np.isfinite(scalar):
+                        writer.add_scalar(f"{stage}/{name}", float(scalar), step)
 
     def flush(self) -> None:
         """Makes sure that what was written survives the death of this process."""

@@ -100,8 +100,8 @@ def make_program(
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         never = jnp.full(num_members(members), -1, jnp.int32)
         bad_step = dict.fromkeys([*shapes, *_STATE], never)
-        zero = jnp.zeros((), jnp.int32)
-        state = TrainState(jnp.int32(step), members, sums, zero, bad_step)
+        since = jnp.zeros_like(never)
+        state = TrainState(jnp.int32(step), members, sums, since, bad_step)
         # A copy: chunks donate the state, and the caller keeps the members.
         return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
 
@@ -154,9 +154,17 @@ def _carries(state: TrainState, permutations: Array) -> _Carry:
     return _Carry(state.members, state.sums, state.bad_step, permutations)
 
 
-def _ended(state: TrainState, finished: tuple[Member, Any, Any], stop: Array) -> TrainState:
+def _ended(
+    state: TrainState,
+    finished: tuple[Member, Any, Any],
+    stop: Array,
+    active: Callable[[Member], Any] | None,
+) -> TrainState:
     members, sums, bad_step = finished
-    return TrainState(stop, members, sums, state.since + stop - state.step, bad_step)
+    steps = stop - state.step
+    if active is not None:
+        steps = jnp.where(jax.vmap(active)(state.members), steps, 0)
+    return TrainState(stop, members, sums, state.since + steps, bad_step)
 
 
 def _compiled(
@@ -181,7 +189,7 @@ def _compiled(
 
     def chunk(state, data, permutations, stop):
         finished = mapped(_carries(state, permutations), state.step, stop, data)
-        return _ended(state, finished, stop)
+        return _ended(state, finished, stop, active)
 
     return jax.jit(chunk, donate_argnums=0, out_shardings=state_shardings(mesh))
 
@@ -200,7 +208,7 @@ def _dispatched(
 
     def join(state, finished, stop):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *finished)
-        return _ended(state, stacked, stop)
+        return _ended(state, stacked, stop, active)
 
     joined = jax.jit(join, out_shardings=state_shardings(mesh))
 
@@ -222,5 +230,5 @@ def state_shardings(mesh: Mesh) -> TrainState:
     by_member: Any = member_sharding(mesh)
     everywhere: Any = replicated(mesh)
     return TrainState(
-        step=everywhere, members=by_member, sums=by_member, since=everywhere, bad_step=by_member
+        step=everywhere, members=by_member, sums=by_member, since=by_member, bad_step=by_member
     )

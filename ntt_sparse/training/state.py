@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
         step: Optimiser steps done, shared by all members.
         members: A `Member` with a leading member axis M on every leaf.
         sums: Sums of the logged scalars since the last record, `(M,)` each.
-        since: Steps in `sums`.
+        since: Steps in `sums`, `(M,)`; fewer of members that have stopped.
         bad_step: For each logged scalar, and for `"params"` and `"model_state"` as a whole,
             the first step at which it was not finite, `(M,)` each, -1 while it has been.
     """
@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     members: Member
     sums: dict[str, Float[Array, " m"]]
-    since: Int[Array, ""]
+    since: Int[Array, " m"]
     bad_step: dict[str, Int[Array, " m"]]
 
 

@@ -16,31 +16,36 @@ ACTIVE = "active"
 
 
 class EarlyStopping(NamedTuple):
-    """A member stops after so many records in a row without a new lowest value of a metric.
+    """A member stops after so many records in a row without a new best value of a metric.
 
     It keeps the parameters it has then. What is decided follows from the records alone, so a run
     that goes on from a checkpoint decides the same.
 
     Attributes:
-        metric: Name in the records, lower is better; of data that are held out for it.
+        metric: Name in the records, of data that are held out for it.
         patience: Records, 1 or more; the one before training does not count.
+        higher: Whether higher values are better.
+        alone: Whether members stop one by one, or train on until none has a new best value.
     """
 
     metric: str
     patience: int
+    higher: bool = False
+    alone: bool = True
 
     def active(self, records: Sequence[Record]) -> Bool[np.ndarray, " m"] | None:
-        """Which members still train after these records; `None` before there are enough."""
+        """Which members have a new best value in time; `None` before there are enough records."""
         values = np.array([record[self.metric] for record in records if record["step"]], float)
         if len(values) <= self.patience:
             return None
+        values = -values if self.higher else values
         # Once stopped, a member's value stays as it is.
         return values[-self.patience :].min(0) < values[: -self.patience].min(0)
 
     def revise(self, state: TrainState, records: Sequence[Record]) -> TrainState:
         """The state in which members that stop now do not train on."""
         active = self.active(records)
-        if active is None:
+        if active is None or not self.alone:
             return state
         context = dict(state.members.context)
         # Where it was, so that nothing compiles again.
@@ -50,7 +55,7 @@ class EarlyStopping(NamedTuple):
         return state._replace(members=state.members._replace(context=context))
 
     def all_stopped(self, records: Sequence[Record]) -> bool:
-        """Whether no member trains any more."""
+        """Whether no member has to train on."""
         active = self.active(records)
         return active is not None and not active.any()
 

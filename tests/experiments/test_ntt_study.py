@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from experiments import ntt_checks, ntt_members, ntt_report, ntt_stages, ntt_study
-from experiments import study as stages
 from experiments.configs import ntt as configs
 from ntt_sparse import models
 from ntt_sparse.data import images
@@ -211,14 +210,18 @@ def test_test_data_never_chooses(tmp_path):
 
 
 def test_early_stop_waits_for_every_member():
-    def records(*accuracies):
-        return [{"validation/accuracy": list(a)} for a in accuracies]
+    def stops(*accuracies):
+        records = [
+            {"step": step, "validation/accuracy": list(a)} for step, a in enumerate(accuracies)
+        ]
+        return ntt_study.early_stopping(2).all_stopped(records)
 
-    rising, stuck = (0.1, 0.5), (0.1, 0.4)
-    assert not stages.out_of_patience(records(stuck, stuck, stuck), 0)
-    assert not stages.out_of_patience(records(stuck, stuck), 2)
-    assert stages.out_of_patience(records(rising, stuck, stuck), 2)
-    assert not stages.out_of_patience(records(stuck, stuck, rising), 2)
+    start, rising, stuck = (0, 0), (0.1, 0.5), (0.1, 0.4)
+    assert ntt_study.early_stopping(0) is None
+    assert not ntt_study.early_stopping(2).alone
+    assert not stops(start, stuck, stuck)
+    assert stops(start, rising, stuck, stuck)
+    assert not stops(start, stuck, stuck, rising)
 
 
 def test_two_classes_of_the_output_study():

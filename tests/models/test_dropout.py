@@ -54,3 +54,15 @@ def test_the_rate_may_be_traced_and_is_that_of_what_is_dropped(rate):
     np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
     other = dropped(x, {"units": jnp.arange(50), "rate": rate}, seed=1)
     assert rate == 0 or np.any(np.asarray(other) != y)
+
+
+def test_a_traced_rate_needs_no_names():
+    y = jax.jit(lambda rate: dropped(jnp.ones((400, 50)), {"rate": rate}))(0.3)
+    assert abs(np.mean(np.asarray(y) == 0) - 0.3) < 0.02
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"rate is 1\.0, expected a probability"):
+        dropped(jnp.ones((3, 2)), rate=1.0)
+    with pytest.raises(ValueError, match=r"units have shape \(1,\), expected \(2,\)"):
+        dropped(jnp.ones((3, 2)), {"units": jnp.arange(1)})

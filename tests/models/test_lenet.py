@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 
 from ntt_sparse import models
 from ntt_sparse.models import lenet
+from ntt_sparse.models.dropout import Dropout
 
 
 def shapes(name, input_shape, **kwargs):
@@ -227,7 +228,7 @@ def test_dropout_rates_and_places():
         jnp.ones((8, 16, 16, 3)),
         train=True,
         rngs={"dropout": jax.random.key(1)},
-        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+        capture_intermediates=lambda module, _: isinstance(module, Dropout),
     )
     captured = {n: np.asarray(v["__call__"][0]) for n, v in state["intermediates"].items()}
     assert list(captured) == ["Dropout_0", "Dropout_1", "Dropout_2"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jaxtyping import TypeCheckError
 
 from ntt_sparse.pruning import _neuron_curve
 from ntt_sparse.pruning.neurons import (
@@ -342,4 +343,77 @@ def test_numbers_of_neurons_at_thresholds():
 @pytest.mark.filterwarnings("ignore:.*encountered in divide")
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
+        call(activations())
+
+
+def direct_order(x, reference):
+    """Brute force in long doubles, for layers that one neuron rules."""
+    x, y = (np.asarray(z, np.longdouble) - np.asarray(z, np.longdouble).mean(0)
+            for z in (x, reference))  # fmt: skip
+    k, left, order, values = y @ y.T, list(range(x.shape[1])), [], []
+
+    def similarity(chosen):
+        other = x[:, chosen] @ x[:, chosen].T
+        norm = np.sqrt(np.sum(k * k) * np.sum(other * other))
+        return np.sum(k * other) / norm if norm else 0
+
+    while left:
+        each = [similarity([i for i in left if i != j]) for j in left]
+        values.append(float(max(each)))
+        order.append(left.pop(int(np.argmax(each))))
+    return order, values
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3, 1e6, 1e12])
+def test_a_neuron_that_rules_the_layer_takes_no_digits_from_the_others(scale):
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(60, 8))
+    x = np.concatenate([scale * rng.normal(size=(60, 1)), z], 1)
+    order, similarity = cka_prune_curve(x, reference=z)
+    expected, values = direct_order(x, z)
+    assert order.tolist() == expected
+    np.testing.assert_allclose(similarity, values, rtol=1e-5)
+    # Along an order that begins with it.
+    along = similarity_along(x, np.arange(9))
+    truth = [cka(x, x[:, count:]) for count in range(1, 9)]
+    np.testing.assert_allclose(along[:8], truth, rtol=1e-4, atol=1e-12)
+    assert along[8] == 0
+
+
+def test_activations_that_are_not_finite_are_no_similarity_inside_of_jit():
+    x = jnp.asarray(activations()).at[3, 2].set(jnp.nan)
+    order, similarity = jax.jit(lambda x: cka_prune_curve(x, 4))(x)
+    assert order.tolist() == [-1] * 4
+    assert np.all(np.isnan(similarity))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        np.full((3, 2), [3e38, 2e38], np.float32),
+        np.full((3000, 2), [31, 30], np.float16),
+        np.array([[1 + 1e-10, 1.0]]),
+    ],
+)
+def test_l1_norms_neither_overflow_nor_round(kernel):
+    assert l1_prune_order(kernel, 2).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: cka_prune_order(x, 2, kept=np.arange(16)), "kept is int.*, expected booleans"),
+        (lambda x: similarity_along(x, np.array([0.5, 1.7])), r"expected indices \(count,\)"),
+        (lambda x: similarity_along(x, np.array([[1]])), r"expected indices \(count,\)"),
+        (lambda x: similarity_along(x, np.array([-1])), "expected different numbers"),
+        (lambda x: cka_prune_order(x, 2.5), "count=2.5, expected a whole number"),
+        (lambda x: cka_prune_order(np.zeros((3, 0, 4)), 1), "none empty"),
+        (lambda x: cka_prune_order(x * 1j, 1), "complex.*, expected real numbers"),
+        (lambda x: counts_at_rate({"a": 0}, 0.5), "layers without any neuron: a"),
+        (lambda x: counts_of_total({"a": x[0] * np.nan}, 1), "similarities of a"),
+    ],
+)
+def test_what_is_refused_or_a_wrong_type(call, message):
+    # Type checks of the tests are before the function's own.
+    with pytest.raises((ValueError, TypeCheckError), match=f"{message}|Type-check error"):
         call(activations())

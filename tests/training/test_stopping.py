@@ -1,6 +1,7 @@
 """Early stopping of single members."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def test_members_that_are_not_active_stay_as_they_are(mode):
         same = np.all(np.asarray(before == now).reshape(4, -1), axis=1)
         assert same.tolist() == [False, True, False, True]
     assert (np.asarray(after.sums["loss"]) > 0).tolist() == active.tolist()
+    assert after.since.tolist() == [3, 0, 3, 0]
 
 
 def test_a_run_ends_when_all_have_stopped_and_goes_on_the_same(tmp_path):
@@ -87,8 +89,54 @@ def test_a_run_ends_when_all_have_stopped_and_goes_on_the_same(tmp_path):
     # The first stopped one record before the others.
     np.testing.assert_array_equal(seen[3][0], seen[4][0])
     assert np.all(np.any(seen[3][1:] != seen[4][1:], axis=(1, 2)))
+    # Of a member that has stopped no loss is told.
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    told = [line["train/loss"] for line in lines[1:]]
+    assert [[value is None for value in line] for line in told] == [
+        [False] * 4, [False] * 4, [False] * 4, [True, False, False, False]
+    ]  # fmt: skip
     again = run()
     for one, two in zip(
         jax.tree.leaves(state.members.params), jax.tree.leaves(again.members.params), strict=True
     ):
         np.testing.assert_array_equal(one, two)
+
+
+def test_a_run_that_is_broken_while_some_have_stopped_goes_on_the_same(tmp_path):
+    mesh = meshes.make_mesh()
+    members = problems.members()._replace(context={ACTIVE: jnp.ones(4, bool)})
+    program = programs.make_program(step_fn(), batch_size=16, mesh=mesh, active=is_active)
+    data = jax.device_put(problems.data(), meshes.replicated(mesh))
+    plan = loop.Plan(24, 4, 4, checkpoint_seconds=0.0)
+    stopping = EarlyStopping("loss", 1)
+    # By step, so that a run that goes on is told the same.
+    losses = {0: [9] * 4, 4: [3] * 4, 8: [4, 2, 2, 2], 12: [4, 3, 1, 1], 16: [4, 3, 0, 0]}
+
+    def run(workdir, breaks_at=None):
+        def evaluate(current):
+            step = int(np.max(np.asarray(current.opt_state[0].count)))
+            if step == breaks_at:
+                raise KeyboardInterrupt
+            return {"loss": jnp.asarray(losses.get(step, losses[16]), float)}
+
+        workdir.mkdir(exist_ok=True)
+        with Checkpoints(workdir / "checkpoints", identity="") as checkpoints:
+            return loop.fit(
+                program, members, data, plan, log=MetricsLog(workdir / "log.jsonl", "stage"),
+                checkpoints=checkpoints, member_names=list("abcd"), evaluate=evaluate,
+                should_stop=stopping.all_stopped, revise=stopping.revise,
+            )  # fmt: skip
+
+    unbroken = run(tmp_path / "unbroken")
+    assert int(unbroken.step) == 20
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", breaks_at=16)
+    broken = run(tmp_path / "broken")
+    for one, two in zip(
+        jax.tree.leaves(unbroken.members.params), jax.tree.leaves(broken.members.params),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(one, two)
+    for name in ("unbroken", "broken"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 4, 8, 12, 16, 20]
