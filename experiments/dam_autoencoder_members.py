@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Float
 
 from experiments.dam_representation_members import KINDS
-from experiments.study import stack
+from experiments.study import stack, unit_pixels
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.models.autoencoder import Autoencoder, Perceptron
@@ -58,12 +58,8 @@ def pixels(data: ImageData) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray,
 
     Pixels go from -1 to 1, the darkest and the brightest of the training images.
     """
-    std, mean = data.std.astype(np.float32), data.mean.astype(np.float32)
-    train, test = (np.asarray(split.x) * std + mean for split in (data.train, data.test))
-    low, high = train.min(), train.max()
-    train, test = (
-        (2 * (x - low) / (high - low) - 1).reshape(len(x), -1) for x in (train, test)
-    )  # fmt: skip
+    unit = unit_pixels(data)
+    train, test = ((2 * x - 1).reshape(len(x), -1) for x in (unit.train.x, unit.test.x))
     return train, test
 
 

@@ -29,7 +29,7 @@ from experiments.neuron_pruning_members import (
     without,
 )
 from experiments.neuron_pruning_orders import Decision, activation_fn, decide
-from experiments.study import fit_stage, hold_out, make_plan, save_networks
+from experiments.study import fit_stage, hold_out, make_plan, save_networks, unit_pixels
 from ntt_sparse.data import images
 from ntt_sparse.data.images import ImageData, Split
 from ntt_sparse.models.lenet import LeNet
@@ -90,20 +90,6 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     check_sizes(config, data)
     plan = make_plan(config.training, len(data.train.y), config.checkpoint_seconds)
     return Setup(data, plan)
-
-
-def unit_pixels(data: ImageData) -> ImageData:
-    """Images whose pixels go from 0 to 1, the darkest and the brightest of the training part."""
-    std, mean = data.std.astype(np.float32), data.mean.astype(np.float32)
-    train = np.asarray(data.train.x) * std + mean
-    low, high = train.min(), train.max()
-
-    def scaled(split: Split) -> Split:
-        return Split((np.asarray(split.x) * std + mean - low) / (high - low), split.y)
-
-    return data._replace(
-        train=scaled(data.train), validation=scaled(data.validation), test=scaled(data.test)
-    )
 
 
 def stage_of(network: str, rate: float | None, iteration: int) -> str:

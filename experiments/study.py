@@ -66,6 +66,20 @@ def hold_out(data: images.ImageData, fraction: float, seed: int) -> images.Image
     )
 
 
+def unit_pixels(data: images.ImageData) -> images.ImageData:
+    """Images whose pixels go from 0 to 1, the darkest and the brightest of those in training."""
+    std, mean = data.std.astype(np.float32), data.mean.astype(np.float32)
+    train = np.asarray(data.train.x) * std + mean
+    low, high = train.min(), train.max()
+
+    def scaled(split: images.Split) -> images.Split:
+        return images.Split((np.asarray(split.x) * std + mean - low) / (high - low), split.y)
+
+    return data._replace(
+        train=scaled(data.train), validation=scaled(data.validation), test=scaled(data.test)
+    )
+
+
 def training_input(config: Any, split: images.Split) -> tuple[Any, Augment | None]:
     """What `fit_stage` trains on, and how its steps change their batches.
 
