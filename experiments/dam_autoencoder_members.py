@@ -59,7 +59,7 @@ def pixels(data: ImageData) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray,
     Pixels go from -1 to 1, the darkest and the brightest of the training images.
     """
     unit = unit_pixels(data)
-    train, test = ((2 * x - 1).reshape(len(x), -1) for x in (unit.train.x, unit.test.x))
+    train, test = ((2 * np.asarray(x) - 1).reshape(len(x), -1) for x in (unit.train.x, unit.test.x))
     return train, test
 
 
