@@ -1,7 +1,7 @@
 """The curve of one layer, see `ntt_sparse.pruning.neurons`: in double precision, compiled.
 
 Sums over what is gone only grow, and are taken relative to the sums over what there was at a base.
-Where less than a thousandth of those is left, their difference would lose its digits: then what is
+Where less than a hundredth of those is left, their difference would lose its digits: then what is
 left is the new base, of which all sums are formed anew.
 """
 
@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 # Relative to the terms of a score.
 _ROUNDING = 1e-13
-# What is left of the base, at least.
-_LEAST = 1e-3
+# What is left of the base, at least, and of that without one more neuron.
+_LEAST = 1e-2
 # A column whose spread is below so many roundings of its size is constant.
 _CONSTANT = 16 * float(np.finfo(np.float64).eps)
 # Up to 2 GiB of products of neurons are kept; beyond, a row is computed when it is needed.
@@ -232,12 +232,14 @@ def _scores(products: _Products, base: _Base, gone: _Gone, left: Any) -> tuple[A
     total = gone.total + base.total
     cross = (gone.cross + products.cross) / _or_one(base.cross)
     rest = _rest(base, total, square)
-    safe = jnp.maximum(rest, _LEAST)
+    least = _LEAST * _rest(base, gone.total, gone.square)
+    safe = jnp.maximum(rest, least)
     square, apart = square / whole, 2 * (total / whole - cross)
     score = (square - cross**2 - apart) / safe
     rounding = _ROUNDING * (square + cross**2 + jnp.abs(apart)) / safe
 
-    # At most one neuron has nearly all there is. What is left without it is summed anew.
+    # At most one neuron has more than three quarters of what there is (as Gram matrices do not
+    # cancel). What is left without it is summed anew.
     rest = jnp.where(left, rest, jnp.inf)
     places = jnp.arange(len(rest), dtype=jnp.int32)
     largest = jnp.min(jnp.where(rest <= jnp.min(rest), places, len(rest) - 1))
@@ -248,7 +250,7 @@ def _scores(products: _Products, base: _Base, gone: _Gone, left: Any) -> tuple[A
         return 1 - other.start / start, _ROUNDING * (1 + other.start / start)
 
     score_of, rounding_of = jax.lax.cond(
-        rest[largest] < _LEAST, without, lambda: (score[largest], rounding[largest])
+        rest[largest] < least, without, lambda: (score[largest], rounding[largest])
     )
     score, rounding = score.at[largest].set(score_of), rounding.at[largest].set(rounding_of)
     # Nothing is like the reference, or nothing varies: all are tied.

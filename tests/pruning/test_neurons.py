@@ -164,6 +164,13 @@ def test_many_nearly_equal_neurons_keep_their_order_to_the_last():
     assert cka_prune_order(x, 100).tolist() == expected
 
 
+def test_the_last_neurons_are_as_certain_as_the_first():
+    """Where next to nothing is left of the whole layer, and about as little without each."""
+    for seed in range(8, 12):
+        x = np.maximum(np.random.default_rng(seed).normal(size=(50, 256)), 0).astype(np.float32)
+        assert cka_prune_order(x, 256).tolist() == long_double_order(x)
+
+
 def load_digits():
     from sklearn.datasets import load_digits
 
