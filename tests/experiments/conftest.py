@@ -42,7 +42,7 @@ def finished_smoke(tmp_path_factory):
     return SmokeRun(arguments, fields, workdir)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_device():
     """Studies on one of the eight devices: less to compile, and steps as most users run them."""
     devices = jax.devices()[:1]

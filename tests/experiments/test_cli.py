@@ -196,7 +196,7 @@ def test_eight_devices_end_where_one_does(tmp_path, finished_smoke, eight_device
     """In this process, which has eight: members and batches are both spread."""
     config = configs.get_config("digits_lenet300,smoke")
     with config.unlocked():
-        config.update_from_flattened_dict(finished_smoke.fields)
+        config.update_from_flattened_dict(finished_smoke.fields | {"checkpoint_seconds": 60.0})
     ntt_study.run(config, tmp_path / "w")
     for name in ("transfer", "supervised"):
         one = MetricsLog(finished_smoke.workdir / f"{name}.jsonl", name).records

@@ -237,7 +237,12 @@ def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
 @pytest.mark.parametrize("amount", ["total", "threshold"])
 def test_layers_can_share_a_similarity(amount, tmp_path):
     config = get_config(
-        amount=amount, threshold=0.97, iterations=2, activations="after", seeds=(1,)
+        amount=amount,
+        threshold=0.97,
+        iterations=2,
+        activations="after",
+        seeds=(1,),
+        criteria="cka,l1",
     )
     summary = study.run(config, tmp_path / "work")
     (group,) = summary["groups"]

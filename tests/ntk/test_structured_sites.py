@@ -1,6 +1,5 @@
 """The structured kernel of convolutions and embeddings, and its bound on memory."""
 
-import itertools
 import math
 
 import jax
@@ -62,7 +61,7 @@ def test_a_promised_density_changes_nothing(x64):
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 5, 6, 2))) for n in (3, 2))
     arguments = small_cnn, weights, x1, x2
     expected = value_and_grad(*arguments, masks=masks, method="jacobian")
-    for max_density, limit in itertools.product((0.01, 0.2), LIMITS):
+    for max_density, limit in ((0.01, LIMITS[0]), (0.2, LIMITS[0]), (0.2, LIMITS[1])):
         options = {"max_density": max_density, "memory_limit": limit}
         assert_equal(value_and_grad(*arguments, masks=masks, **options), expected)
 
