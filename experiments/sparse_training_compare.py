@@ -25,7 +25,7 @@ from ntt_sparse.training.files import write_text
 
 # Fields of the settings that are a method's own; all others have to be the same.
 _OWN = frozenset({
-    *("name", "method", "rounds", "growth", "gradual", "lth", "transform", "density"),
+    *("name", "method", "rounds", "growth", "gradual", "lth", "transform", "l0", "density"),
     *("layer_densities", "regularisers", "coefficients", "score_batch_size", "score_per_class"),
     "checkpoint_seconds",
 })  # fmt: skip

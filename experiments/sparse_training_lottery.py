@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.sparse_training_masks import layer_counts
-from experiments.sparse_training_members import Run, runs_of
+from experiments.sparse_training_members import Run, whole_runs
 from experiments.study import asked_densities
 from ntt_sparse.pruning import dynamic
 from ntt_sparse.pruning import masks as pruning_masks
@@ -52,12 +52,6 @@ def levels(config: Any) -> list[float]:
     return found
 
 
-def first_runs(config: Any) -> list[Run]:
-    """The networks of one level, before anything is pruned."""
-    first = config.density[0]
-    return [run._replace(density=1.0) for run in runs_of(config) if run.density == first]
-
-
 def stage_of(density: float) -> str:
     """The name of the stage that trains a level."""
     return f"level_{float(density)!r}"
@@ -86,17 +80,17 @@ def train(
     plan: Plan,
     optimizer: optax.GradientTransformation,
 ) -> Member:
-    """Trains all levels. Returns the members of those that are asked for, in order of `runs_of`.
+    """Trains all levels. Returns the members of those that are asked for, ordered as `runs_of`.
 
     Args:
         config: The settings.
         init: Draws parameters.
         fit: Trains members.
-        members: Of `first_runs` at their start.
+        members: Of `whole_runs` at their start.
         plan: Of the whole run.
         optimizer: Of the members.
     """
-    runs, start = first_runs(config), rewind_step(config, plan)
+    runs, start = whole_runs(config), rewind_step(config, plan)
     if start:
         members = fit("rewind", runs, members, dataclasses.replace(plan, total_steps=start))
     later, snapshot = dataclasses.replace(plan, start=start), members

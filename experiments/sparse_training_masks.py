@@ -19,7 +19,7 @@ SCORED = ("magnitude", "snip", "logit_snip", "grasp", "synflow")
 """Methods that keep the weights of the largest scores at initialisation."""
 GROWN = ("set", "rigl")
 """Methods that start at random and replace connections in training."""
-LATER = ("gradual", "lth", "dlth")
+LATER = ("gradual", "lth", "dlth", "l0")
 """Methods that start with all weights."""
 METHODS = ("random", *SCORED, *GROWN, *LATER)
 # Independent of the streams that training folds from a member's key.

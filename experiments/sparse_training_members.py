@@ -41,6 +41,12 @@ def runs_of(config: Any) -> list[Run]:
     ]
 
 
+def whole_runs(config: Any) -> list[Run]:
+    """The networks of each seed before anything is pruned, which all densities begin with."""
+    first = asked_densities(config)[0]
+    return [run._replace(density=1.0) for run in runs_of(config) if run.density == first]
+
+
 def member_names(runs: list[Run]) -> list[str]:
     """Names such as `"cka_sr-c0.001-d0.05-s1"`, fit for file names."""
     return [f"{r.regulariser}-c{r.coefficient!r}-d{r.density!r}-s{r.seed}" for r in runs]

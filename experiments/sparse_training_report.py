@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
+from experiments.sparse_training_l0 import summarise
 from experiments.sparse_training_lottery import logs_of
 from experiments.sparse_training_members import Run, member_names, runs_of
 from experiments.sparse_training_stages import BASELINE, EPSILONS, REGULARISERS
@@ -107,6 +108,8 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         "chosen_by_validation": _chosen(rows),
         "published": published(config),
     }
+    if gates := summarise(config, workdir):
+        summary["gates"] = gates
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, summary))
     _draw(config, workdir, rows)
@@ -236,6 +239,18 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         for row in summary["chosen_by_validation"]
         if row["regulariser"] != BASELINE
     ]
+    if "gates" in summary:
+        lines += [
+            "",
+            "What gates alone kept, before that, and test accuracy with these weights:",
+            "",
+        ]
+    for row in summary.get("gates", ()):
+        parts = 100 * np.asarray(row["kept"]) / sum(summary["layers"].values())
+        lines.append(
+            f"- {label(row)}: {np.mean(parts):.2f} % of the weights ({np.min(parts):.2f} to "
+            f"{np.max(parts):.2f}), {percent(spread(row['test_accuracy']))}"
+        )
     if summary["published"]:
         lines += ["", "Published, single runs:", ""]
     for row in summary["published"]:

@@ -63,7 +63,12 @@ def block_patterns(config: Any) -> list[str]:
 
 
 def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransformation:
-    """Adam, or SGD with Nesterov momentum and a schedule; pruned weights stay zero."""
+    """That of `whole_optimizer`; pruned weights stay zero."""
+    return keep_masked(whole_optimizer(config, total_steps=total_steps))
+
+
+def whole_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransformation:
+    """Adam, or SGD with Nesterov momentum and a schedule, of all weights."""
     settings = config.supervised
     rate = warmed_up(decayed_rate(settings, total_steps), round(settings.warmup * total_steps))
     if settings.optimizer == "adam":
@@ -71,7 +76,7 @@ def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransforma
     else:
         inner = optax.sgd(rate, momentum=0.9, nesterov=True)
     # Coupled with the step and on all parameters, as in the training it comes from.
-    return keep_masked(optax.chain(optax.add_decayed_weights(settings.weight_decay), inner))
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), inner)
 
 
 def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import (
+    sparse_training_l0,
     sparse_training_lottery,
     sparse_training_report,
     sparse_training_transform,
@@ -22,6 +23,7 @@ from experiments.sparse_training_members import (
     runs_of,
     stacked_masks,
     start_members,
+    whole_runs,
 )
 from experiments.sparse_training_stages import (
     all_patterns,
@@ -29,6 +31,7 @@ from experiments.sparse_training_stages import (
     layer_similarities,
     make_optimizer,
     training_terms,
+    whole_optimizer,
 )
 from experiments.study import fit_stage, hold_out, make_plan, save_networks, training_input
 from ntt_sparse import models
@@ -102,8 +105,8 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
 
 def train(config: Any, setup: Setup, workdir: Path) -> Member:
     """Trains every network in one program, or one for each level. Returns its members."""
-    lottery = config.method == sparse_training_lottery.METHOD
-    runs = sparse_training_lottery.first_runs(config) if lottery else runs_of(config)
+    shared = config.method in (sparse_training_lottery.METHOD, sparse_training_l0.METHOD)
+    runs = whole_runs(config) if shared else runs_of(config)
     data = setup.data
     optimizer = make_optimizer(config, total_steps=setup.plan.total_steps)
     members = start_members(config, setup.module, data.input_shape, data.train, optimizer, runs)
@@ -126,7 +129,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
 
     def fit(
         stage: str, runs: list[Run], members: Member, plan: Plan, *, step_fn: Any = step_fn,
-        batch_size: int = config.supervised.batch_size,
+        batch_size: int = config.supervised.batch_size, evaluate: Any = evaluate,
     ) -> Member:  # fmt: skip
         return fit_stage(
             config, workdir, stage, member_names(runs), members, step_fn, plan,
@@ -138,7 +141,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         variables = dict(setup.module.init(key, jnp.zeros((1, *data.input_shape))))
         return variables.pop("params"), variables
 
-    if lottery:
+    if config.method == sparse_training_lottery.METHOD:
         return sparse_training_lottery.train(config, init, fit, members, setup.plan, optimizer)
     if config.method == sparse_training_transform.METHOD:
         whole = sparse_training_transform.whole_network
@@ -158,7 +161,27 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
             sparse_training_transform.plan(config, len(data.train.y)),
             optimizer,
         )
-    return fit("supervised", runs, members, setup.plan)
+    if config.method == sparse_training_l0.METHOD:
+        gated_plan = sparse_training_l0.plan(config, len(data.train.y))
+        gated_optimizer = sparse_training_l0.make_optimizer(
+            config, whole_optimizer(config, total_steps=gated_plan.total_steps)
+        )
+        gated_step = make_step(
+            sparse_training_l0.gated_terms(config, training_terms(config), len(data.train.y)),
+            gated_optimizer,
+            forward=sparse_training_l0.gated_forward(forward),
+            augment=augment,
+            after_update=sparse_training_l0.hold,
+        )
+        members = sparse_training_l0.train(
+            config,
+            functools.partial(
+                fit, runs=runs, step_fn=gated_step, batch_size=config.l0.batch_size,
+                evaluate=sparse_training_l0.gated_evaluation(evaluate),
+            ),
+            members, gated_plan, gated_optimizer, optimizer,
+        )  # fmt: skip
+    return fit("supervised", runs_of(config), members, setup.plan)
 
 
 def probe_of(config: Any, setup: Setup) -> Any:

@@ -17,12 +17,13 @@ pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100, imagenet_
 ====================  ================================================================
 
 Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`,
-`gradual`, `lth`, `dlth` and `dlth_iterative`. Settings of training are the same for all, so that
-only masks differ: on CIFAR-10 those of random sparse training (Liu et al., ICLR 2022), on MNIST and
-the digits Adam. Lottery tickets prune a fifth of what is left at each level, so they take as many
-times as long as there are levels: with the dense one 11 down to a density of 0.1, 28 to 0.002;
-`dlth` takes 90,000 steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its
-densities are ERK's, where the published code leaves the first and the last layer whole.
+`gradual`, `lth`, `dlth`, `dlth_iterative` and `l0`. Settings of training are the same for all, so
+that only masks differ: on CIFAR-10 those of random sparse training (Liu et al., ICLR 2022), on
+MNIST and the digits Adam. Lottery tickets prune a fifth of what is left at each level, so they take
+as many times as long as there are levels: with the dense one 11 down to a density of 0.1, 28 to
+0.002; `dlth` takes 90,000 steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its
+densities are ERK's, where the published code leaves the first and the last layer whole. `l0` trains
+whole networks with gates for as long as sparse ones, once for all densities.
 """
 
 from typing import Any
@@ -37,7 +38,8 @@ BASE: dict[str, Any] = {
     # initialisation); set, rigl (random at first, connections replaced in training); gradual
     # (magnitude, while the network is trained); lth (lottery tickets: train, prune by magnitude,
     # go back and train again, from density to density); dlth (random masks; before they are
-    # applied, a growing decay draws to zero what they prune).
+    # applied, a growing decay draws to zero what they prune); l0 (a gate for each weight is trained
+    # first).
     "method": "random",
     # Rounds in which scores are pruned; 100 for SynFlow.
     "rounds": 1,
@@ -65,6 +67,18 @@ BASE: dict[str, Any] = {
         "learning_rate": 1e-3,
         "momentum": 0.9,
         "weight_decay": 5e-4,
+    },
+    # Of l0: the penalty is the coefficient times the expected number of weights by that of training
+    # examples; the chance of a weight to be dropped at the start; the learning rate of gates.
+    "l0": {
+        "coefficient": 0.1,
+        "drop": 0.3,
+        "learning_rate": 2e-3,
+        "epochs": 5,
+        "batch_size": 64,
+        # As those of supervised.
+        "record_every": 0,
+        "max_steps": 0,
     },
     # What is compared with no regulariser: cka_sr, aug_cka_sr, each also with _debiased, cca_sr,
     # aug_cca_sr; and l1 and l2, sums of absolute weights and of their squares. Each is run with
@@ -156,6 +170,8 @@ SMOKE = {
     "lth.prune": 0.0,
     "transform.increment": 0.25,
     "transform.hold": 4,
+    "l0.max_steps": 6,
+    "l0.record_every": 6,
 }
 """What shows that all parts work."""
 
@@ -202,6 +218,8 @@ _IMAGENET = {
     "supervised.milestones": (0.3, 0.6, 0.9),
     "supervised.warmup": 0.05,
     "supervised.validation_fraction": 0.01,
+    "l0.epochs": 100,
+    "l0.batch_size": 768,
 }
 """ImageNet, after random sparse training, whose last layer is whole; it is not so here, and the
 milestones are ours."""
@@ -209,7 +227,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "random": {},
     **{
         method: {"method": method, "layer_densities": "global"}
-        for method in ("magnitude", "snip", "logit_snip", "grasp", "gradual", "lth")
+        for method in ("magnitude", "snip", "logit_snip", "grasp", "gradual", "lth", "l0")
     },
     "synflow": {"method": "synflow", "layer_densities": "global", "rounds": 100},
     "set": {"method": "set"},
@@ -257,6 +275,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             "density": (0.1, 0.05, 0.02),
             # Of its code, for CIFAR-10.
             "score_per_class": 10 if method == "grasp" else 0,
+            "l0.epochs": 160,
+            "l0.batch_size": 128,
         }
         for network, fields in _SMALL_IMAGES.items()
         for method, settings in _METHODS.items()

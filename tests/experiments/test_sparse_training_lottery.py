@@ -1,4 +1,4 @@
-"""Lottery tickets and random sparse network transformation: what is trained, and from where."""
+"""Lottery tickets, DLTH and L0: what is trained before sparse networks are, and from where."""
 
 import json
 
@@ -129,6 +129,55 @@ def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycl
     for name, leaf in kernels(started["supervised"][1].params).items():
         mask = kernels(last.masks)[name].astype(bool)
         np.testing.assert_array_equal(leaf, np.where(mask, kernels(last.params)[name], 0))
+
+
+def test_gates_are_trained_before_weights_are_cut(tmp_path, monkeypatch):
+    """L0: whole networks with gates, shared by all densities; then exact counts, gates applied."""
+    started, ended, real = {}, {}, study.fit_stage
+
+    def fit_stage(config, workdir, stage, names, members, *args, **kwargs):
+        started[stage] = names, members
+        ended[stage] = real(config, workdir, stage, names, members, *args, **kwargs)
+        return ended[stage]
+
+    monkeypatch.setattr(study, "fit_stage", fit_stage)
+    fields = {
+        "supervised.max_steps": 4, "supervised.record_every": 4, "l0.max_steps": 60,
+        "l0.record_every": 60, "l0.learning_rate": 0.1, "l0.coefficient": 0.3,
+    }  # fmt: skip
+    config = get_config("mnist_l0", **fields)
+    summary = study.run(config, tmp_path)
+    names, members = started["gates"]
+    assert len(names) == 4 and all("-d1.0-" in name for name in names)
+    assert {*members.params} == {"weights", "log_alpha"}
+    after = ended["gates"].params
+    alpha, weights = kernels(after["log_alpha"]), kernels(after["weights"])
+    assert all(np.all((leaf > -4.61) & (leaf < 4.61)) for leaf in alpha.values())
+    runs = sparse_members.runs_of(config)
+    _, cut = started["supervised"]
+    # The order of the data is that of other methods, before that another one.
+    assert np.all(jax.random.key_data(cut.key[:4]) != jax.random.key_data(members.key))
+    _, random = start(get_config("mnist_random"), study.prepare(config, None).module)
+    np.testing.assert_array_equal(jax.random.key_data(cut.key), jax.random.key_data(random.key))
+    size = sum(leaf[0].size for leaf in alpha.values())
+    for index, run in enumerate(runs):
+        source = names.index(sparse_members.member_names([run._replace(density=1.0)])[0])
+        chance = {n: 1 / (1 + np.exp(-a[source] - 2 / 3 * np.log(11))) for n, a in alpha.items()}
+        scores = {n: np.abs(weights[n][source]) * chance[n] for n in alpha}
+        expected = largest(scores, round(run.density * size))
+        masks, params = (kernels(member_of(tree, index)) for tree in (cut.masks, cut.params))
+        for name, keep in expected.items():
+            # Scores here are of double precision.
+            assert np.mean(masks[name].astype(bool) != keep) < 1e-3
+            gate = np.clip(1.2 / (1 + np.exp(-alpha[name][source])) - 0.1, 0, 1)
+            effective = np.where(masks[name], weights[name][source] * gate, 0)
+            np.testing.assert_allclose(params[name], effective, atol=1e-6)
+        assert sum(leaf.sum() for leaf in masks.values()) == round(run.density * size)
+    first, second = summary["gates"]
+    assert (first["regulariser"], second["regulariser"]) == ("none", "cka_sr")
+    open_ = sum((leaf > -np.log(11)).reshape(4, -1).sum(1) for leaf in alpha.values())
+    assert first["kept"] + second["kept"] == open_.tolist() and open_.max() < size
+    assert "What gates alone kept" in (tmp_path / "report.md").read_text()
 
 
 def test_a_lottery_that_was_stopped_goes_on(tmp_path):
