@@ -42,7 +42,7 @@ ROOMS = {
     "ntk": {"_program", "_types", "ntk"},
     "data": {"_types", "data"},
     "gates": {"_types", "gates"},
-    "models": {"_types", "gates", "models"},
+    "models": {"_types", "gates", "models", "similarity"},
     # Small networks are built from descriptions, as models.
     "pruning": {"_program", "_types", "gates", "models.described", "pruning"},
     "similarity": {"_types", "similarity"},

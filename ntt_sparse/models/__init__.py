@@ -15,6 +15,7 @@ from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.resnet import ResNet
 from ntt_sparse.models.vgg import Vgg
+from ntt_sparse.models.vit import VisionTransformer
 
 
 class _Entry(NamedTuple):
@@ -28,6 +29,7 @@ class _Entry(NamedTuple):
 _DTYPES = ("dtype", "param_dtype")
 _RESNET = ("norm", "shortcut", *_DTYPES)
 _GATED = ("kind", *_DTYPES)
+_SMALL_VIT = {"width": 96, "depth": 9, "heads": 3}
 _CONV4 = {"stages": ((64, 64), (128, 128)), "kernel_size": 3, "hidden": (512,)}
 
 _MODELS = {
@@ -54,6 +56,11 @@ _MODELS = {
     "vgg19": _Entry(Vgg, {}, _GATED),
     "resnet18": _Entry(DeepResNet, {"blocks": (2, 2, 2, 2)}, ("stem", *_GATED)),
     "resnet50": _Entry(DeepResNet, {"blocks": (3, 4, 6, 3), "bottleneck": True}, ("stem", *_GATED)),
+    "deit_tiny": _Entry(VisionTransformer, {}, _DTYPES),
+    "deit_small": _Entry(VisionTransformer, {"width": 384, "heads": 6}, _DTYPES),
+    "deit_base": _Entry(VisionTransformer, {"width": 768, "heads": 12}, _DTYPES),
+    "vit_patch4": _Entry(VisionTransformer, {"patch": 4, **_SMALL_VIT}, _DTYPES),
+    "vit_patch2": _Entry(VisionTransformer, {"patch": 2, **_SMALL_VIT}, _DTYPES),
 }
 
 
@@ -76,6 +83,11 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     `vgg19`           VGG-19 for small images, with batch normalisation
     `resnet18`        ResNet-18, with the stem for small images or that of ImageNet
     `resnet50`        ResNet-50
+    `deit_tiny`       DeiT-Tiny for ImageNet: patches of 16 x 16, 12 blocks, width 192
+    `deit_small`      DeiT-Small: width 384
+    `deit_base`       DeiT-Base: width 768
+    `vit_patch4`      A small transformer for images of 28 x 28 or 32 x 32: 9 blocks, width 96
+    `vit_patch2`      The same for images of 8 x 8
     ================  ==========================================================
 
     Args:
@@ -87,7 +99,7 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
             `resnet18` and `resnet50`, the `stem` ("cifar" or "imagenet"); of these two,
             pre-activation ResNets, VGG and `lenet5`, the `kind` of gates; of `lenet5`,
             `activation` and how many layers are `gated`. See `LeNet`, `ResNet`, `DeepResNet`,
-            `PreResNet` and `Vgg`.
+            `PreResNet`, `Vgg` and `VisionTransformer`.
 
     Returns:
         A Flax Linen module.

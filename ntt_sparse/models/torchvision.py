@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ntt_sparse.models import _published
 from ntt_sparse.models.deep_resnet import DeepResNet
 
 # Stage and block, a layer or that of the shortcut, the leaf.
@@ -41,20 +42,7 @@ def load_resnet(path: str | Path, module: DeepResNet) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: It is no safetensors file, or holds other names or shapes than the network.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        arrays = load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no safetensors file of arrays NumPy knows: {error}") from error
-    try:
-        return from_arrays(arrays, module)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return _published.read(path, lambda arrays: from_arrays(arrays, module))
 
 
 def from_arrays(arrays: Mapping[str, Any], module: DeepResNet) -> dict[str, Any]:
@@ -72,26 +60,21 @@ def from_arrays(arrays: Mapping[str, Any], module: DeepResNet) -> dict[str, Any]
     shapes = jax.eval_shape(
         lambda key: module.init(key, jnp.zeros((1, 64, 64, 3))), jax.random.key(0)
     )
-    expected: dict[str, Any] = traverse_util.flatten_dict(dict(shapes), sep="/")
-    gates = {path for path in expected if "/gate/" in path or "Gate_" in path}
-    missing, unknown = set(expected) - gates - set(found), set(found) - set(expected)
-    if missing or unknown:
-        raise ValueError(
-            f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}: these are not the "
-            f"weights of {module.blocks} blocks, bottleneck={module.bottleneck}"
-        )
-    for path, value in found.items():
-        if value.shape != expected[path].shape:
-            raise ValueError(
-                f"{path} has shape {value.shape}, expected {expected[path].shape} for "
-                f"num_outputs={module.num_outputs} and stem={module.stem!r}"
-            )
+    gates = [
+        path
+        for path in traverse_util.flatten_dict(dict(shapes), sep="/")
+        if "/gate/" in path or "Gate_" in path
+    ]
     if gates:
         start = module.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
         flat: dict[str, Any] = traverse_util.flatten_dict(dict(start), sep="/")
-        found |= {path: flat[path] for path in gates}
-    leaves = {path: jnp.asarray(found[path], expected[path].dtype) for path in expected}
-    return traverse_util.unflatten_dict(leaves, sep="/")
+        found |= {path: np.asarray(flat[path]) for path in gates}
+    return _published.fit(
+        found,
+        shapes,
+        f"{module.blocks} blocks, bottleneck={module.bottleneck}",
+        f"num_outputs={module.num_outputs} and stem={module.stem!r}",
+    )
 
 
 def _place(name: str, module: DeepResNet) -> str:

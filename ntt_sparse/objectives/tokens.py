@@ -1,0 +1,59 @@
+r"""What dynamic tokens are trained by, besides their task.
+
+Source: Rao et al. 2021, "DynamicViT", https://arxiv.org/abs/2106.02034, Section 3.3, and its
+published code. A loss is `task + 2 ratio + 0.5 distillation + 0.5 token distillation` there.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Real
+
+from ntt_sparse._types import Scalar
+
+
+def keep_ratio_loss(decisions: Float[Array, "s n t"], ratios: Sequence[float]) -> Scalar:
+    r"""How far each image is from the part of its tokens that it should keep (Eq. 16).
+
+    $\frac{1}{S} \sum_s \frac{1}{n} \sum_i (\rho_s - \frac{1}{t} \sum_j D_{sij})^2$
+
+    Args:
+        decisions: One for tokens that are kept at each of s places.
+        ratios: $\rho_s$, in [0, 1].
+
+    Raises:
+        ValueError: There is not a ratio for each place.
+    """
+    if len(ratios) != len(decisions):
+        raise ValueError(f"{len(ratios)} ratios for {len(decisions)} places, expected one for each")
+    kept = jnp.mean(decisions, axis=2)
+    return jnp.mean((kept - jnp.asarray(ratios, kept.dtype)[:, None]) ** 2)
+
+
+def distillation_loss(
+    logits: Float[ArrayLike, "n k"], teacher_logits: Float[ArrayLike, "n k"]
+) -> Scalar:
+    r"""The mean over images of $\mathrm{KL}(\text{teacher} \| \text{student})$ (Eq. 15).
+
+    The teacher has no derivative.
+    """
+    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(jnp.asarray(teacher_logits)))
+    student = jax.nn.log_softmax(jnp.asarray(logits))
+    return jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=1))
+
+
+def token_distillation_loss(
+    features: Float[ArrayLike, "n t d"],
+    teacher_features: Float[ArrayLike, "n t d"],
+    kept: Real[ArrayLike, "n t"],
+) -> Scalar:
+    """The mean squared difference of the tokens that are kept at the end (Eq. 14).
+
+    Over all tokens of the batch that are kept and all features; zero where none is. Neither the
+    teacher nor the decisions have a derivative.
+    """
+    kept = jax.lax.stop_gradient(jnp.asarray(kept))
+    difference = jnp.asarray(features) - jax.lax.stop_gradient(jnp.asarray(teacher_features))
+    each = jnp.mean(difference**2, axis=2)
+    return jnp.sum(jnp.where(kept > 0, each, 0)) / jnp.maximum(jnp.sum(kept > 0), 1)

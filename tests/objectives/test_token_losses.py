@@ -1,0 +1,47 @@
+"""The losses of dynamic tokens against sums written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntt_sparse.objectives import tokens
+
+
+def test_the_ratio_of_kept_tokens():
+    decisions = np.array([[[1, 1, 0, 1], [1, 0, 0, 1]], [[1, 0, 0, 0], [0, 0, 0, 0]]], float)
+    kept = np.array([[0.75, 0.5], [0.25, 0.0]])
+    expected = np.mean((kept - np.array([[0.7], [0.49]])) ** 2)
+    got = tokens.keep_ratio_loss(jnp.asarray(decisions), (0.7, 0.49))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="1 ratios for 2 places"):
+        tokens.keep_ratio_loss(jnp.asarray(decisions), (0.7,))
+
+
+def test_distillation():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 4))
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (teacher, student))
+    expected = np.mean(np.sum(p * np.log(p / q), axis=1))
+    np.testing.assert_allclose(tokens.distillation_loss(student, teacher), expected, rtol=1e-5)
+    np.testing.assert_allclose(tokens.distillation_loss(teacher, teacher), 0, atol=1e-6)
+    slope = jax.grad(lambda z: tokens.distillation_loss(jnp.asarray(student), z))
+    assert not np.any(slope(jnp.asarray(teacher)))
+    far = tokens.distillation_loss(np.array([[500.0, 0.0]]), np.array([[0.0, 500.0]]))
+    np.testing.assert_allclose(far, 500, rtol=1e-6)
+
+
+def test_distillation_of_tokens():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 3, 4, 5))
+    kept = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
+    places = np.argwhere(kept)
+    expected = np.mean([np.mean((student[i, j] - teacher[i, j]) ** 2) for i, j in places])
+    got = tokens.token_distillation_loss(student, teacher, kept)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+    def nothing(features):
+        return tokens.token_distillation_loss(features, teacher, np.zeros((3, 4)))
+
+    value, slope = jax.value_and_grad(nothing)(jnp.asarray(student))
+    assert value == 0 and not np.any(slope)
