@@ -157,16 +157,27 @@ class VisionTransformer(nn.Module):
         self.norm = layer_norm(**types)
         self.head = nn.Dense(self.num_outputs, kernel_init=_weight_init, **types)
 
-    def __call__(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n num_outputs"]:
-        """The outputs (logits) of images `(n, height, width, channels)`.
+    def __call__(
+        self, x: Float[ArrayLike, "n ..."], *, train: bool = False
+    ) -> Float[Array, "n num_outputs"]:
+        """The outputs (logits) of a batch.
+
+        Args:
+            x: Images `(n, height, width, channels)`.
+            train: As other networks have it; nothing here depends on it.
 
         Raises:
             ValueError: Not images, or their sides are no multiples of a patch.
         """
+        del train
+        return self.classify(self.encode(x))
+
+    def encode(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n t d"]:
+        """The normalised tokens after the last block, that of the class first."""
         tokens = self.embed(x)
         for block in self.block:
             tokens = block(tokens)
-        return self.classify(self.norm(tokens))
+        return self.norm(tokens)
 
     @nn.compact
     def embed(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n t d"]:

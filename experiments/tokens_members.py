@@ -1,0 +1,167 @@
+"""The members of the study of dynamic tokens: networks, how they start and what moves them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from experiments.study import stack
+from ntt_sparse import models
+from ntt_sparse.models.tokens import DynamicTransformer, Redundancy
+from ntt_sparse.models.vit import VisionTransformer
+from ntt_sparse.training.state import Member, create_member
+
+# Independent of the streams that training folds from a member's key.
+_PREDICTOR_STREAM = 1000
+_BACKBONE, _PREDICTORS, _FROZEN = "backbone", "predictors", "frozen"
+# As published, they stay when tokens are dropped.
+_STAYING = ("cls", "position")
+
+
+class Variant(NamedTuple):
+    """What networks of one stage have in common."""
+
+    keep: float
+    cka: bool
+
+
+PRETRAIN = "pretrain"
+"""The stage in which transformers are trained whole."""
+
+
+def variants(config: Any) -> list[Variant]:
+    """Every keep ratio without and with CKA."""
+    return [Variant(float(keep), cka) for keep in config.keep for cka in (False, True)]
+
+
+def stage_of(variant: Variant) -> str:
+    """The name of a training, such as `"keep_0.7_cka"`."""
+    return f"keep_{variant.keep!r}{'_cka' if variant.cka else ''}"
+
+
+def whole_names(config: Any) -> list[str]:
+    """Names of the whole transformers, those without CKA-SR first."""
+    return [f"whole{'_cka' * cka}-s{seed}" for cka in (False, True) for seed in config.seeds]
+
+
+def names_of(config: Any, variant: Variant) -> list[str]:
+    """Names of the networks of a variant, fit for file names."""
+    return [f"{stage_of(variant)}-s{seed}" for seed in config.seeds]
+
+
+def transformer(config: Any, num_outputs: int) -> VisionTransformer:
+    """The network of a study.
+
+    Raises:
+        ValueError: It is no vision transformer.
+    """
+    module = models.create(config.model.name, num_outputs=num_outputs)
+    if not isinstance(module, VisionTransformer):
+        raise ValueError(
+            f"config.model.name is {config.model.name!r}, expected a vision transformer, such as "
+            "'vit_patch4' or 'deit_tiny'"
+        )
+    return module
+
+
+def dynamic(config: Any, module: VisionTransformer, variant: Variant) -> DynamicTransformer:
+    """The network with tokens that are dropped."""
+    settings = config.redundancy
+    redundancy = Redundancy(float(settings.weight), settings.reduce) if variant.cka else None
+    return DynamicTransformer(module, variant.keep, tuple(config.model.places), redundancy)
+
+
+def whole_optimizer(settings: Any, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with a rate that rises and falls; vectors do not decay."""
+    return _adamw(settings, total_steps, settings.learning_rate)
+
+
+def dynamic_optimizer(settings: Any, total_steps: int) -> optax.GradientTransformation:
+    """AdamW of the predictors, and of the transformer later and slower."""
+    fixed = round(settings.fixed * total_steps)
+    slow = _adamw(settings, total_steps, settings.learning_rate * settings.backbone)
+
+    def still(updates, state, params=None):
+        del params
+        stays = state < fixed
+        updates = jax.tree.map(lambda leaf: jnp.where(stays, jnp.zeros_like(leaf), leaf), updates)
+        return updates, state + 1
+
+    hold = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), still)
+    return optax.partition(
+        {
+            _BACKBONE: optax.chain(slow, hold),
+            _PREDICTORS: _adamw(settings, total_steps, settings.learning_rate),
+            _FROZEN: optax.set_to_zero(),
+        },
+        _labels,
+    )
+
+
+def _labels(params: Any) -> Any:
+    def label(path, leaf):
+        del leaf
+        if path[0] != "vit":
+            return _PREDICTORS
+        return _FROZEN if path[1] in _STAYING else _BACKBONE
+
+    return traverse_util.path_aware_map(label, params)
+
+
+def _adamw(settings: Any, total_steps: int, rate: float) -> optax.GradientTransformation:
+    warmup = round(settings.warmup * total_steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else rate, rate, warmup, max(total_steps, warmup + 1)
+    )
+    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)  # noqa: E731
+    return optax.adamw(schedule, weight_decay=settings.weight_decay, mask=matrices)
+
+
+def start_whole(
+    config: Any,
+    module: VisionTransformer,
+    input_shape: tuple[int, ...],
+    optimizer: optax.GradientTransformation,
+) -> Member:
+    """The whole transformers at their start; a seed fixes weights and the order of the data.
+
+    The context of each is the coefficient of CKA-SR.
+    """
+
+    def member(key, coefficient):
+        params = module.init(key, jnp.zeros((1, *input_shape)))["params"]
+        masks = jax.tree.map(lambda leaf: None, params)
+        return create_member(params, masks, optimizer, key, coefficient)
+
+    keys = [jax.random.key(seed) for _ in (False, True) for seed in config.seeds]
+    coefficients = [
+        cka * float(config.cka_sr.coefficient) for cka in (False, True) for _ in config.seeds
+    ]
+    return jax.jit(jax.vmap(member))(stack(keys), jnp.asarray(coefficients))
+
+
+def start_dynamic(
+    config: Any,
+    module: DynamicTransformer,
+    input_shape: tuple[int, ...],
+    whole: Member,
+    variant: Variant,
+    optimizer: optax.GradientTransformation,
+) -> Member:
+    """The networks of a variant, each from its whole transformer, which is its context."""
+    count = len(config.seeds)
+    first = count * variant.cka
+    teachers = jax.tree.map(lambda leaf: leaf[first : first + count], whole.params)
+
+    def member(key, teacher):
+        start = jax.random.fold_in(key, _PREDICTOR_STREAM)
+        params = dict(module.init(start, jnp.zeros((1, *input_shape)))["params"])
+        params["vit"] = teacher
+        masks = jax.tree.map(lambda leaf: None, params)
+        return create_member(params, masks, optimizer, key, teacher)
+
+    return jax.jit(jax.vmap(member))(
+        stack([jax.random.key(seed) for seed in config.seeds]), teachers
+    )

@@ -1,0 +1,137 @@
+"""The report of dynamic tokens: summary.json, report.md and a figure."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import figures
+from experiments.statistics import correct, paired, spread
+from experiments.tables import difference, percent
+from experiments.tokens_members import PRETRAIN, dynamic, stage_of, transformer, variants
+from ntt_sparse.models.tokens import dynamic_multiply_adds
+from ntt_sparse.models.vit import multiply_adds
+from ntt_sparse.training.files import write_text
+from ntt_sparse.training.metrics import MetricsLog
+
+_COST, _ACCURACY = "multiply-adds (millions)", "test accuracy"
+# Ni et al. 2023, appendix, Table 1: DeiT-Tiny on ImageNet, accuracy in percent of single runs.
+_TABLE1 = {
+    (None, False): 72.20, (0.7, False): 71.11, (0.7, True): 71.35, (0.9, False): 72.31,
+    (0.9, True): 72.52,
+}  # fmt: skip
+
+
+def write(
+    config: Any, workdir: Path, input_shape: tuple[int, ...], num_outputs: int
+) -> dict[str, Any]:
+    """Writes everything from the metrics alone, so that it can be repeated.
+
+    Args:
+        config: The settings.
+        workdir: Where the files are.
+        input_shape: Of an image.
+        num_outputs: Of the networks.
+
+    Returns:
+        The summary.
+    """
+    rows = _rows(config, workdir, input_shape, num_outputs)
+    summary = {
+        "config": json.loads(json.dumps(config.to_dict())),
+        "networks": rows,
+    }
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "report.md", _markdown(config, rows))
+    curves: dict[str, list[Any]] = {}
+    for row in rows:
+        point = ({"mean": row["multiply_adds"] / 1e6, "std": None}, row["test_accuracy"])
+        curves.setdefault("with CKA" if row["cka"] else "without", []).append(point)
+    figures.trade_offs(workdir / "figures" / "accuracy_against_cost", {(_COST, _ACCURACY): curves})
+    return summary
+
+
+def _rows(
+    config: Any, workdir: Path, input_shape: tuple[int, ...], num_outputs: int
+) -> list[dict[str, Any]]:
+    """An entry for the whole transformers without and with CKA-SR, and for each variant."""
+    module = transformer(config, num_outputs)
+    count = len(config.seeds)
+    shape = (input_shape[0], input_shape[1], input_shape[2])
+    log = MetricsLog(workdir / f"{PRETRAIN}.jsonl", PRETRAIN)
+    rows = []
+    for cka in (False, True):
+        members = slice(count * cka, count * (cka + 1))
+        rows.append(
+            _row(None, cka, log, members)
+            | {"multiply_adds": multiply_adds(module, shape), "parameters": _size(module, shape)}
+        )
+    for variant in variants(config):
+        stage, network = stage_of(variant), dynamic(config, module, variant)
+        log = MetricsLog(workdir / f"{stage}.jsonl", stage)
+        rows.append(
+            _row(variant.keep, variant.cka, log, slice(0, count))
+            | {
+                "multiply_adds": dynamic_multiply_adds(network, shape),
+                "parameters": _size(network, shape),
+            }
+        )
+    by_kind = {(row["keep"], row["cka"]): row["test_accuracy"]["values"] for row in rows}
+    for row in rows:
+        if row["cka"]:
+            values = by_kind[row["keep"], True]
+            row["less_without"] = paired(values, by_kind[row["keep"], False])
+        elif row["keep"] is not None:
+            row["less_whole"] = paired(by_kind[row["keep"], False], by_kind[None, False])
+    for name in ("less_without", "less_whole"):
+        correct([row[name] for row in rows if name in row])
+    return rows
+
+
+def _row(keep: float | None, cka: bool, log: MetricsLog, members: slice) -> dict[str, Any]:
+    return {
+        "keep": keep,
+        "cka": cka,
+        **{
+            f"{name}_accuracy": spread(log.column(f"{name}/accuracy")[1][-1, members])
+            for name in ("validation", "test")
+        },
+    }
+
+
+def _size(module: Any, shape: tuple[int, int, int]) -> int:
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"# Dynamic tokens: {config.name}",
+        "",
+        f"{config.model.name} on {config.data.name}; inference, in which dropped tokens are gone, "
+        f"after the last step, mean ± standard deviation over seeds {list(config.seeds)}. Less "
+        "the same without CKA (CKA-SR in the first training, and similarities in the decision), "
+        "and less the whole transformer, for the same seeds, with 95 % interval and the p-value of "
+        "a paired t-test (in brackets corrected by Holm). Published: DeiT-Tiny on ImageNet.",
+        "",
+        "| keep | CKA | parameters | multiply-adds | test accuracy | validation | less without CKA "
+        "| less whole | published |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        published = _TABLE1.get((row["keep"], row["cka"]))
+        cells = (
+            "all" if row["keep"] is None else f"{row['keep']:g}",
+            "yes" if row["cka"] else "no",
+            f"{row['parameters']:,}",
+            f"{row['multiply_adds'] / 1e6:,.1f}M",
+            percent(row["test_accuracy"]),
+            percent(row["validation_accuracy"]),
+            difference(row.get("less_without")),
+            difference(row.get("less_whole")),
+            "" if published is None else f"{published:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
