@@ -1,0 +1,201 @@
+"""Arrays from pickles of Python 2, of which nothing is ever called.
+
+A pickle is a program: what it names it may call. Here the names it may use stand for records of
+what it would have called them with, its instructions are those that arrays need, and arrays are
+made of the bytes in those records afterwards. The worst that a file can do is to take long.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+_DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8")
+_ORDERS = "<>|="
+
+# Those of the known files, and of the integers and single items that others may have.
+_OPCODES = frozenset(
+    "APPEND APPENDS BINGET BININT BININT1 BININT2 BINPUT BINSTRING BUILD EMPTY_DICT EMPTY_LIST "
+    "EMPTY_TUPLE GLOBAL LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWOBJ NEWTRUE NONE PROTO "
+    "REDUCE SETITEM SETITEMS SHORT_BINSTRING STOP TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+)
+
+
+class _Record:
+    """What a pickle would have called something with, and what it would have given the result."""
+
+    __slots__ = ("arguments", "state")
+
+    def __new__(cls, *arguments: Any) -> "_Record":
+        record = super().__new__(cls)
+        record.arguments, record.state = arguments, None
+        return record
+
+    def __init__(self, *arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Array(_Record):
+    """In place of `numpy.core.multiarray._reconstruct`."""
+
+    __slots__ = ()
+
+
+class _Dtype(_Record):
+    """In place of `numpy.dtype`."""
+
+    __slots__ = ()
+
+
+class _Matrix(_Record):
+    """In place of `scipy.sparse.csr.csr_matrix`."""
+
+    __slots__ = ()
+
+
+class _Name(_Record):
+    """In place of what is only handed on: `numpy.ndarray`, `list`."""
+
+    __slots__ = ()
+
+
+class _Mapping(dict):
+    """In place of `collections.defaultdict`: without a default."""
+
+    __slots__ = ()
+
+    def __init__(self, *arguments: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a mapping with a state")
+
+
+_ALLOWED: dict[tuple[str, str], type] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Name,
+    ("scipy.sparse.csr", "csr_matrix"): _Matrix,
+    ("collections", "defaultdict"): _Mapping,
+    ("__builtin__", "list"): _Name,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> type:
+        try:
+            return _ALLOWED[module_name, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it names {module_name}.{global_name}, which is no part of an array"
+            ) from None
+
+
+class Csr(NamedTuple):
+    """A sparse matrix as SciPy stores its rows one after another, not checked."""
+
+    data: Shaped[np.ndarray, " nnz"]
+    indices: Shaped[np.ndarray, " nnz"]
+    indptr: Shaped[np.ndarray, " rows_and_one"]
+    shape: tuple[int, int]
+
+
+def read_array(path: Path) -> Shaped[np.ndarray, "..."]:
+    """Reads a pickled array of numbers.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds anything else, or is damaged.
+    """
+    return _read(path, "an array of numbers", _array)
+
+
+def read_csr(path: Path) -> Csr:
+    """Reads a pickled sparse matrix of numbers, see `read_array`."""
+    return _read(path, "a sparse matrix of rows", _csr)
+
+
+def read_neighbours(path: Path) -> dict[int, list[int]]:
+    """Reads a pickled mapping from integers to lists of integers, see `read_array`."""
+    return _read(path, "a mapping from nodes to lists of nodes", _neighbours)
+
+
+def _read(path: Path, expected: str, convert: Any) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: expected {expected}, as Planetoid has it")
+    try:
+        return convert(_load(path.read_bytes()))
+    except OSError:
+        raise
+    # Of damaged files the machine of pickle raises nearly anything.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as {expected} ({reason}): it is damaged, or not of Planetoid"
+        ) from error
+
+
+def _load(content: bytes) -> Any:
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name not in _OPCODES:
+            raise pickle.UnpicklingError(f"it has the instruction {opcode.name}")
+        # Places are as many as the largest number says, whatever is in them.
+        if opcode.name == "LONG_BINPUT" and not 0 <= int(argument or 0) <= len(content):
+            raise pickle.UnpicklingError(f"it puts something at place {argument}")
+    return _Unpickler(io.BytesIO(content), encoding="latin1").load()
+
+
+def _array(found: Any) -> Shaped[np.ndarray, "..."]:
+    _check(isinstance(found, _Array), _kind(found))
+    _, shape, dtype, fortran, text = found.state
+    _check(isinstance(dtype, _Dtype) and isinstance(text, str), _kind(found.state))
+    kind, order = dtype.arguments[0], dtype.state[1]
+    _check(isinstance(kind, str) and isinstance(order, str), "an array of no type")
+    if kind not in _DTYPES or order not in _ORDERS:
+        raise pickle.UnpicklingError(f"an array of type {order}{kind}, and numbers alone are read")
+    _check(all(type(size) is int and size >= 0 for size in shape), "a shape that is none")
+    values = np.frombuffer(text.encode("latin1"), np.dtype(order + kind))
+    if len(values) != math.prod(shape):
+        raise pickle.UnpicklingError(f"{len(values)} numbers for an array of shape {shape}")
+    # In the order of this machine.
+    return values.reshape(shape, order="F" if fortran else "C").astype(kind)
+
+
+def _csr(found: Any) -> Csr:
+    _check(isinstance(found, _Matrix) and isinstance(found.state, dict), _kind(found))
+    state = found.state
+    shape = state["_shape"]
+    _check(
+        len(shape) == 2 and all(type(size) is int and size >= 0 for size in shape),
+        "a shape that is none",
+    )
+    arrays = {name: _array(state[name]) for name in ("data", "indices", "indptr")}
+    _check(all(array.ndim == 1 for array in arrays.values()), "arrays that are no vectors")
+    return Csr(**arrays, shape=(shape[0], shape[1]))
+
+
+def _neighbours(found: Any) -> dict[int, list[int]]:
+    _check(isinstance(found, dict), _kind(found))
+    for node, others in found.items():
+        _check(type(node) is int, _kind(node))
+        _check(isinstance(others, list), _kind(others))
+        _check(all(type(other) is int for other in others), f"nodes beside {node} that are none")
+    return dict(found)
+
+
+def _check(right: bool, held: str) -> None:
+    if not right:
+        raise pickle.UnpicklingError(f"it holds {held}")
+
+
+def _kind(found: Any) -> str:
+    """What something is; never how it looks, which may take for ever."""
+    return type(found).__name__.lstrip("_").lower()
