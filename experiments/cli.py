@@ -68,7 +68,9 @@ def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -
         "workdir", None, f"Where results and checkpoints go; by default runs/{name}-CONFIG."
     )
     data_dir = flags.DEFINE_string(
-        "data_dir", None, "Prepared TensorFlow Datasets; by default $TFDS_DATA_DIR."
+        "data_dir",
+        None,
+        "Prepared TensorFlow Datasets, by default $TFDS_DATA_DIR; files of graphs or ratings.",
     )
 
     def main():
