@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 HEAVY = (
     *("tensorflow", "matplotlib", "sklearn", "orbax", "tensorflow_datasets", "tensorboardX"),
-    "neural_tangents",
+    "neural_tangents", "h5py",
 )
 
 
