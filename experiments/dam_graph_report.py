@@ -170,14 +170,19 @@ def _draw(path: Path, config: Any, rows: list[dict[str, Any]]) -> None:
             _AP: row["test_ap"],
             _LAMBDA: {"mean": row["coefficient"], "std": None},
         })  # fmt: skip
+    # From a code that is closed nothing is predicted.
+    coded = {
+        name: [point for point in points if point[_SIZE]["mean"] > 0]
+        for name, points in curves.items()
+    }
+    gated = label(config, True)
     panels = {
-        (x, y): {
-            # From a code that is closed nothing is predicted.
-            name: [(p[x], p[y]) for p in points if x == _LAMBDA or p[_SIZE]["mean"] > 0]
-            for name, points in curves.items()
-            if x == _SIZE or name == label(config, True)
-        }
-        for x, y in ((_SIZE, _AUC), (_SIZE, _AP), (_LAMBDA, _SIZE))
+        (x, y): {name: [(p[x], p[y]) for p in points] for name, points in chosen.items() if points}
+        for x, y, chosen in (
+            (_SIZE, _AUC, coded),
+            (_SIZE, _AP, coded),
+            (_LAMBDA, _SIZE, {gated: curves[gated]}),
+        )
     }
     # A coefficient of zero has no place on a logarithmic axis.
     positive = all(row["coefficient"] > 0 for row in rows if row["method"] == "dam")

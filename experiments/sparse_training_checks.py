@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import sparse_training_lottery, sparse_training_transform
+from experiments import sparse_training_l0, sparse_training_lottery, sparse_training_transform
 from experiments.checks import (
     LARGEST_INT,
     check_augment,
@@ -113,22 +113,32 @@ def check_config(config: Any) -> None:
     _check_method(config)
     chosen = [REGULARISERS[name] for name in config.regularisers.split(",")]
     needed = 4 if any(regulariser.debiased for regulariser in chosen) else 3
-    batch_size = config.supervised.batch_size
-    if batch_size < needed:
-        raise ValueError(
-            f"config.supervised.batch_size is {batch_size}, expected {needed} or more: so many "
-            "examples are needed to compare layers"
-        )
-    if config.samples and not needed <= config.samples <= batch_size:
-        raise ValueError(
-            f"config.samples is {config.samples}, expected 0 (all of a batch) or {needed} to "
-            f"config.supervised.batch_size, which is {batch_size}"
-        )
+    for stage in stages_of(config):
+        batch_size = config[stage].batch_size
+        if batch_size < needed:
+            raise ValueError(
+                f"config.{stage}.batch_size is {batch_size}, expected {needed} or more: so many "
+                "examples are needed to compare layers"
+            )
+        if config.samples and not needed <= config.samples <= batch_size:
+            raise ValueError(
+                f"config.samples is {config.samples}, expected 0 (all of a batch) or {needed} to "
+                f"config.{stage}.batch_size, which is {batch_size}"
+            )
     check_stages(config.stages, "config.stages")
     if not block_patterns(config):
         raise ValueError(
             f"config.stages is {config.stages}, inputs alone: expected patterns of outputs too"
         )
+
+
+def stages_of(config: Any) -> list[str]:
+    """The fields of the stages in which networks are trained."""
+    earlier = {
+        sparse_training_transform.METHOD: ["transform"],
+        sparse_training_l0.METHOD: ["l0"],
+    }
+    return [*earlier.get(config.method, []), "supervised"]
 
 
 def _check_method(config: Any) -> None:
@@ -167,11 +177,12 @@ def check_batch_size(config: Any, data: ImageData) -> None:
     Raises:
         ValueError: There are less images.
     """
-    if config.supervised.batch_size > len(data.train.y):
-        raise ValueError(
-            f"config.supervised.batch_size is {config.supervised.batch_size}, there are "
-            f"{len(data.train.y)} images"
-        )
+    for stage in stages_of(config):
+        if config[stage].batch_size > len(data.train.y):
+            raise ValueError(
+                f"config.{stage}.batch_size is {config[stage].batch_size}, there are "
+                f"{len(data.train.y)} images"
+            )
 
 
 def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
@@ -222,11 +233,6 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
     if config.method == sparse_training_lottery.METHOD:
         sparse_training_lottery.rewind_step(config, plan)
     if config.method == sparse_training_transform.METHOD:
-        if config.transform.batch_size > len(data.train.y):
-            raise ValueError(
-                f"config.transform.batch_size is {config.transform.batch_size}, there are "
-                f"{len(data.train.y)} images"
-            )
         sparse_training_transform.plan(config, len(data.train.y))
     over_stages = any(REGULARISERS[name].over_stages for name in config.regularisers.split(","))
     if over_stages:

@@ -64,6 +64,8 @@ def check_config(config: Any) -> None:
     module = transformer(config, 2)
     if module.depth < 2:
         raise ValueError(f"config.model.name has {module.depth} block, expected two to compare")
+    if any(type(place) is not int for place in config.model.places):
+        raise ValueError(f"config.model.places is {config.model.places}, expected integers")
     for variant in variants(config):
         # Places and the decision are checked there.
         dynamic(config, module, variant)

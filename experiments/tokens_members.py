@@ -14,7 +14,7 @@ from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.training.state import Member, create_member
 
 # Independent of the streams that training folds from a member's key.
-_PREDICTOR_STREAM = 1000
+_PREDICTOR_STREAM, _DYNAMIC_STREAM = 1000, 2000
 _BACKBONE, _PREDICTORS, _FROZEN = "backbone", "predictors", "frozen"
 # As published, they stay when tokens are dropped.
 _STAYING = ("cls", "position")
@@ -74,7 +74,10 @@ def dynamic(config: Any, module: VisionTransformer, variant: Variant) -> Dynamic
 
 
 def whole_optimizer(settings: Any, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with a rate that rises and falls; vectors do not decay."""
+    """AdamW with a rate that rises and falls.
+
+    Vectors do not decay, nor, as in DeiT, the token of the class and the positions.
+    """
     return _adamw(settings, total_steps, settings.learning_rate)
 
 
@@ -115,8 +118,14 @@ def _adamw(settings: Any, total_steps: int, rate: float) -> optax.GradientTransf
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else rate, rate, warmup, max(total_steps, warmup + 1)
     )
-    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)  # noqa: E731
-    return optax.adamw(schedule, weight_decay=settings.weight_decay, mask=matrices)
+    return optax.adamw(schedule, weight_decay=settings.weight_decay, mask=_decaying)
+
+
+def _decaying(params: Any) -> Any:
+    def decays(path, leaf):
+        return leaf.ndim >= 2 and path[-1].key not in _STAYING
+
+    return jax.tree.map_with_path(decays, params)
 
 
 def start_whole(
@@ -160,7 +169,9 @@ def start_dynamic(
         params = dict(module.init(start, jnp.zeros((1, *input_shape)))["params"])
         params["vit"] = teacher
         masks = jax.tree.map(lambda leaf: None, params)
-        return create_member(params, masks, optimizer, key, teacher)
+        # The order of the data is another one than that of the first training.
+        again = jax.random.fold_in(key, _DYNAMIC_STREAM)
+        return create_member(params, masks, optimizer, again, teacher)
 
     return jax.jit(jax.vmap(member))(
         stack([jax.random.key(seed) for seed in config.seeds]), teachers

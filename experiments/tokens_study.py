@@ -101,7 +101,6 @@ def train_whole(config: Any, data: ImageData, workdir: Path) -> Member:
     def similarity(inputs: TermInputs) -> Any:
         def total(features):
             value = aug_cka_sr([features[name] for name in blocks], samples=samples)
-            # Of networks without it no part of the loss, whatever it is.
             return jnp.where(inputs.context > 0, inputs.context * value, 0)
 
         features = inputs.outputs.features

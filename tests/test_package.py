@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 HEAVY = (
     *("tensorflow", "matplotlib", "sklearn", "orbax", "tensorflow_datasets", "tensorboardX"),
-    "neural_tangents", "h5py",
+    "neural_tangents",
+    "h5py",
 )
 
 

@@ -18,7 +18,8 @@ files of Cora or CiteSeer that are not in the folder `planetoid` of `--data_dir`
 
 Graph convolutions to 32 and 16 numbers for each node, inner products as logits of links; Adam
 without decay, 1,000 steps on the whole graph, and the coefficients of the paper's range (0.01 to
-5). The loss is the cross-entropy of links and of as many other pairs drawn anew in each step, plus
+5). The loss is the cross-entropy of links and of other pairs drawn anew in each step, two for each
+link and one for each node (as the published example draws them), plus
 lambda times the offset. The published example adds 1e-15 inside logarithms, see
 `ntt_sparse.models.graph.link_loss`.
 

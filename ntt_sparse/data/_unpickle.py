@@ -2,7 +2,8 @@
 
 A pickle is a program: what it names it may call. Here the names it may use stand for records of
 what it would have called them with, its instructions are those that arrays need, and arrays are
-made of the bytes in those records afterwards. The worst that a file can do is to take long.
+made of the bytes in those records afterwards. The worst that a file can do is to take long, and
+memory of a hundred times its size.
 """
 
 import io
@@ -17,6 +18,11 @@ from jaxtyping import Shaped
 
 _DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8")
 _ORDERS = "<>|="
+
+MOST_BYTES = 100 * 2**20
+"""Of a file; more than any of Planetoid has."""
+# Of a file; a sparse matrix has 18.
+_MOST_TUPLES = 100
 
 # Those of the known files, and of the integers and single items that others may have.
 _OPCODES = frozenset(
@@ -132,24 +138,41 @@ def _read(path: Path, expected: str, convert: Any) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: expected {expected}, as Planetoid has it")
     try:
+        size = path.stat().st_size
+        _check(size <= MOST_BYTES, f"{size} bytes, more than {MOST_BYTES}")
         return convert(_load(path.read_bytes()))
     except OSError:
         raise
     # Of damaged files the machine of pickle raises nearly anything.
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        # Which may be about a name as long as the file.
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as {expected} ({reason}): it is damaged, or not of Planetoid"
         ) from error
 
 
 def _load(content: bytes) -> Any:
+    # What is looked up in a mapping is hashed, and a tuple through all that it holds, as deep and
+    # as often as it holds it: tuples are few, and each is at one place alone.
+    last, num_tuples, places = "", 0, set()
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name not in _OPCODES:
-            raise pickle.UnpicklingError(f"it has the instruction {opcode.name}")
-        # Places are as many as the largest number says, whatever is in them.
-        if opcode.name == "LONG_BINPUT" and not 0 <= int(argument or 0) <= len(content):
-            raise pickle.UnpicklingError(f"it puts something at place {argument}")
+        name = opcode.name
+        if name not in _OPCODES:
+            raise pickle.UnpicklingError(f"it has the instruction {name}")
+        if name in ("BINPUT", "LONG_BINPUT"):
+            # Places are as many as the largest number says, whatever is in them.
+            if not 0 <= int(argument or 0) <= len(content):
+                raise pickle.UnpicklingError(f"it puts something at place {argument}")
+            if "TUPLE" in last:
+                places.add(argument)
+            continue
+        if name in ("BINGET", "LONG_BINGET") and argument in places:
+            raise pickle.UnpicklingError("it has a tuple at two places")
+        num_tuples += "TUPLE" in name
+        if num_tuples > _MOST_TUPLES:
+            raise pickle.UnpicklingError(f"it has more than {_MOST_TUPLES} tuples")
+        last = name
     return _Unpickler(io.BytesIO(content), encoding="latin1").load()
 
 
@@ -188,6 +211,8 @@ def _neighbours(found: Any) -> dict[int, list[int]]:
         _check(type(node) is int, _kind(node))
         _check(isinstance(others, list), _kind(others))
         _check(all(type(other) is int for other in others), f"nodes beside {node} that are none")
+    # One list for all nodes would be short here and long where it is used.
+    _check(len({id(others) for others in found.values()}) == len(found), "one list of two nodes")
     return dict(found)
 
 

@@ -29,8 +29,6 @@ NAMES = ("cora", "citeseer", "pubmed")
 
 _PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
 _URL = "https://raw.githubusercontent.com/tkipf/gcn/master/gcn/data"
-# More than any of the files has.
-_MOST_BYTES = 100 * 2**20
 _SECONDS = 60.0
 
 CHECKSUMS: Mapping[str, Mapping[str, str]] = {
@@ -160,7 +158,7 @@ def download(
 def _fetch(source: str, opener: Callable[..., Any]) -> bytes:
     try:
         with opener(source, timeout=_SECONDS) as response:
-            return response.read(_MOST_BYTES)
+            return response.read(_unpickle.MOST_BYTES)
     except (OSError, HTTPException) as error:
         raise OSError(
             f"{source} cannot be fetched ({error}): put the file there yourself"
@@ -186,6 +184,8 @@ def _sha256(content: bytes) -> str:
 def _matrix(path: Path) -> Csr:
     """Rows of features, checked: SciPy stores them one after another."""
     csr = _unpickle.read_csr(path)
+    if not csr.indptr.dtype.kind == csr.indices.dtype.kind == "i":
+        raise ValueError(f"{path} holds rows and columns that are no integers: it is damaged")
     starts, columns = csr.indptr.astype(np.int64), csr.indices.astype(np.int64)
     rows, width = csr.shape
     if (
@@ -200,8 +200,9 @@ def _matrix(path: Path) -> Csr:
         < len(columns)
     ):
         raise ValueError(f"{path} is no sparse matrix of shape {csr.shape}: it is damaged")
-    if not np.all(np.isfinite(csr.data)):
-        raise ValueError(f"{path} holds features that are not finite: it is damaged")
+    # The negated form also refuses NaN.
+    if not np.all(np.abs(csr.data) <= np.finfo(np.float32).max):
+        raise ValueError(f"{path} holds features that are not finite in float32: it is damaged")
     return csr
 
 

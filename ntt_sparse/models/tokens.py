@@ -55,8 +55,9 @@ class Redundancy:
 
     Attributes:
         weight: w, 0 or more.
-        reduce: "mean" over the others, or "sum", as the equation is written (up to 195 numbers
-            near one against a probability).
+        reduce: "mean" over the others, or "sum", as the equation is written: up to 195 numbers
+            near one against a probability. Where so much is taken off that no chance is left,
+            training drops nearly every token and teaches the prediction nothing.
     """
 
     weight: float = 1.0
@@ -109,15 +110,26 @@ def adjusted(
         redundancy: What is taken off.
         heads: See `token_similarities`.
     """
+    chance = remaining_chances(log_probs, tokens, policy, redundancy, heads)
+    chance = jnp.clip(chance, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+    return jnp.log(jnp.stack([chance, 1 - chance], axis=-1))
+
+
+def remaining_chances(
+    log_probs: Float[Array, "n t 2"],
+    tokens: Float[Array, "n t d"],
+    policy: Real[Array, "n t"],
+    redundancy: Redundancy,
+    heads: int,
+) -> Float[Array, "n t"]:
+    """The chances of `adjusted` before they are held: below zero where tokens are much alike."""
     policy = jax.lax.stop_gradient(policy)
     alike = token_similarities(jax.lax.stop_gradient(tokens), heads)
     others = policy[:, None, :] * (1 - jnp.eye(tokens.shape[1], dtype=alike.dtype))
     total = jnp.sum(alike * others, axis=-1)
     if redundancy.reduce == "mean":
         total = total / jnp.maximum(jnp.sum(others, axis=-1), 1)
-    chance = jnp.exp(log_probs[..., 0]) - redundancy.weight * total
-    chance = jnp.clip(chance, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
-    return jnp.log(jnp.stack([chance, 1 - chance], axis=-1))
+    return jnp.exp(log_probs[..., 0]) - redundancy.weight * total
 
 
 def draw_decisions(
@@ -262,28 +274,34 @@ class DynamicTransformer(nn.Module):
         decisions = []
         for index, block in enumerate(self.vit.block):
             if index in self.places:
-                log_probs = self._log_probs(index, tokens, policy)
+                log_probs = self._predicted(index, tokens, policy)
+                if self.redundancy is not None:
+                    log_probs = adjusted(
+                        log_probs, tokens[:, 1:], policy, self.redundancy, self.vit.heads
+                    )
                 policy = draw_decisions(self.make_rng(RNG), log_probs, policy)
                 decisions.append(policy)
             tokens = block(tokens, _with_class(policy) if decisions else None)
         tokens = self.vit.norm(tokens)
         return TokenOutputs(self.vit.classify(tokens), jnp.stack(decisions), tokens[:, 1:])
 
-    def _log_probs(
+    def _predicted(
         self, index: int, tokens: Float[Array, "n t d"], policy: Real[Array, "n p"]
     ) -> Float[Array, "n p 2"]:
-        """The chances of patches before a block."""
-        patches = tokens[:, 1:]
-        log_probs = self.predictor[self.places.index(index)](patches, policy)
-        if self.redundancy is None:
-            return log_probs
-        return adjusted(log_probs, patches, policy, self.redundancy, self.vit.heads)
+        """What is predicted of patches before a block."""
+        return self.predictor[self.places.index(index)](tokens[:, 1:], policy)
 
     def _ranked(
         self, index: int, tokens: Float[Array, "n t d"], policy: Real[Array, "n p"]
     ) -> Int[Array, "n p"]:
         """Patches from the most to the least likely to be kept, dropped ones last."""
-        chances = self._log_probs(index, tokens, policy)[..., 0]
+        log_probs = self._predicted(index, tokens, policy)
+        chances = log_probs[..., 0]
+        if self.redundancy is not None:
+            # Not held, which would make those equal that are much alike.
+            chances = remaining_chances(
+                log_probs, tokens[:, 1:], policy, self.redundancy, self.vit.heads
+            )
         return jnp.argsort(jnp.where(policy > 0, -chances, jnp.inf), axis=1, stable=True)
 
 

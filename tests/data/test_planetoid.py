@@ -49,6 +49,10 @@ def test_a_graph_of_known_files(tmp_path):
 
 
 CSR = files.csr(made()[0][:KNOWN])
+# Nodes 0 and 1 have the list that is at place 0.
+SHARED = files.pickled(
+    files.neighbours({0: []})[:-1].replace(b"](e", b"](e" + b"q\0") + files.integer(1) + b"h\0u"
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,15 @@ CSR = files.csr(made()[0][:KNOWN])
             {"tx": files.pickled(files.csr(np.ones((3, 4)), data=np.full(12, np.nan)))},
             "not finite",
         ),
+        (
+            {"tx": files.pickled(files.csr(np.ones((3, 4)), data=np.full(12, 1e300)))},
+            "not finite in float32",
+        ),
+        (
+            {"tx": files.pickled(files.csr(np.ones((3, 4)), indptr=np.arange(0, 13, 4.0)))},
+            "rows and columns that are no integers",
+        ),
+        ({"graph": SHARED}, "it holds one list of two nodes"),
     ],
 )
 def test_damaged_files(tmp_path, changed, message):
@@ -138,6 +151,10 @@ HOSTILE = {
     "a mapping with a state": calling("collections", "defaultdict") + b"}" + files.BUILD,
     "an array without a state": ARRAY[: ARRAY.index(files.CALL) + 1],
     "a list": b"]",
+    # Whatever is looked up in a mapping is hashed, which ends in the stack or not at all.
+    "a key that is deep": b"})" + b"\x85" * 10**5 + b"Ns",
+    "a key that is long": b"})" + b"q\0h\0\x86" * 60 + b"Ns",
+    "the same by two places": b"})" + b"q\0q\1h\0\x86" * 60 + b"Ns",
 }  # fmt: skip
 
 

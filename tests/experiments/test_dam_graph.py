@@ -271,6 +271,12 @@ def row(method, size, coefficient, dimensions, aucs):
     }  # fmt: skip
 
 
+def test_a_figure_of_codes_that_are_all_closed(tmp_path):
+    rows = [row("dam", 16, 5.0, [0] * 3, [0.5] * 3), row("gae", 16, 0.0, [16] * 3, [0.9] * 3)]
+    report._draw(tmp_path / "figure", get_config(seeds=(1, 2, 3)), rows)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
 def test_networks_are_compared_with_those_of_their_own_sizes():
     """Seed by seed, whatever sizes the seeds ended with; a closed code has nothing to compare."""
     config = get_config(seeds=(1, 2, 3))

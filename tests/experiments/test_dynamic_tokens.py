@@ -71,6 +71,18 @@ def test_a_study(tmp_path, monkeypatch, tiny):
     assert "| 0.75 | yes |" in (tmp_path / "report.md").read_text()
 
 
+def test_what_decays():
+    """Without a gradient: matrices alone, as in DeiT."""
+    params = {name: jnp.ones((1, 2, 3)) for name in ("cls", "position", "kernel")}
+    params["bias"] = jnp.ones(3)
+    settings = get_config(**{"pretrain.warmup": 0.0, "pretrain.weight_decay": 0.5}).pretrain
+    optimizer = members.whole_optimizer(settings, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert {name for name, leaf in updates.items() if np.any(leaf)} == {"kernel"}
+    np.testing.assert_allclose(updates["kernel"], -0.5 * 1e-3, rtol=1e-5)
+
+
 def test_what_moves(tiny):
     """Predictors at once, blocks after the fixed part and slower, positions never."""
     settings = get_config(**{"dynamic.fixed": 0.5, "dynamic.weight_decay": 0.0}).dynamic
@@ -105,6 +117,7 @@ def test_what_moves(tiny):
     [
         ({"keep": (0.0,)}, "config.keep holds 0.0"),
         ({"keep": (0.1,)}, r"keep=0\.1 leaves \(0, 0\) of 4 patches"),
+        ({"model.places": (1.5,)}, r"config.model.places is \(1\.5,\), expected integers"),
         ({"model.places": (1, 3)}, r"places are \(1, 3\), expected blocks from 1 to 2"),
         ({"redundancy.reduce": "max"}, "reduce is 'max'"),
         ({"cka_sr.samples": 2}, "config.cka_sr.samples is 2"),

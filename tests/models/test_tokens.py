@@ -167,6 +167,16 @@ def test_chances_less_what_others_say(reduce):
             np.testing.assert_allclose(np.exp(got[image, i]), [less, 1 - less], atol=1e-5)
 
 
+def test_the_least_alike_stay_where_all_are_much_alike():
+    """With a large weight all chances are below zero, and tokens still have an order."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 17, 12)), jnp.float32)
+    module = small(redundancy=Redundancy(1e6))
+    rank = functools.partial(module.apply, method="_ranked")
+    ranks = jax.jit(rank, static_argnums=1)(variables(), 1, x, jnp.ones((1, 16)))
+    alike = np.asarray(tokens.token_similarities(x[:, 1:], 3))[0]
+    assert ranks[0].tolist() == np.argsort(alike.sum(1) - np.diag(alike)).tolist()
+
+
 def test_an_image_is_judged_by_itself():
     module = small(redundancy=Redundancy(0.5))
     alone = jax.jit(module.apply)(variables(), images()[:1])
