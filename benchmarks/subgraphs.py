@@ -6,9 +6,10 @@
 DATA holds `flixster/training_test_dataset.mat` and the like, see `ntt_sparse.data.ratings`. The
 peer works as the published code of IGMC does: for each pair rows and columns of SciPy matrices are
 sliced, neighbours are sets, and the block of ratings is searched with `scipy.sparse.find`. Both
-find the same edges, which is checked. Ours is timed in two parts: the extraction, done once, and
-joining batches of 50 in a compiled program, done in every step. Microseconds for each pair are
-medians over rounds, and so are the ratios of their sum to the peer's in the same round.
+find as many nodes of each role and edges of each level, which is checked. Ours is timed in two
+parts: the extraction, done once, and joining batches of 50 in a compiled program, done in every
+step. Microseconds for each pair are medians over rounds, and so are the ratios of the peer's to
+their sum in the same round.
 """
 
 import argparse
@@ -42,14 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Enclosing subgraphs, all at once and one by one.")
     parser.add_argument("--data_dir", default=None)
     parser.add_argument("--names", nargs="*", default=list(ratings.MONTI))
-    parser.add_argument("--pairs", type=int, default=1000, help="timed, drawn from training pairs")
+    parser.add_argument(
+        "--pairs", type=int, default=1000, help="timed at most, drawn from training pairs"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
+    if options.pairs < _BATCH or options.rounds < 1:
+        parser.error(f"expected at least {_BATCH} pairs and 1 round")
+    try:
+        sets = [ratings.load(name, options.data_dir) for name in options.names]
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
     print(f"microseconds for each of {options.pairs} pairs, medians of {options.rounds} rounds")
     head = ("ratings", "nodes", "edges", "extract", "join", "one by one", "ratio")
     print("".join(f"{title:>14}" for title in head))
-    for name in options.names:
-        _compare(ratings.load(name, options.data_dir), options)
+    for data in sets:
+        _compare(data, options)
 
 
 def _compare(data: RatingData, options: Any) -> None:

@@ -101,6 +101,7 @@ def _compare(rows: list[dict[str, Any]]) -> None:
 
 def _markdown(config: Any, summary: dict[str, Any], stops: Sequence[int]) -> str:
     held = config.data.validation_fraction
+    printed = any(row["published"] for row in summary["networks"])
     lines = [
         f"# Compact recommenders: {config.name}",
         "",
@@ -111,7 +112,8 @@ def _markdown(config: Any, summary: dict[str, Any], stops: Sequence[int]) -> str
         "on test ratings, of the last network and of the mean prediction of the "
         f"networks at steps {', '.join(map(str, stops))}, and open channels of the code of "
         f"{config.model.code} in the last. Always predicting the mean rating has an error of "
-        f"{summary['mean_rmse']:.4f}. In brackets what the paper reports (Table 1).",
+        f"{summary['mean_rmse']:.4f}."
+        + (" In brackets what the paper reports (Table 1), after 100 epochs." if printed else ""),
         "",
         "| method | lambda | RMSE, last | RMSE, mean prediction | dimension | of each seed |"
         + (" RMSE, held out |" if held else ""),

@@ -46,7 +46,8 @@ class Setup(NamedTuple):
 
     Attributes:
         sets: Pairs with their subgraphs.
-        mean_error: On test ratings, of always predicting the mean of those in training.
+        mean_error: On test ratings, of always predicting the mean of all training ratings, with
+            those held out.
         per_epoch: Steps in a pass over the training ratings.
         stops: Steps at which networks predict the test ratings; the last is the end.
         optimizer: Of all networks.
@@ -79,7 +80,6 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         check_config(config)
         setup = prepare(config, data_dir)
     with claim_workdir(workdir, config.to_dict()) as claimed:
-        save_levels(claimed, setup.sets.levels)
         for gate in config.gates.split(","):
             train(config, setup, gate, claimed)
         return dam_recommender_report.write(config, claimed, setup.stops, setup.mean_error)
@@ -133,6 +133,8 @@ def train(config: Any, setup: Setup, gate: str, workdir: Path) -> None:
         )  # fmt: skip
         predicted.append(np.asarray(predict(members)))
         start = stop
+    # Not before the data are known to be those of the checkpoints.
+    save_levels(workdir, sets.levels)
     save_networks(workdir / "networks", names, members)
     write_errors(workdir / f"test_{gate}.json", np.stack(predicted), members, sets.test)
 

@@ -89,8 +89,11 @@ def predict(
         batch_size: Pairs at a time.
 
     Raises:
-        ValueError: A user or an item is out of range, or a rating is none of the levels.
+        ValueError: A user or an item is out of range, a rating is none of the levels, or
+            `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"{batch_size=} pairs at a time, expected 1 or more")
     graph = subgraphs.index(known, num_users, num_items, recommender.levels)
     found = subgraphs.extract(graph, users, items, most=recommender.most)
     if not len(users):

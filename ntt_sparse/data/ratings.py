@@ -18,6 +18,8 @@ NAMES = (*MONTI, MOVIELENS, MADE)
 _MATRICES = ("M", "Otraining", "Otest")
 # Of the made set: users, items, rank of the taste, ratings of a user on average.
 _MADE = (60, 50, 2, 14.0)
+# Of MovieLens-100K: users, items, stars.
+_LARGEST = (943, 1682, 5)
 
 
 class Ratings(NamedTuple):
@@ -101,7 +103,7 @@ def read_monti(path: str | Path, name: str) -> RatingData:
     Raises:
         ImportError: h5py is not installed.
         ValueError: The file is damaged: matrices are missing or do not fit, masks are not of 0
-            and 1 or share entries, or a rating is not positive and finite.
+            and 1 or share entries, or a rating is not positive and finite in float32.
     """
     try:
         import h5py
@@ -115,8 +117,9 @@ def read_monti(path: str | Path, name: str) -> RatingData:
             if missing := [key for key in _MATRICES if key not in content]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             # MATLAB stores columns one after the other.
-            found = [np.asarray(content[key]).T for key in _MATRICES]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            found = [np.asarray(content[key], np.float32).T for key in _MATRICES]
+    # HDF5 says whatever it stumbled over, or asks for as much memory as a damaged size says.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} cannot be read as ratings of Monti et al. ({reason}): it is damaged, or no "
@@ -227,9 +230,10 @@ def _read_lines(path: Path) -> Int[np.ndarray, "n 4"]:
             f"{path} cannot be read as ratings of MovieLens ({str(error).splitlines()[0]}): "
             "expected lines of user, item, rating and time, parted by tabs"
         ) from error
-    if not rows.size or rows.shape[1] != 4 or np.any(rows[:, :3] < 1):
+    first = rows[:, :3]
+    if not rows.size or rows.shape[1] != 4 or np.any((first < 1) | (first > _LARGEST)):
         raise ValueError(
             f"{path} holds numbers {rows.shape}, expected lines of user, item, rating and time, "
-            "the first three 1 or more"
+            f"the first three from 1 to {_LARGEST}"
         )
     return rows

@@ -185,7 +185,7 @@ def extract(
         items: The item of each pair.
         most: Other users, and other items, of a subgraph; where there are more, so many are
             drawn. By default all stay.
-        seed: Of what is drawn.
+        seed: Of what is drawn, which depends on the other pairs too.
 
     Returns:
         The subgraphs, in the order of the pairs.
@@ -216,10 +216,10 @@ def concatenate(parts: Sequence[Subgraphs]) -> Subgraphs:
     """
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     joined = Subgraphs(*columns)
-    if len(joined.edge_users) > _LARGEST:
+    # Those with targets are counted with the nodes.
+    if (edges := max(len(joined.levels), len(joined.edge_users))) > _LARGEST:
         raise ValueError(
-            f"the subgraphs have {len(joined.edge_users)} edges, expected less than 2^31: draw "
-            "fewer neighbours"
+            f"the subgraphs have {edges} edges, expected less than 2^31: draw fewer neighbours"
         )
     return joined._replace(
         node_start=_before(joined.users + joined.items), edge_start=_before(joined.edge_counts)

@@ -242,7 +242,7 @@ class Igmc(nn.Module):
         ends = (paths.inward, paths.outward, paths.target)
         sizes = [len(end) for end in ends]
         bits = jax.random.bits(self.make_rng(RNG), (sum(sizes),), jnp.uint16)
-        stay = bits >= round(self.edge_dropout * _LEVELS)
+        stay = bits >= min(round(self.edge_dropout * _LEVELS), _LEVELS - 1)
         limits = (len(paths.targets), len(paths.targets), len(paths.levels))
         kept = [
             jnp.where(part, end, limit)

@@ -53,6 +53,9 @@ def test_matrices_of_monti(tmp_path, folder):
         ({"M": np.where(MATRIX == 5, np.nan, MATRIX)}, "M is nan for user 1 and item 1"),
         ({"M": np.where(MATRIX == 1, 0, MATRIX)}, "M is 0.0 for user 0 and item 0"),
         ({"M": np.where(MATRIX == 3.5, np.inf, MATRIX)}, "M is inf for user 0 and item 2"),
+        ({"M": np.where(MATRIX == 3.5, 1e39, MATRIX)}, "M is inf for user 0 and item 2"),
+        ({"M": MATRIX.astype("S")}, "cannot be read as ratings of Monti"),
+        ({"M": MATRIX + 1j}, "cannot be read as ratings of Monti"),
     ],
     ids=str,
 )
@@ -71,6 +74,13 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, cut):
     with pytest.raises(ValueError, match=r"cannot be read as ratings of Monti et al\.") as raised:
         ratings.read_monti(path, "flixster")
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_damaged_inside_is_refused(tmp_path):
+    path = write_mat(tmp_path / "inside.mat")
+    path.write_bytes(path.read_bytes().replace(b"HEAP", b"HOPE"))
+    with pytest.raises(ValueError, match=r"cannot be read as ratings of Monti et al\."):
+        ratings.read_monti(path, "flixster")
 
 
 def test_without_h5py_a_line_says_what_to_install(tmp_path, monkeypatch):
@@ -96,7 +106,9 @@ def test_lines_of_movielens(tmp_path, folder):
     [
         ("1\t2\t3\t4\n", "1\t2\t4\t5\n", "item 2 of user 1 more than once"),
         ("1\t2\t3\t4\n1\t2\t3\t4\n", "1\t1\t1\t1\n", "item 2 of user 1 more than once"),
-        ("1\t0\t3\t4\n", "1\t1\t1\t1\n", "the first three 1 or more"),
+        ("1\t0\t3\t4\n", "1\t1\t1\t1\n", "the first three from 1 to (943, 1682, 5)"),
+        ("1\t2\t6\t4\n", "1\t1\t1\t1\n", "the first three from 1 to (943, 1682, 5)"),
+        ("999999999999\t2\t3\t4\n", "1\t1\t1\t1\n", "the first three from 1 to (943"),
         ("1\t2\t3\n", "1\t1\t1\t1\n", "holds numbers (1, 3)"),
         ("1\t2\tthree\t4\n", "1\t1\t1\t1\n", "cannot be read as ratings of MovieLens"),
         ("1\t2\t3\t4\n1\t2\n", "1\t1\t1\t1\n", "cannot be read as ratings of MovieLens"),
@@ -115,7 +127,7 @@ def test_damaged_lines_are_refused(tmp_path, base, test, message):
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "u1.base").write_text("")
     (tmp_path / "u1.test").write_text("1\t1\t1\t1\n")
-    with pytest.raises(ValueError, match="the first three 1 or more"):
+    with pytest.raises(ValueError, match="the first three from 1 to"):
         ratings.load("ml_100k", tmp_path)
 
 

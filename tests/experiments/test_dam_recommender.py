@@ -209,6 +209,8 @@ def finished(tmp_path_factory):
             study.run(config, workdir)
     assert parts == ["dam-8", "dam-20"]
     assert not (workdir / "summary.json").exists()
+    # Other data in the same folder are refused before they leave their levels there.
+    assert not (workdir / "levels.json").exists()
     return config, workdir, study.run(config, workdir)
 
 
@@ -333,6 +335,8 @@ def test_networks_rate_for_users_they_never_saw(finished):
     assert nothing.shape == (0,)
     with pytest.raises(ValueError, match="user 61 is out of range"):
         use.predict(loaded, known, np.array([61]), np.array([0]), num_users=61, num_items=50)
+    with pytest.raises(ValueError, match="batch_size=0 pairs at a time"):
+        use.predict(loaded, known, items, items, num_users=61, num_items=50, batch_size=0)
     with pytest.raises(FileNotFoundError):
         use.load(workdir, "dam-c9-s1")
 

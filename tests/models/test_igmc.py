@@ -195,6 +195,11 @@ def test_edges_are_dropped_one_direction_at_a_time():
     assert abs(np.mean(inward & outward) - 0.04) < 4 * (0.04 * 0.96 / n) ** 0.5
     assert np.all(dropped.outward[~outward] == 1) and np.all(dropped.inward[~inward] == 0)
     np.testing.assert_array_equal(dropped.source, paths.source)
+    # Draws have 16 bits, which the nearest share of 2^16 would not fit in.
+    dropped = network(2, edge_dropout=1 - 1e-6).apply(
+        {}, paths, method="_dropped", rngs={"dropout": jax.random.key(0)}
+    )
+    assert np.mean(dropped.inward == t) > 0.99
 
 
 def embed(module, params, graphs, **options):
