@@ -43,7 +43,7 @@ def test_lottery_tickets(tmp_path, monkeypatch, restore):
         jax.tree.map(np.testing.assert_array_equal, params, found[name][0])
     _, snapshot = started["level_1.0"]
     init = {seed: tiny_init(config, seed) for seed in config.seeds}
-    runs = lottery.first_runs(config)
+    runs = sparse_members.whole_runs(config)
     for before, density in ((1.0, 0.5), (0.5, 0.1)):
         for index, run in enumerate(runs):
             old = sparse_members.member_names([run._replace(density=before)])[0]
