@@ -1,12 +1,14 @@
 """Sparse training: prepare, train all networks as one program, measure, report."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import (
     sparse_training_l0,
@@ -41,7 +43,7 @@ from ntt_sparse.similarity.features import capture
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
-from ntt_sparse.training.step import make_step
+from ntt_sparse.training.step import Augment, Forward, make_step
 from ntt_sparse.training.terms import masked_forward
 
 _BINS = 201
@@ -162,26 +164,51 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
             optimizer,
         )
     if config.method == sparse_training_l0.METHOD:
-        gated_plan = sparse_training_l0.plan(config, len(data.train.y))
-        gated_optimizer = sparse_training_l0.make_optimizer(
-            config, whole_optimizer(config, total_steps=gated_plan.total_steps)
-        )
-        gated_step = make_step(
-            sparse_training_l0.gated_terms(config, training_terms(config), len(data.train.y)),
-            gated_optimizer,
-            forward=sparse_training_l0.gated_forward(forward),
-            augment=augment,
-            after_update=sparse_training_l0.hold,
-        )
-        members = sparse_training_l0.train(
-            config,
-            functools.partial(
-                fit, runs=runs, step_fn=gated_step, batch_size=config.l0.batch_size,
-                evaluate=sparse_training_l0.gated_evaluation(evaluate),
-            ),
-            members, gated_plan, gated_optimizer, optimizer,
+        members = train_gates(
+            config, len(data.train.y), functools.partial(fit, runs=runs), members, forward,
+            evaluate, augment, optimizer,
         )  # fmt: skip
     return fit("supervised", runs_of(config), members, setup.plan)
+
+
+def train_gates(
+    config: Any,
+    n: int,
+    fit: Callable[..., Member],
+    members: Member,
+    forward: Forward,
+    evaluate: Callable[..., Any],
+    augment: Augment | None,
+    optimizer: optax.GradientTransformation,
+) -> Member:
+    """Trains whole networks with gates (L0). Returns members at the start of sparse training.
+
+    Args:
+        config: The settings.
+        n: Training examples.
+        fit: Trains members through a stage.
+        members: Whole networks at their start.
+        forward: The pass of sparse training.
+        evaluate: What is measured of sparse networks.
+        augment: How batches are changed.
+        optimizer: Of sparse training.
+    """
+    plan = sparse_training_l0.plan(config, n)
+    gated_optimizer = sparse_training_l0.make_optimizer(
+        config, whole_optimizer(config, total_steps=plan.total_steps)
+    )
+    step_fn = make_step(
+        sparse_training_l0.gated_terms(config, training_terms(config), n),
+        gated_optimizer,
+        forward=sparse_training_l0.gated_forward(forward),
+        augment=augment,
+        after_update=sparse_training_l0.hold,
+    )
+    gated_fit = functools.partial(
+        fit, step_fn=step_fn, batch_size=config.l0.batch_size,
+        evaluate=sparse_training_l0.gated_evaluation(evaluate),
+    )  # fmt: skip
+    return sparse_training_l0.train(config, gated_fit, members, plan, gated_optimizer, optimizer)
 
 
 def probe_of(config: Any, setup: Setup) -> Any:
