@@ -25,9 +25,12 @@ from experiments.sparse_training_stages import (
     stage_patterns,
 )
 from ntt_sparse.data.folders import FolderImages
-from ntt_sparse.data.images import ImageData
+from ntt_sparse.data.images import ImageData, blank
+from ntt_sparse.data.text import TextData
 from ntt_sparse.models.deep_resnet import DeepResNet
+from ntt_sparse.models.text import TextTransformer
 from ntt_sparse.models.torchvision import load_resnet
+from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture, select
 from ntt_sparse.training.loop import Plan
@@ -40,7 +43,7 @@ _CHOICES = {
     "model.norm": ("", "batch", "group", "none"),
     "model.shortcut": ("", "A", "B"),
     "model.stem": ("", "cifar", "imagenet"),
-    "supervised.optimizer": ("adam", "sgd"),
+    "supervised.optimizer": ("adam", "sgd", "adamw"),
 }
 _RANGES = {
     "score_batch_size": (1, LARGEST_INT),
@@ -78,6 +81,7 @@ _RANGES = {
     "checkpoint_seconds": (0, math.inf),
     "data.split_seed": (0, 2**32 - 1),
     "data.size": (1, 4096),
+    "data.length": (1, LARGEST_INT),
     "supervised.epochs": (1, LARGEST_INT),
     "supervised.batch_size": (2, LARGEST_INT),
     "supervised.max_steps": (0, LARGEST_INT),
@@ -110,6 +114,11 @@ def check_config(config: Any) -> None:
                 "to 1e30: the network without a regulariser is always there"
             )
     check_milestones(config.supervised.milestones, "config.supervised.milestones")
+    if config.supervised.optimizer == "adamw" and config.supervised.milestones:
+        raise ValueError(
+            f"config.supervised.milestones is {config.supervised.milestones} with optimizer "
+            "'adamw', expected none: its rate falls by a cosine"
+        )
     _check_method(config)
     chosen = [REGULARISERS[name] for name in config.regularisers.split(",")]
     needed = 4 if any(regulariser.debiased for regulariser in chosen) else 3
@@ -171,26 +180,27 @@ def _check_method(config: Any) -> None:
         )
 
 
-def check_batch_size(config: Any, data: ImageData) -> None:
+def check_batch_size(config: Any, data: ImageData | TextData) -> None:
     """Checks that there is a batch.
 
     Raises:
-        ValueError: There are less images.
+        ValueError: There are less examples.
     """
     for stage in stages_of(config):
         if config[stage].batch_size > len(data.train.y):
             raise ValueError(
                 f"config.{stage}.batch_size is {config[stage].batch_size}, there are "
-                f"{len(data.train.y)} images"
+                f"{len(data.train.y)} examples"
             )
 
 
-def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
+def check_sizes(config: Any, module: Any, data: ImageData | TextData, plan: Plan) -> None:
     """Checks that data and model are large enough for what is compared, by shapes alone.
 
     Raises:
         ValueError: They are not; the message names the field.
     """
+    _check_kind(config, module, data)
     sizes = {"probe": len(data.validation.y)}
     scored = ("snip", "grasp", "logit_snip")
     if config.layer_densities in scored or config.method in scored:
@@ -202,9 +212,8 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
     for field, size in sizes.items():
         if config[field] > size:
             each = " of some class" if field == "score_per_class" else ""
-            raise ValueError(f"config.{field} is {config[field]}, there are {size} images{each}")
+            raise ValueError(f"config.{field} is {config[field]}, there are {size} examples{each}")
 
-    check_augment(config, data.input_shape)
     if isinstance(data.train.x, FolderImages) and not config.evaluated:
         raise ValueError(
             "config.evaluated is 0, expected how many images of the folder are held to measure "
@@ -220,7 +229,7 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
         load_resnet(config.model.weights, module)
 
     def shapes(key):
-        x = jax.numpy.zeros((2, *data.input_shape))
+        x = jax.numpy.asarray(blank(data.train, 2))
         variables = module.init(key, x)
         _, features = capture(module, all_patterns(config))(variables, x)
         (blocks,) = select(features, [block_patterns(config)])
@@ -239,6 +248,30 @@ def check_sizes(config: Any, module: Any, data: ImageData, plan: Plan) -> None:
         check_stage_maps(config.stages, stages, "config.stages")
     if len(blocks) < 2:
         raise ValueError(f"config.stages match {len(blocks)} layer, expected two or more")
+
+
+def _check_kind(config: Any, module: Any, data: ImageData | TextData) -> None:
+    """Checks that network, data and method go together."""
+    if isinstance(data, TextData) != isinstance(module, TextTransformer):
+        raise ValueError(
+            f"config.model.name is {config.model.name!r} and config.data.name "
+            f"{config.data.name!r}, expected a transformer of texts and a text, or neither"
+        )
+    if isinstance(data, ImageData):
+        check_augment(config, data.input_shape)
+    elif config.data.augment:
+        raise ValueError("config.data.augment is True, expected False: texts are as they are")
+    elif config.score_per_class:
+        raise ValueError(
+            f"config.score_per_class is {config.score_per_class}, expected 0: windows of a text "
+            "have no class"
+        )
+    normalised = isinstance(module, TextTransformer | VisionTransformer)
+    if normalised and config.method == "synflow":
+        raise ValueError(
+            "config.method is 'synflow' with a transformer, whose normalisation takes out what "
+            "flows: expected another method"
+        )
 
 
 def _check_counts(config: Any, params: Any) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.sparse_training_masks import layer_counts
+from experiments.sparse_training_masks import PRUNABLE, layer_counts
 from experiments.sparse_training_members import whole_runs
 from experiments.study import asked_densities, make_plan
 from ntt_sparse.pruning import l0
@@ -135,7 +135,7 @@ def start(config: Any, members: Member, optimizer: optax.GradientTransformation)
 
     def one(member: Member) -> Member:
         key = jax.random.fold_in(member.key, _START_STREAM)
-        gates = l0.init(key, member.params, drop=config.l0.drop)
+        gates = l0.init(key, member.params, drop=config.l0.drop, prunable=PRUNABLE)
         params = {_WEIGHTS: member.params, _GATES: gates}
         masks = {_WEIGHTS: member.masks, _GATES: jax.tree.map(lambda leaf: None, gates)}
         return member._replace(

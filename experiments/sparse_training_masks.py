@@ -22,6 +22,8 @@ GROWN = ("set", "rigl")
 LATER = ("gradual", "lth", "dlth", "l0")
 """Methods that start with all weights."""
 METHODS = ("random", *SCORED, *GROWN, *LATER)
+PRUNABLE = pruning_masks.kernels
+"""Which parameters have masks."""
 # Independent of the streams that training folds from a member's key.
 _MASK_STREAM, _GROWTH_STREAM = 1000, 1003
 # Of GraSP's scoring loss (Wang et al. 2020, their code).
@@ -31,7 +33,7 @@ _GRASP_TEMPERATURE = 200.0
 def densities_of(config: Any, params: Any, density: float) -> Any:
     """A density by layer, or one for the network where layers share."""
     by_layer = {"erk": densities.erk, "uniform": densities.uniform}.get(config.layer_densities)
-    return by_layer(params, density) if by_layer else density
+    return by_layer(params, density, prunable=PRUNABLE) if by_layer else density
 
 
 def layer_counts(
@@ -44,7 +46,7 @@ def layer_counts(
         params: Parameters or their shapes.
         at: By the density asked for, one that stands for it; by default itself.
     """
-    scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params)
+    scores = pruning_masks.map_prunable(lambda _, leaf: leaf, params, PRUNABLE)
     at = at or {density: density for density in asked_densities(config)}
     return {
         density: pruning_masks.keep_counts(
@@ -52,6 +54,12 @@ def layer_counts(
         )
         for density, other in at.items()
     }
+
+
+def random_scores(key: Any, params: Any) -> Any:
+    """Draws that make the random masks of a seed."""
+    key = jax.random.fold_in(key, _MASK_STREAM)
+    return saliency.random(key, params, prunable=PRUNABLE)
 
 
 def random_masks(config: Any, params: Any, key: Any, at: Mapping[float, float]) -> dict[float, Any]:
@@ -65,7 +73,7 @@ def random_masks(config: Any, params: Any, key: Any, at: Mapping[float, float]) 
         key: Of the seed.
         at: By the density asked for, that of the mask.
     """
-    draws = saliency.random(jax.random.fold_in(key, _MASK_STREAM), params)
+    draws = random_scores(key, params)
     select = jax.jit(pruning_masks.from_counts)
     return {d: select(draws, counts) for d, counts in layer_counts(config, params, at).items()}
 
@@ -98,8 +106,10 @@ def starting_masks(
     def make(key: Any, params: Any, state: Any, batch: Any) -> dict[float, Any]:
         found = {}
         if config.method in LATER:
-            return dict.fromkeys((1.0, *asked_densities(config)), pruning_masks.full(params))
-        draws = saliency.random(jax.random.fold_in(key, _MASK_STREAM), params)
+            return dict.fromkeys(
+                (1.0, *asked_densities(config)), pruning_masks.full(params, prunable=PRUNABLE)
+            )
+        draws = random_scores(key, params)
         for density, counts in layer_counts(config, params).items():
             if config.method in SCORED and config.rounds > 1:
                 found[density], finite = in_rounds(params, state, batch, density)
@@ -149,16 +159,19 @@ def _scores(
         return jnp.mean(losses)
 
     if method == "magnitude":
-        return saliency.magnitude(params)
+        return saliency.magnitude(params, prunable=PRUNABLE)
     if method == "logit_snip":
-        return saliency.logit_snip(logits, params, x)
+        return saliency.logit_snip(logits, params, x, prunable=PRUNABLE)
     if method == "synflow":
         # Normalisation as it starts: statistics of zero and one.
         return saliency.synflow(
-            lambda p, x: module.apply({"params": p, **state}, x), params, input_shape
+            lambda p, x: module.apply({"params": p, **state}, x),
+            params,
+            input_shape,
+            prunable=PRUNABLE,
         )
     score = saliency.grasp if method == "grasp" else saliency.snip
-    return score(loss_fn, params, (x, y))
+    return score(loss_fn, params, (x, y), prunable=PRUNABLE)
 
 
 def mask_schedule(config: Any, plan: Plan) -> AfterUpdate | None:
@@ -220,7 +233,7 @@ def _replacing(config: Any, plan: Plan) -> AfterUpdate:
                 lambda mask, gradient: jnp.abs(gradient), member.masks, _masked(member, gradients)
             )
         key = jax.random.fold_in(jax.random.fold_in(member.key, _GROWTH_STREAM), step)
-        draws = saliency.random(key, member.params)
+        draws = saliency.random(key, member.params, prunable=PRUNABLE)
         # Among what was not there before.
         return jax.tree.map(lambda mask, draw: jnp.where(mask, -jnp.inf, draw), member.masks, draws)
 

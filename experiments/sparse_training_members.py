@@ -11,7 +11,7 @@ from experiments.sparse_training_masks import layer_counts, random_masks, starti
 from experiments.sparse_training_stages import BASELINE
 from experiments.study import asked_densities, stack, warn_of_empty_layers
 from ntt_sparse._types import PRNGKey
-from ntt_sparse.data.images import Split, take
+from ntt_sparse.data.images import Split, blank, take
 from ntt_sparse.models.torchvision import load_resnet
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.state import Member, create_member
@@ -63,19 +63,16 @@ def score_batch(config: Any, train: Split) -> tuple[Any, Any]:
     return jnp.asarray(chosen.x[:]), jnp.asarray(chosen.y)
 
 
-def initial_variables(
-    config: Any, module: Any, key: PRNGKey, input_shape: tuple[int, ...]
-) -> dict[str, Any]:
+def initial_variables(config: Any, module: Any, key: PRNGKey, train: Split) -> dict[str, Any]:
     """What a network starts from: drawn, or the weights of a file, the same for all seeds."""
     if config.model.weights:
         return load_resnet(config.model.weights, module)
-    return dict(module.init(key, jnp.zeros((1, *input_shape))))
+    return dict(module.init(key, blank(train)))
 
 
 def start_members(
     config: Any,
     module: Any,
-    input_shape: tuple[int, ...],
     train: Split,
     optimizer: optax.GradientTransformation,
     runs: list[Run],
@@ -87,11 +84,11 @@ def start_members(
     pruning the `counts` it ends with.
     """
     batch = score_batch(config, train)
-    make = starting_masks(config, module, input_shape)
+    make = starting_masks(config, module, train.x.shape[1:])
     by_seed, masks, counts = {}, {}, {}
     for seed in config.seeds:
         key = jax.random.key(seed)
-        variables = initial_variables(config, module, key, input_shape)
+        variables = initial_variables(config, module, key, train)
         params = variables.pop("params")
         by_seed[seed] = key, params, variables
         counts = layer_counts(config, params)

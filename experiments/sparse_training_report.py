@@ -1,6 +1,7 @@
 """The report of sparse training: summary.json, report.md and the figures."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from experiments.sparse_training_stages import BASELINE, EPSILONS, REGULARISERS
 from experiments.statistics import correct, paired, spread
 from experiments.study import asked_densities
 from experiments.tables import difference, percent
+from ntt_sparse.data.text import is_text
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -98,7 +100,7 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         The summary.
     """
     logs = [MetricsLog(path, path.stem) for path in logs_of(config, workdir)]
-    rows = _rows(logs, runs_of(config))
+    rows = _rows(logs, runs_of(config), text=is_text(config.data.name))
     for row in rows:
         row["empty_layers"] = _empty(row["kept"], list(layers))
     summary = {
@@ -116,10 +118,11 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     return summary
 
 
-def _rows(logs: list[MetricsLog], runs: list[Run]) -> list[dict[str, Any]]:
+def _rows(logs: list[MetricsLog], runs: list[Run], *, text: bool) -> list[dict[str, Any]]:
     """One entry per regulariser, coefficient and density, compared with none at that density.
 
-    The members of the logs together are the runs.
+    The members of the logs together are the runs. Of a text there are also the bits that each byte
+    takes, the mean loss by logarithms of two.
     """
 
     def column(name: str) -> Any:
@@ -139,6 +142,7 @@ def _rows(logs: list[MetricsLog], runs: list[Run]) -> list[dict[str, Any]]:
     # The first record of the best validation accuracy; test accuracy is only looked up.
     best = np.argmax(validation, axis=0)
     at_best = test[best, np.arange(len(runs))]
+    bits = column("test/loss")[-1] / math.log(2) if text else None
     groups: dict[tuple[str, float, float], list[int]] = {}
     for index, run in enumerate(runs):
         groups.setdefault((run.regulariser, run.coefficient, run.density), []).append(index)
@@ -156,12 +160,16 @@ def _rows(logs: list[MetricsLog], runs: list[Run]) -> list[dict[str, Any]]:
             **{name: spread(values[members]) for name, values in columns.items()},
             "kept": np.asarray(kept)[members].astype(int).tolist(),
         }
+        compared = {"last": test[-1], "best_validation": at_best}
+        if bits is not None:
+            row["test_bits_last"] = spread(bits[members])
+            compared["bits"] = bits
         if regulariser != BASELINE:
             reference = groups[BASELINE, 0.0, density]
-            for name, values in (("last", test[-1]), ("best_validation", at_best)):
+            for name, values in compared.items():
                 row[f"less_baseline_{name}"] = paired(values[members], values[reference])
         rows.append(row)
-    for name in ("less_baseline_last", "less_baseline_best_validation"):
+    for name in ("less_baseline_last", "less_baseline_best_validation", "less_baseline_bits"):
         correct([row[name] for row in rows if name in row])
     return rows
 
@@ -227,6 +235,16 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
             small,
         )
         lines.append(f"| {' | '.join(cells)} |")
+    texts = [row for row in summary["supervised"] if "test_bits_last" in row]
+    if texts:
+        lines += ["", "Bits of a byte of the test text; less none in hundredths of a bit:", ""]
+    for row in texts:
+        bits, less = row["test_bits_last"], difference(row.get("less_baseline_bits"))
+        deviation = "" if bits["std"] is None else f" ± {bits['std']:.4f}"
+        lines.append(
+            f"- density {row['density']!r}, {label(row)}: {bits['mean']:.4f}{deviation}"
+            + (f"; {less}" if less else "")
+        )
     empty = [row for row in summary["supervised"] if row["empty_layers"]]
     if empty:
         lines += ["", "Layers left without any weight, and in how many seeds:", ""]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.optimizers import adamw
+from experiments.sparse_training_masks import PRUNABLE
 from experiments.study import decayed_rate
 from ntt_sparse.objectives.cka_sr import aug_cka_sr, cka_sr, every_nth_batch
 from ntt_sparse.pruning import masks as pruning_masks
@@ -68,8 +70,10 @@ def make_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransforma
 
 
 def whole_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransformation:
-    """Adam, or SGD with Nesterov momentum and a schedule, of all weights."""
+    """Adam, SGD with Nesterov momentum and a schedule, or AdamW with its own, of all weights."""
     settings = config.supervised
+    if settings.optimizer == "adamw":
+        return adamw(settings, total_steps, settings.learning_rate)
     rate = warmed_up(decayed_rate(settings, total_steps), round(settings.warmup * total_steps))
     if settings.optimizer == "adam":
         inner = optax.adam(rate)
@@ -139,7 +143,7 @@ def training_terms(config: Any) -> Mapping[str, Term]:
 def norm_of(inputs: TermInputs, power: int) -> Any:
     """The sum of a power of the absolute weights that are kept, without biases."""
     effective = pruning_masks.apply(inputs.params, inputs.masks)
-    weights = jax.tree.leaves(pruning_masks.map_prunable(lambda _, leaf: leaf, effective))
+    weights = jax.tree.leaves(pruning_masks.map_prunable(lambda _, leaf: leaf, effective, PRUNABLE))
     # The derivative at zero is zero: a weight that has just come is not pushed one way.
     size = {1: lambda w: w * jax.lax.stop_gradient(jnp.sign(w)), 2: jnp.square}[power]
     return sum(jnp.sum(size(leaf)) for leaf in weights)

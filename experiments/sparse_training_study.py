@@ -37,7 +37,9 @@ from experiments.sparse_training_stages import (
 )
 from experiments.study import fit_stage, hold_out, make_plan, save_networks, training_input
 from ntt_sparse import models
-from ntt_sparse.data import images
+from ntt_sparse.data import images, text
+from ntt_sparse.data.images import ImageData
+from ntt_sparse.data.text import TextData
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture
 from ntt_sparse.training import mesh as meshes
@@ -53,7 +55,7 @@ class Setup(NamedTuple):
     """Everything that is known before training starts."""
 
     module: Any
-    data: images.ImageData
+    data: ImageData | TextData
     plan: Plan
 
 
@@ -91,12 +93,19 @@ def make_model(config: Any, num_outputs: int) -> Any:
     return models.create(config.model.name, num_outputs=num_outputs, **options)
 
 
-def prepare(config: Any, data_dir: str | None) -> Setup:
-    """Loads data and model and plans the training, before anything is trained or written."""
-    whole = images.load(
+def load(config: Any, data_dir: str | None) -> ImageData | TextData:
+    """The data of a study, where nothing is held out."""
+    if text.is_text(config.data.name):
+        return text.load(config.data.name, config.data.length)
+    return images.load(
         config.data.name, data_dir=data_dir, validation_fraction=0.0,
         seed=config.data.split_seed, size=config.data.size,
     )  # fmt: skip
+
+
+def prepare(config: Any, data_dir: str | None) -> Setup:
+    """Loads data and model and plans the training, before anything is trained or written."""
+    whole = load(config, data_dir)
     data = hold_out(whole, config.supervised.validation_fraction, config.data.split_seed)
     module = make_model(config, data.num_classes)
     check_batch_size(config, data)
@@ -111,7 +120,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     runs = whole_runs(config) if shared else runs_of(config)
     data = setup.data
     optimizer = make_optimizer(config, total_steps=setup.plan.total_steps)
-    members = start_members(config, setup.module, data.input_shape, data.train, optimizer, runs)
+    members = start_members(config, setup.module, data.train, optimizer, runs)
     forward = masked_forward(
         capture(setup.module, all_patterns(config), examples=config.samples or None),
         straight_through=config.method == "rigl",
@@ -140,7 +149,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         )  # fmt: skip
 
     def init(key: Any) -> Any:
-        variables = dict(setup.module.init(key, jnp.zeros((1, *data.input_shape))))
+        variables = dict(setup.module.init(key, images.blank(data.train)))
         return variables.pop("params"), variables
 
     if config.method == sparse_training_lottery.METHOD:
@@ -212,7 +221,7 @@ def train_gates(
 
 
 def probe_of(config: Any, setup: Setup) -> Any:
-    """The held-out images on which similarity is measured."""
+    """The held-out examples on which similarity is measured."""
     return jnp.asarray(setup.data.validation.x[: config.probe])
 
 

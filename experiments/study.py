@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ntt_sparse.data.augment import pad_crop_flip
 from ntt_sparse.data.batches import steps_per_epoch, total_steps
 from ntt_sparse.data.folders import FolderImages
 from ntt_sparse.data.stream import Stream
+from ntt_sparse.data.text import TextData
 from ntt_sparse.pruning.masks import LayerDensity, layer_densities
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
@@ -35,6 +36,7 @@ from ntt_sparse.training.stopping import EarlyStopping, is_active
 
 # What each run of each stage took; unlike records it is of this machine and moment.
 _SECONDS = "seconds.jsonl"
+_Data = TypeVar("_Data", images.ImageData, TextData)
 _logger = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ def warn_of_empty_layers(name: str, masks: Any) -> dict[str, LayerDensity]:
     return rows
 
 
-def hold_out(data: images.ImageData, fraction: float, seed: int) -> images.ImageData:
+def hold_out(data: _Data, fraction: float, seed: int) -> _Data:
     """Splits the training part; with a fraction of 0 the validation set is the training set."""
     if fraction == 0:
         return data._replace(validation=data.train)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from experiments.optimizers import adamw
 from experiments.study import stack
 from ntt_sparse import models
 from ntt_sparse.models.tokens import DynamicTransformer, Redundancy
@@ -76,15 +77,15 @@ def dynamic(config: Any, module: VisionTransformer, variant: Variant) -> Dynamic
 def whole_optimizer(settings: Any, total_steps: int) -> optax.GradientTransformation:
     """AdamW with a rate that rises and falls.
 
-    Vectors do not decay, nor, as in DeiT, the token of the class and the positions.
+    As in DeiT vectors do not decay, nor the token of the class and the positions.
     """
-    return _adamw(settings, total_steps, settings.learning_rate)
+    return adamw(settings, total_steps, settings.learning_rate)
 
 
 def dynamic_optimizer(settings: Any, total_steps: int) -> optax.GradientTransformation:
     """AdamW of the predictors, and of the transformer later and slower."""
     fixed = round(settings.fixed * total_steps)
-    slow = _adamw(settings, total_steps, settings.learning_rate * settings.backbone)
+    slow = adamw(settings, total_steps, settings.learning_rate * settings.backbone)
 
     def still(updates, state, params=None):
         del params
@@ -96,7 +97,7 @@ def dynamic_optimizer(settings: Any, total_steps: int) -> optax.GradientTransfor
     return optax.partition(
         {
             _BACKBONE: optax.chain(slow, hold),
-            _PREDICTORS: _adamw(settings, total_steps, settings.learning_rate),
+            _PREDICTORS: adamw(settings, total_steps, settings.learning_rate),
             _FROZEN: optax.set_to_zero(),
         },
         _labels,
@@ -111,21 +112,6 @@ def _labels(params: Any) -> Any:
         return _FROZEN if path[1] in _STAYING else _BACKBONE
 
     return traverse_util.path_aware_map(label, params)
-
-
-def _adamw(settings: Any, total_steps: int, rate: float) -> optax.GradientTransformation:
-    warmup = round(settings.warmup * total_steps)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else rate, rate, warmup, max(total_steps, warmup + 1)
-    )
-    return optax.adamw(schedule, weight_decay=settings.weight_decay, mask=_decaying)
-
-
-def _decaying(params: Any) -> Any:
-    def decays(path, leaf):
-        return leaf.ndim >= 2 and path[-1].key not in _STAYING
-
-    return jax.tree.map_with_path(decays, params)
 
 
 def start_whole(

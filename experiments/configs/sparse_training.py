@@ -10,6 +10,10 @@ mnist_METHOD          LeNet-300-100, densities 0.2 to 0.002
 lenet5_caffe_METHOD   the same for LeNet-5 as shipped with Caffe
 cifar10_METHOD        ResNet-20, densities 0.1, 0.05, 0.02
 NETWORK_METHOD        the same for resnet32, resnet56, resnet18, resnet50 and vgg19
+vit_METHOD            a small vision transformer on CIFAR-10, densities 0.2, 0.05
+digits_vit_METHOD     the same on 8x8 digits, no download
+text_METHOD           a small transformer of texts (GPT-2's blocks), byte by byte, on the help that
+                      comes with Python; a file is --config.data.name=FILE.txt
 imagenet_METHOD       ResNet-18 at density 0.05, for a folder: --config.data.name=FOLDER
 imagenet50_METHOD     ResNet-50
 pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100, imagenet_resnet18 or
@@ -19,11 +23,12 @@ pretraining_NETWORK   ResNet-18 or -50 whole (density 1) on CIFAR-100, imagenet_
 Methods are `random` (ERK), `magnitude`, `snip`, `logit_snip`, `grasp`, `synflow`, `set`, `rigl`,
 `gradual`, `lth`, `dlth`, `dlth_iterative` and `l0`. Settings of training are the same for all, so
 that only masks differ: on CIFAR-10 those of random sparse training (Liu et al., ICLR 2022), on
-MNIST and the digits Adam. Lottery tickets prune a fifth of what is left at each level, so they take
-as many times as long as there are levels: with the dense one 11 down to a density of 0.1, 28 to
-0.002; `dlth` takes 90,000 steps more on CIFAR-10, as published, and on MNIST a tenth of that. Its
-densities are ERK's, where the published code leaves the first and the last layer whole. `l0` trains
-whole networks with gates for as long as sparse ones, once for all densities.
+MNIST and the digits Adam, of transformers AdamW. Lottery tickets prune a fifth of what is left at
+each level, so they take as many times as long as there are levels: with the dense one 11 down to a
+density of 0.1, 28 to 0.002; `dlth` takes 90,000 steps more on CIFAR-10, as published, and on MNIST
+a tenth of that. Its densities are ERK's, where the published code leaves the first and the last
+layer whole. `l0` trains whole networks with gates for as long as sparse ones, once for all
+densities. Transformers have no `synflow`: layer normalisation takes out what flows.
 """
 
 from typing import Any
@@ -105,8 +110,9 @@ BASE: dict[str, Any] = {
     "probe": 256,
     # Held-out and test images whose accuracy is measured (0: all).
     "evaluated": 0,
-    # A name as of `ntt_sparse.data.images.load`; the size of images is of those in folders.
-    "data": {"name": "mnist", "split_seed": 9, "augment": False, "size": 224},
+    # A name as of `ntt_sparse.data.images.load`, or of `ntt_sparse.data.text.load`; the size of
+    # images is of those in folders, the length of texts is that of their windows.
+    "data": {"name": "mnist", "split_seed": 9, "augment": False, "size": 224, "length": 64},
     "model": {
         "name": "lenet_300_100",
         "padding": "",
@@ -121,6 +127,8 @@ BASE: dict[str, Any] = {
         "epochs": 5,
         "batch_size": 64,
         "learning_rate": 1e-3,
+        # adam; sgd, with Nesterov momentum; adamw, whose decay is of weights alone and whose rate
+        # falls by a cosine.
         "optimizer": "adam",
         "weight_decay": 0.0,
         # Of all networks, whatever they are compared by: the weight of the sum of absolute
@@ -246,6 +254,34 @@ _CNN = {
     "stages": ("Conv_0,Conv_1", "Dense_0,Dense_1"),
     "model.name": "lenet5_caffe",
 }
+_TRANSFORMER = {
+    "stages": ("block_?",),
+    "regularisers": "cka_sr",
+    "coefficients": (1e-2,),
+    "supervised.optimizer": "adamw",
+    "supervised.weight_decay": 0.05,
+    "supervised.warmup": 0.1,
+}
+_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "vit": {
+        "data.name": "cifar10",
+        "data.augment": True,
+        "model.name": "vit_patch4",
+        "supervised.epochs": 200,
+        "supervised.batch_size": 128,
+        "l0.epochs": 200,
+        "l0.batch_size": 128,
+    },
+    "digits_vit": {
+        "data.name": "digits",
+        "model.name": "vit_patch2",
+        "probe": 128,
+        "supervised.epochs": 30,
+        "l0.epochs": 30,
+    },
+    "text": {"data.name": "pydoc", "model.name": "gpt_micro", "supervised.epochs": 10},
+}
+"""Small transformers; their blocks are one stage."""
 _CONFIGS: dict[str, dict[str, Any]] = {
     "digits_synflow": {
         **_MLP,
@@ -283,6 +319,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         }
         for network, fields in _SMALL_IMAGES.items()
         for method, settings in _METHODS.items()
+    },
+    **{
+        f"{network}_{method}": {
+            **_TRANSFORMER,
+            **fields,
+            **settings,
+            "density": (0.2, 0.05),
+            "transform.increment": 1e-3,
+            "transform.hold": settings.get("transform.hold", 40_000) // 10,
+        }
+        for network, fields in _TRANSFORMERS.items()
+        for method, settings in _METHODS.items()
+        if method != "synflow"
     },
     **{
         f"{name}_{method}": {**_IMAGENET, "model.name": network, **settings}

@@ -47,6 +47,11 @@ class FolderImages:
         """As of an array."""
         return (len(self), self.size, self.size, 3)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is indexed."""
+        return np.dtype(np.float32)
+
     def __getitem__(self, which: slice) -> Float[np.ndarray, "n h w c"]:
         """The images of a slice in the middle of their files, standardised, float32.
 

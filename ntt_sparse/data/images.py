@@ -22,12 +22,13 @@ _CHUNK = 1024
 
 
 class Split(NamedTuple):
-    """Images and their labels."""
+    """Examples and their labels."""
 
-    x: Float[np.ndarray, "n h w c"] | FolderImages
-    """Standardised images, channels last; those of a folder are decoded when they are indexed."""
-    y: Int32[np.ndarray, "n"]
-    """Class indices, 0 to num_classes - 1."""
+    x: Real[np.ndarray, "n ..."] | FolderImages
+    """Standardised images, channels last; those of a folder are decoded when they are indexed.
+    Of a text windows of tokens."""
+    y: Int32[np.ndarray, "n ..."]
+    """Class indices, 0 to num_classes - 1; of a text one for each token."""
 
 
 class ImageData(NamedTuple):
@@ -160,6 +161,11 @@ def take(split: Split, indices: Int64[np.ndarray, "m"]) -> Split:
     """Some examples of a split; those of a folder are still not decoded."""
     x = split.x.select(indices) if isinstance(split.x, FolderImages) else split.x[indices]
     return Split(x, split.y[indices])
+
+
+def blank(split: Split, n: int = 1) -> Real[np.ndarray, "n ..."]:
+    """Zeros of the shape and type of some examples, by which networks get their shapes."""
+    return np.zeros((n, *split.x.shape[1:]), split.x.dtype)
 
 
 def _folder(path: Path, size: int, validation_fraction: float, seed: int) -> ImageData:

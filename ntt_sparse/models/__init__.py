@@ -14,6 +14,7 @@ from ntt_sparse.models.deep_resnet import DeepResNet
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.preresnet import PreResNet
 from ntt_sparse.models.resnet import ResNet
+from ntt_sparse.models.text import TextTransformer
 from ntt_sparse.models.vgg import Vgg
 from ntt_sparse.models.vit import VisionTransformer
 
@@ -61,6 +62,9 @@ _MODELS = {
     "deit_base": _Entry(VisionTransformer, {"width": 768, "heads": 12}, _DTYPES),
     "vit_patch4": _Entry(VisionTransformer, {"patch": 4, **_SMALL_VIT}, _DTYPES),
     "vit_patch2": _Entry(VisionTransformer, {"patch": 2, **_SMALL_VIT}, _DTYPES),
+    "gpt_nano": _Entry(TextTransformer, {"width": 48, "depth": 3, "heads": 3}, _DTYPES),
+    "gpt_micro": _Entry(TextTransformer, {}, _DTYPES),
+    "gpt_mini": _Entry(TextTransformer, {"width": 192, "depth": 6, "heads": 6}, _DTYPES),
 }
 
 
@@ -88,18 +92,21 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     `deit_base`       DeiT-Base: width 768
     `vit_patch4`      A small transformer for images of 28 x 28 or 32 x 32: 9 blocks, width 96
     `vit_patch2`      The same for images of 8 x 8
+    `gpt_nano`        A transformer of texts, of the sizes of minGPT: 3 blocks, width 48
+    `gpt_micro`       4 blocks, width 128
+    `gpt_mini`        6 blocks, width 192
     ================  ==========================================================
 
     Args:
         name: One of the names above.
-        num_outputs: Outputs of the last layer, 1 or more.
+        num_outputs: Outputs of the last layer, 1 or more; of a text its different tokens.
         **kwargs: `dtype` of the computation, `param_dtype`; of `lenet_300_100`, whether there is
             `dropout`; of LeNets with convolutions, `padding` ("VALID" or "SAME"); of `resnet20`
             to `resnet56`, `norm` ("batch", "group" or "none") and `shortcut` ("A" or "B"); of
             `resnet18` and `resnet50`, the `stem` ("cifar" or "imagenet"); of these two,
             pre-activation ResNets, VGG and `lenet5`, the `kind` of gates; of `lenet5`,
             `activation` and how many layers are `gated`. See `LeNet`, `ResNet`, `DeepResNet`,
-            `PreResNet`, `Vgg` and `VisionTransformer`.
+            `PreResNet`, `Vgg`, `VisionTransformer` and `TextTransformer`.
 
     Returns:
         A Flax Linen module.

@@ -20,7 +20,8 @@ from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from ntt_sparse._types import PRNGKey
-from ntt_sparse.models.vit import VisionTransformer, check_images, layer_norm, multiply_adds
+from ntt_sparse.models.attention import layer_norm
+from ntt_sparse.models.vit import VisionTransformer, check_images, multiply_adds
 from ntt_sparse.similarity.grams import unit_gram
 
 RNG = "tokens"
@@ -251,7 +252,7 @@ class DynamicTransformer(nn.Module):
         """As a call, but tokens that are dropped are hidden from the others and stay.
 
         What training sees, with the decisions of inference; outputs agree up to the epsilon of
-        `ntt_sparse.models.vit.masked_softmax`.
+        `ntt_sparse.models.attention.masked_softmax`.
         """
         tokens = self.vit.embed(x)
         policy = jnp.ones(tokens[:, 1:, 0].shape, tokens.dtype)

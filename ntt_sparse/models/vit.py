@@ -6,106 +6,12 @@ the way by `ntt_sparse.models.tokens`.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, ArrayLike, Float, Real
+from jaxtyping import Array, ArrayLike, Float
 
+from ntt_sparse.models.attention import Block, layer_norm, weight_init
 from ntt_sparse.models.initializers import torch_bias_init, torch_kernel_init
-
-# Of masked attention, which a row without any token needs.
-_EPSILON = 1e-6
-_weight_init = nn.initializers.normal(0.02)
-
-
-def masked_softmax(
-    scores: Float[ArrayLike, "n h t t"], policy: Real[ArrayLike, "n t"]
-) -> Float[Array, "n h t t"]:
-    r"""Attention over the tokens that are kept, and of each token to itself.
-
-    $a_{ij} = e^{s_{ij} - \max_k s_{ik}} (p_j + (1 - p_j) [i = j])$, and of each row
-    $(a_{ij} + \epsilon / t) / (\sum_k a_{ik} + \epsilon)$ with $\epsilon = 10^{-6}$. Where all are
-    kept that is the softmax, up to $\epsilon$. It is differentiable by the policy.
-
-    Source: Rao et al. 2021, "DynamicViT", https://arxiv.org/abs/2106.02034, Eqs. 11 and 12.
-
-    Args:
-        scores: Of every query (third axis) and key.
-        policy: One for tokens that are kept, zero for others.
-    """
-    scores, policy = jnp.asarray(scores), jnp.asarray(policy)
-    tokens = scores.shape[-1]
-    own = jnp.eye(tokens, dtype=scores.dtype)
-    keys = policy.astype(scores.dtype)[:, None, None, :]
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest) * (keys + (1 - keys) * own)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (weights + _EPSILON / tokens) / (total + _EPSILON)
-
-
-class Attention(nn.Module):
-    """Attention of several heads among tokens.
-
-    Attributes:
-        heads: Divides the width of tokens.
-        dtype: Of the computation; by default that of inputs and params together. Softmax is
-            float32 at least.
-        param_dtype: Of the parameters.
-    """
-
-    heads: int
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "n t d"], policy: Real[Array, "n t"] | None = None
-    ) -> Float[Array, "n t d"]:
-        """The outputs `(n, t, d)`; with a policy see `masked_softmax`."""
-        n, t, d = x.shape
-        fields = {"kernel_init": _weight_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        joined = nn.Dense(3 * d, name="qkv", **fields)(x)
-        query, key, value = jnp.moveaxis(joined.reshape(n, t, 3, self.heads, -1), 2, 0)
-        scores = jnp.einsum("nqhd,nkhd->nhqk", query * (d // self.heads) ** -0.5, key)
-        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-        weights = jax.nn.softmax(scores) if policy is None else masked_softmax(scores, policy)
-        y = jnp.einsum("nhqk,nkhd->nqhd", weights.astype(value.dtype), value)
-        return nn.Dense(d, name="proj", **fields)(y.reshape(n, t, d))
-
-
-class Block(nn.Module):
-    """Attention and two dense layers, each normalised before and added to the stream.
-
-    Attributes:
-        heads: Of the attention.
-        expansion: Width between the dense layers, in widths of tokens.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
-    """
-
-    heads: int
-    expansion: int = 4
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "n t d"], policy: Real[Array, "n t"] | None = None
-    ) -> Float[Array, "n t d"]:
-        """The stream after the block, `(n, t, d)`."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = layer_norm("norm1", **types)(x)
-        x = x + Attention(self.heads, name="attn", **types)(y, policy)
-        y = layer_norm("norm2", **types)(x)
-        width = x.shape[-1]
-        y = nn.Dense(self.expansion * width, kernel_init=_weight_init, name="fc1", **types)(y)
-        y = nn.gelu(y, approximate=False)
-        return x + nn.Dense(width, kernel_init=_weight_init, name="fc2", **types)(y)
-
-
-def layer_norm(name: str | None = None, **types: Any) -> nn.LayerNorm:
-    """Layer normalisation as DeiT has it."""
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name, **types)
 
 
 class VisionTransformer(nn.Module):
@@ -155,7 +61,7 @@ class VisionTransformer(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.block = [Block(self.heads, self.expansion, **types) for _ in range(self.depth)]
         self.norm = layer_norm(**types)
-        self.head = nn.Dense(self.num_outputs, kernel_init=_weight_init, **types)
+        self.head = nn.Dense(self.num_outputs, kernel_init=weight_init, **types)
 
     def __call__(
         self, x: Float[ArrayLike, "n ..."], *, train: bool = False
@@ -196,8 +102,8 @@ class VisionTransformer(nn.Module):
         )(x)  # fmt: skip
         y = y.reshape(len(x), -1, self.width)
         count = y.shape[1] + 1
-        cls = self.param("cls", _weight_init, (1, 1, self.width), self.param_dtype)
-        place = self.param("position", _weight_init, (1, count, self.width), self.param_dtype)
+        cls = self.param("cls", weight_init, (1, 1, self.width), self.param_dtype)
+        place = self.param("position", weight_init, (1, count, self.width), self.param_dtype)
         first = jnp.broadcast_to(cls.astype(y.dtype), (len(x), 1, self.width))
         return jnp.concatenate([first, y], axis=1) + place.astype(y.dtype)
 

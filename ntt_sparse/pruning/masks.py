@@ -44,6 +44,11 @@ def matrices(path: str, leaf: Any) -> bool:
     return jnp.ndim(leaf) >= 2
 
 
+def kernels(path: str, leaf: Any) -> bool:
+    """Prunable are weights of Linen's layers, not what tokens or their places begin with."""
+    return matrices(path, leaf) and path.rpartition("/")[2] == "kernel"
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """The name of a leaf: its key path joined by slashes, such as `"Dense_0/kernel"`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -16,8 +16,8 @@ Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
 
 
 def example_losses(
-    outputs: Float[Array, "n k"],
-    labels: Int[ArrayLike, " n"],
+    outputs: Float[Array, "n *t k"],
+    labels: Int[ArrayLike, "n *t"],
     loss: Loss,
     *,
     label_smoothing: float = 0.0,
@@ -26,7 +26,8 @@ def example_losses(
 
     Args:
         outputs: Network outputs: logits for cross-entropy, plain outputs for squared error.
-        labels: Classes in 0..k-1.
+        labels: Classes in 0..k-1. Where an example has many, as a text has one for each token,
+            its loss is their mean.
         loss: `"cross_entropy"` of the softmax, or `"squared_error"`: half the squared
             distance to the one-hot target, whose gradient flow is df/dt = -K(f - y).
         label_smoothing: The part of the target that all classes share, from 0 to 1, of
@@ -41,22 +42,29 @@ def example_losses(
             f"label_smoothing is {label_smoothing} with loss {loss!r}, expected 0, or a number up "
             "to 1 with 'cross_entropy'"
         )
-    if label_smoothing:
-        targets = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
-        smooth = optax.smooth_labels(targets, label_smoothing)
-        return optax.softmax_cross_entropy(outputs, smooth)
-    if loss == "cross_entropy":
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-    if loss == "squared_error":
-        targets = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
-        return 0.5 * jnp.sum((outputs - targets) ** 2, axis=1)
-    raise ValueError(f"{loss=} is unknown: expected 'cross_entropy' or 'squared_error'")
+    if loss not in ("cross_entropy", "squared_error"):
+        raise ValueError(f"{loss=} is unknown: expected 'cross_entropy' or 'squared_error'")
+    if loss == "cross_entropy" and not label_smoothing:
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    else:
+        targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+        if loss == "cross_entropy":
+            smooth = optax.smooth_labels(targets, label_smoothing)
+            losses = optax.softmax_cross_entropy(outputs, smooth)
+        else:
+            losses = 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
+    return _of_examples(losses)
+
+
+def _of_examples(values: Float[Array, "n *t"]) -> Float[Array, " n"]:
+    """The mean of each example."""
+    return jnp.mean(values, axis=tuple(range(1, values.ndim))) if values.ndim > 1 else values
 
 
 class NetworkOutputs(NamedTuple):
     """What the forward pass that terms share gives."""
 
-    outputs: Float[Array, "n k"]
+    outputs: Float[Array, "n *t k"]
     features: dict[str, Float[Array, "n ..."]]
     """Features of inner layers, by name."""
 
@@ -129,9 +137,12 @@ def supervised(apply_fn: Callable[..., Any], *, loss: Loss = "cross_entropy") ->
 
 
 def _task(
-    outputs: Float[Array, "n k"], y: Int[ArrayLike, " n"], loss: Loss, label_smoothing: float = 0.0
+    outputs: Float[Array, "n *t k"],
+    y: Int[ArrayLike, "n *t"],
+    loss: Loss,
+    label_smoothing: float = 0.0,
 ) -> Any:
-    accuracy = jnp.mean(jnp.argmax(outputs, axis=1) == y, dtype=outputs.dtype)
+    accuracy = jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=outputs.dtype)
     losses = example_losses(outputs, y, loss, label_smoothing=label_smoothing)
     return jnp.mean(losses), {"accuracy": accuracy}
 
@@ -154,7 +165,7 @@ def evaluate_supervised(
     apply_fn: ApplyFn,
     params: Params,
     masks: Masks,
-    data: tuple[Shaped[ArrayLike, "n ..."], Int[ArrayLike, " n"]],
+    data: tuple[Shaped[ArrayLike, "n ..."], Int[ArrayLike, "n *t"]],
     *,
     loss: Loss = "cross_entropy",
     batch_size: int = 1000,
@@ -165,7 +176,8 @@ def evaluate_supervised(
         apply_fn: The network, deterministic.
         params: Parameters, not masked.
         masks: Masks of the structure of `params`.
-        data: Inputs and labels; any number of examples, at least one.
+        data: Inputs and labels; any number of examples, at least one. An example of many labels
+            counts with its means.
         loss: See `example_losses`.
         batch_size: Examples at a time, which bounds the memory.
 
@@ -191,8 +203,8 @@ def evaluate_supervised(
         x, y, counts = batch
         outputs = apply_fn(effective, x)
         losses = jnp.where(counts, example_losses(outputs, y, loss), 0)
-        correct = counts & (jnp.argmax(outputs, axis=1) == y)
-        return jnp.sum(losses), jnp.sum(correct, dtype=losses.dtype)
+        correct = (jnp.argmax(outputs, axis=-1) == y).astype(losses.dtype)
+        return jnp.sum(losses), jnp.sum(jnp.where(counts, _of_examples(correct), 0))
 
     real = jnp.arange(num_batches * batch_size).reshape(num_batches, batch_size) < n
     losses, correct = jax.lax.map(sums, (*map(split, data), real))

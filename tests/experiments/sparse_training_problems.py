@@ -31,9 +31,7 @@ def start(config, module=None):
     checks.check_config(config)
     optimizer = stages.make_optimizer(config, total_steps=10)
     runs = sparse_members.runs_of(config)
-    return runs, sparse_members.start_members(
-        config, module, train.x.shape[1:], train, optimizer, runs
-    )
+    return runs, sparse_members.start_members(config, module, train, optimizer, runs)
 
 
 def kernels(tree):

@@ -19,10 +19,7 @@ def kept_by_layer(member):
 def start(config, module, train):
     optimizer = sparse_training_stages.make_optimizer(config, total_steps=10)
     runs = sparse_training_members.runs_of(config)
-    shape = train.x.shape[1:]
-    return runs, sparse_training_members.start_members(
-        config, module, shape, train, optimizer, runs
-    )
+    return runs, sparse_training_members.start_members(config, module, train, optimizer, runs)
 
 
 # Of the 768, 108, 63 and 70 weights of layers 64-12-9-7-10, by sums of shapes and by sizes.

@@ -352,7 +352,7 @@ def test_scores_that_are_no_numbers_are_refused():
         ("mnist_lth", {"density": (0.1, 0.3)}, "expected falling densities"),
         ("mnist_random", {"method": "lottery"}, "config.method is 'lottery'"),
         ("mnist_snip", {"score_batch_size": 10**6}, "there are"),
-        ("mnist_snip", {"score_per_class": 10**6}, "images of some class"),
+        ("mnist_snip", {"score_per_class": 10**6}, "examples of some class"),
     ],
 )
 def test_bad_settings(tmp_path, name, fields, message):

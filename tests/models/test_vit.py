@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntt_sparse import models
-from ntt_sparse.models import deit, vit
+from ntt_sparse.models import attention, deit, vit
 from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.similarity.features import capture
 
@@ -109,7 +109,7 @@ def test_masked_attention():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2, 3, 4, 4)) * 3
     policy = np.array([[1, 0, 1, 0], [0, 0, 0, 0]])
-    got = np.asarray(vit.masked_softmax(scores, policy))
+    got = np.asarray(attention.masked_softmax(scores, policy))
     for image in range(2):
         for query in range(4):
             row = scores[image, :, query]
@@ -119,9 +119,11 @@ def test_masked_attention():
             expected = (weights + 1e-6 / 4) / (weights.sum(-1, keepdims=True) + 1e-6)
             np.testing.assert_allclose(got[image, :, query], expected, atol=1e-6)
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
-    whole = vit.masked_softmax(scores, np.ones((2, 4)))
+    whole = attention.masked_softmax(scores, np.ones((2, 4)))
     np.testing.assert_allclose(whole, jax.nn.softmax(scores), atol=1e-6)
-    gradient = jax.grad(lambda p: jnp.sum(vit.masked_softmax(scores, p) ** 2))(jnp.ones((2, 4)))
+    gradient = jax.grad(lambda p: jnp.sum(attention.masked_softmax(scores, p) ** 2))(
+        jnp.ones((2, 4))
+    )
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
 
 

@@ -90,3 +90,27 @@ def test_weight_decay_counts_survivors_and_no_biases(member):
     )
     np.testing.assert_allclose(details["sum_of_squares"], expected, rtol=1e-6)
     np.testing.assert_allclose(loss, 0.01 * expected, rtol=1e-6)
+
+
+def test_examples_of_many_labels():
+    """An example counts with the means of its loss and of its hits."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(5, 3, 4)).astype(np.float32), rng.integers(4, size=(5, 3))
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(chances, labels[..., None], -1))[..., 0].mean(1)
+    losses = terms.example_losses(jnp.asarray(logits), labels, "cross_entropy")
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    smooth = terms.example_losses(jnp.asarray(logits), labels, "cross_entropy", label_smoothing=0.2)
+    shared = 0.8 * expected - 0.2 * np.log(chances).mean((1, 2))
+    np.testing.assert_allclose(smooth, shared, rtol=1e-5)
+    squares = terms.example_losses(jnp.asarray(logits), labels, "squared_error")
+    distances = 0.5 * ((logits - np.eye(4)[labels]) ** 2).sum(-1).mean(1)
+    np.testing.assert_allclose(squares, distances, rtol=1e-5)
+    params, masks = {"w": jnp.ones((1, 1))}, {"w": None}
+    # Two at a time, so that there is one that is filled up.
+    found = terms.evaluate_supervised(
+        lambda params, x: x * params["w"], params, masks, (logits, labels), batch_size=2
+    )
+    hits = np.mean(logits.argmax(-1) == labels)
+    np.testing.assert_allclose(found["loss"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["accuracy"], hits, rtol=1e-6)
