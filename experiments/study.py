@@ -36,7 +36,7 @@ from ntt_sparse.training.stopping import EarlyStopping, is_active
 
 # What each run of each stage took; unlike records it is of this machine and moment.
 _SECONDS = "seconds.jsonl"
-_Data = TypeVar("_Data", images.ImageData, TextData)
+_Data = TypeVar("_Data", bound=images.ImageData | TextData)
 _logger = logging.getLogger(__name__)
 
 
