@@ -20,5 +20,6 @@ def published(data: str, gate: str) -> Published | None:
         if item.kind == NUMBERS and item.study == "dam_recommender":
             for row in item.entries():
                 if (row["data"], row["gate"]) == (data, gate):
-                    return Published(*row["ensemble_rmse"], row["dimension"])
+                    rmse, spread = row["ensemble_rmse"]
+                    return Published(rmse, spread, row["dimension"])
     return None
