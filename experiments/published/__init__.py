@@ -22,8 +22,8 @@ _FOLDER = Path(__file__).parent
 _PAPERS = ("ntt", "cka_sr", "neurons", "dam")
 NOT_RUN = {
     "accelerator": "needs an accelerator",
-    "cpu": "CPUs are enough; not run yet",
-    "download": "CPUs are enough; its files have to be fetched by hand; not run yet",
+    "cpu": "waits for free CPUs",
+    "download": "waits for files that are fetched by hand, and for free CPUs",
     "imagenet": "needs ImageNet and an accelerator",
     "tiny_imagenet": "needs TinyImageNet and an accelerator",
 }
