@@ -119,7 +119,11 @@ def _count(number: int, noun: str) -> str:
 
 def _labels(runs: Sequence[Run]) -> dict[int, str]:
     """How each run is called: by its folder, or the first of several."""
-    return {id(run): run.sources[0].folder.as_posix() for run in runs}
+    return {
+        id(run): run.sources[0].folder.as_posix()
+        + (f" and {len(run.sources) - 1} more" if len(run.sources) > 1 else "")
+        for run in runs
+    }
 
 
 def _paper(

@@ -19,7 +19,7 @@ from experiments.configs import dam_pruning, dam_recommender
 from experiments.published import item
 from experiments.report import pages, report
 from experiments.report_build import answers, build
-from experiments.report_commands import command, configs_of, data_of, origin_of, plain
+from experiments.report_commands import COMPARED, command, configs_of, data_of, origin_of, plain
 from experiments.report_document import (
     Code,
     Command,
@@ -108,7 +108,12 @@ def test_runs_that_differ_in_seeds_alone_are_one(tmp_path):
     assert row.seeds == (1, 2, 3) and row.values["test_accuracy"] == (0.96, 0.97, 0.98)
     report(tmp_path)
     text = (tmp_path / "REPORT.md").read_text()
-    assert [row[1] for row in cells(text, "0.1")[:4]] == ["published", "a (3)", "c (2)", "d (1)"]
+    assert [row[1] for row in cells(text, "0.1")[:4]] == [
+        "published",
+        "a and 1 more (3)",
+        "c (2)",
+        "d (1)",
+    ]
     assert "--config.seeds=3, " in text
 
 
@@ -129,6 +134,14 @@ def test_gains_are_of_the_same_seeds(tmp_path):
     found = beside(item("dam", "table1_flixster"), {"data": "flixster", "gate": "dam",
                    "ensemble_rmse": [0.8706, 0.0003]}, run)  # fmt: skip
     assert found[0].difference == pytest.approx(np.mean(values["dam"]) - 0.8706)
+
+
+def test_every_study_can_be_read():
+    studies = {path.stem for path in ROOT.glob("experiments/configs/*.py")}
+    assert studies - {"__init__", "common"} == READINGS.keys() - {COMPARED}
+    for study in READINGS.keys() - {COMPARED}:
+        config = json.loads(json.dumps(configs_of(study).get_config().to_dict()))
+        assert origin_of(config)[::2] == (study, {})
 
 
 def test_intervals():
