@@ -129,7 +129,7 @@ def put_into(readme: str, blocks: Sequence[Block]) -> str:
     before, rest = readme.split(START)
     if END not in rest:
         raise ValueError(f"{END!r} comes before {START!r}")
-    return f"{before}{START}\n{markdown(blocks)}{END}{rest.split(END)[1]}"
+    return f"{before}{START}\n\n{markdown(blocks)}\n{END}{rest.split(END)[1]}"
 
 
 def prefix_from(page: Path, folder: Path) -> str:

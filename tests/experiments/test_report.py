@@ -285,7 +285,7 @@ def test_texts_are_no_markup():
 def test_a_readme_has_both_markers(tmp_path):
     text = f"a\n{START}\nold\n{END}\nb\n"
     once = put_into(text, [Paragraph("new")])
-    assert once == f"a\n{START}\nnew\n{END}\nb\n" == put_into(once, [Paragraph("new")])
+    assert once == f"a\n{START}\n\nnew\n\n{END}\nb\n" == put_into(once, [Paragraph("new")])
     for wrong in ("", START, f"{END}{START}", text * 2):
         with pytest.raises(ValueError, match="report"):
             put_into(wrong, [])
