@@ -17,6 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from experiments import provenance
 from ntt_sparse.training.files import write_text
 
 _logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
     """Holds a work directory for this config, alone, while the block runs.
 
     Yields:
-        The directory; it holds `config.json`.
+        The directory; it holds `config.json` and `provenance.json`.
 
     Raises:
         UserError: It belongs to another config, another process works in it, or it
@@ -204,6 +205,7 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
             _logger.warning("%s cannot be locked (%s): run one process there", workdir, error)
         with user_errors():
             _check_owner(workdir, json.loads(json.dumps(config)))
+        provenance.note(workdir)
         yield workdir
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.dam_pruning_members import runs_of
-from experiments.dam_pruning_published import TABLE7, Published, published
+from experiments.dam_pruning_published import Published, published, similarities
 from experiments.dam_pruning_stages import Stage
 from experiments.statistics import correct, paired, spread
 from experiments.study import seconds_per_step
@@ -235,7 +235,7 @@ def _similarity_lines(config: Any, rows: list[dict[str, Any]]) -> list[str]:
         cells += ["" if value is None else f"{value['mean']:.3f}" for value in values]
         lines.append(f"| {' | '.join(cells)} |")
     if (config.model.name, config.data.name) == ("preresnet164", "cifar10"):
-        lines += ["", f"Published (Table 7): {TABLE7}."]
+        lines += ["", f"Published (Table 7): {similarities()}."]
     return lines
 
 

@@ -2,16 +2,16 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments import figures
-from experiments import neuron_pruning_published as published
 from experiments.neuron_pruning_orders import CRITERIA
 from experiments.neuron_pruning_thresholds import READINGS, THRESHOLDS
+from experiments.published import agrees, item
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
 from ntt_sparse.training.files import write_text
@@ -168,13 +168,11 @@ def _markdown(config: Any, groups: Sequence[dict[str, Any]], thresholds: dict[st
 def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
     names = config.criteria.split(",")
     rivals = [name for name in names if name != BASELINE and BASELINE in names]
-    known = (group["network"], group["dropout"], group["rate"]) == (
-        published.NETWORK, published.DROPOUT, published.RATE
-    ) and _settings(config, published.SETTINGS) == published.SETTINGS  # fmt: skip
+    known = _published(config, group)
     header = ["iteration", "neurons left", *(CRITERIA[name] for name in names)]
     header += [f"{CRITERIA[name]} less L1" for name in rivals]
     header += [f"agreement of {CRITERIA[name]}" for name in rivals]
-    header += ["published: CKA (one-shot), L1, agreement"] * known
+    header += ["published: CKA (one-shot), L1, agreement"] * bool(known)
     lines = [
         f"## {group['network']}, dropout {group['dropout']:g}, "
         + (f"{100 * group['rate']:g} % in each iteration" if config.amount != "threshold"
@@ -195,22 +193,11 @@ def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
                 else ""
             )
         if known:
-            cells.append(_published(row["iteration"]))
+            cells.append(known.get(row["iteration"], ""))
         lines.append(f"| {' | '.join(cells)} |")
     if config.iterations > 1:
         lines += ["", *_before_table(names, group)]
     return lines
-
-
-def _settings(config: Any, paths: Iterable[str]) -> dict[str, Any]:
-    """Fields of the settings by their paths."""
-    found = {}
-    for path in paths:
-        node = config
-        for field in path.split("."):
-            node = node[field]
-        found[path] = node
-    return found
 
 
 def _before_table(names: Sequence[str], group: dict[str, Any]) -> list[str]:
@@ -246,11 +233,17 @@ def _with_range(value: dict[str, Any]) -> str:
     return f"{percent(value)} ({100 * low:.2f} to {100 * high:.2f})"
 
 
-def _published(iteration: int) -> str:
-    if iteration >= len(published.SECTION_4_1):
-        return ""
-    cka, l1, agreement = published.SECTION_4_1[iteration]
-    return f"{100 * cka:.2f}, {100 * l1:.2f}" + ("" if agreement is None else f", {agreement}")
+def _published(config: Any, group: dict[str, Any]) -> dict[int, str]:
+    """By iteration what is published of networks like these: CKA (one-shot), L1, agreement."""
+    accuracies, agreements = item("neurons", "figure1"), item("neurons", "figure2")
+    if not agrees(accuracies.where, config):
+        return {}
+    found: dict[int, list[str]] = {}
+    for table, name, digits in ((accuracies, "test", 2), (agreements, "agreement", 3)):
+        for row in table.entries():
+            if all(group[key] == row[key] for key in ("network", "dropout", "rate")):
+                found.setdefault(row["iteration"], []).append(f"{row[name]:.{digits}f}")
+    return {iteration: ", ".join(cells) for iteration, cells in found.items()}
 
 
 def _threshold_table(network: str, rows: Sequence[dict[str, Any]]) -> list[str]:

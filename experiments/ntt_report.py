@@ -8,22 +8,12 @@ import numpy as np
 
 from experiments import figures
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
+from experiments.published import of_settings
 from experiments.statistics import spread
 from experiments.study import asked_densities
 from experiments.tables import percent
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
-
-# Test accuracy in the authors' notebooks: layerwise, wrt="all", mean of two runs; and the
-# loss before and after transfer.
-_PUBLISHED = {
-    ("mnist", "lenet_300_100", "layer", 0.03): {
-        "ntt": 0.9646, "random": 0.93465, "loss_before": 7.737, "loss_after": 0.684,
-    },
-    ("mnist", "lenet5_caffe", "layer", 0.03): {
-        "ntt": 0.98175, "random": 0.96725, "loss_after": 0.0285,
-    },
-}  # fmt: skip
 
 
 def write(config: Any, workdir: Path) -> dict[str, Any]:
@@ -42,15 +32,25 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     if "ntt" in config.methods.split(","):
         transfer = MetricsLog(workdir / "transfer.jsonl", "transfer")
         summary["transfer"] = _transfer_summary(transfer, transfer_runs(config))
-    summary["published"] = [
-        {"density": density, **_PUBLISHED[key]}
-        for density in asked_densities(config)
-        if (key := (config.data.name, config.model.name, config.scope, density)) in _PUBLISHED
-    ]
+    summary["published"] = _published(config)
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, summary))
     _draw(config, workdir / "figures", summary, transfer, supervised)
     return summary
+
+
+def _published(config: Any) -> list[dict[str, Any]]:
+    """What the authors' notebooks have of these settings: an entry for each density."""
+    found: dict[float, dict[str, Any]] = {}
+    for item in of_settings("ntt", config):
+        for row in item.entries():
+            if row["density"] in asked_densities(config):
+                entry = found.setdefault(row["density"], {"density": row["density"]})
+                entry[row["method"]] = round(row["test_accuracy_last"] / 100, 6)
+                for name in ("loss_before", "loss_after"):
+                    if row.get(name) is not None:
+                        entry[name] = row[name]
+    return list(found.values())
 
 
 def _groups(runs: list[Run]) -> dict[tuple[str, float], list[int]]:

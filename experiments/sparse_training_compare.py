@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, figures
+from experiments import cli, figures, provenance
 from experiments.sparse_training_report import label
 from experiments.sparse_training_stages import BASELINE
 from experiments.statistics import correct
@@ -65,6 +65,7 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
         (workdir / "figures").mkdir(parents=True, exist_ok=True)
         text = json.dumps(compared, indent=2, allow_nan=False)
         write_text(workdir / "summary.json", f"{text}\n")
+    provenance.note(workdir)
     write_text(workdir / "report.md", _markdown(compared))
     _draw(workdir / "figures", compared["methods"])
     return compared

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
+from experiments.published import of_settings
 from experiments.sparse_training_l0 import summarise
 from experiments.sparse_training_lottery import logs_of
 from experiments.sparse_training_members import Run, member_names, runs_of
@@ -20,62 +21,15 @@ from ntt_sparse.data.text import is_text
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
-# Ni et al. 2023, appendix: test accuracy in percent, of single runs.
-_TABLE2_COEFFICIENTS = (1e-5, 2e-5, 5e-5, 8e-5, 1e-4, 2e-4, 5e-4, 8e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-_TABLE2_BASELINE = 84.16
-# By samples of a batch (0: all) and one batch in how many.
-_TABLE2 = {
-    (0, 1): "84.69 84.38 84.42 84.45 84.11 84.40 84.39 85.03 84.82 84.08 83.86 84.03",
-    (16, 5): "84.06 84.52 84.44 84.90 84.59 84.59 84.42 84.61 84.40 84.61 84.71 84.17",
-    (8, 5): "84.19 84.51 84.44 84.45 84.97 83.88 84.68 84.41 84.56 84.52 84.00 84.41",
-    (4, 5): "84.71 84.35 84.62 84.20 83.85 84.30 84.87 84.92 84.62 84.67 84.27 76.08",
-    (8, 10): "84.28 84.27 84.62 84.14 84.27 84.06 84.25 84.17 84.19 84.59 84.43 84.08",
-}
-_TABLE3_CCA = 84.58
-# Pre-training: without, CKA-SR.
-_TABLE4 = {
-    ("cifar100", "resnet18"): (75.61, 76.32),
-    ("cifar100", "resnet50"): (77.39, 78.94),
-    ("imagenet", "resnet18"): (69.62, 69.90),
-    ("imagenet", "resnet50"): (76.15, 76.39),
-}
-# By density: without, CKA-SR, AugCKA-SR; the coefficients are not said.
-_TABLE5 = {
-    0.3: (65.42, 65.60, 65.85),
-    0.15: (60.37, 60.86, 60.89),
-    0.1: (56.96, 57.25, 57.02),
-    0.05: (47.27, 48.26, 48.39),
-    0.02: (33.74, 34.44, 34.60),
-    0.002: (2.95, 3.32, 3.04),
-}
-
 
 def published(config: Any) -> list[dict[str, Any]]:
     """What the paper has for these settings; a coefficient of `None` is not said."""
-    random = (config.method, config.layer_densities) == ("random", "erk")
-    if not random:
-        return []
-    rows: list[tuple[float, str, float | None, float]] = []
-    data = Path(config.data.name).name
-    if table4 := _TABLE4.get((data, config.model.name)):
-        whole, regularised = table4
-        rows += [(1.0, BASELINE, 0.0, whole), (1.0, "cka_sr", None, regularised)]
-    small = config.model.name == "resnet20"
-    if small and config.data.name == "cifar10":
-        rows.append((0.05, BASELINE, 0.0, _TABLE2_BASELINE))
-        values = _TABLE2.get((config.samples, config.every), "").split()
-        rows += [
-            (0.05, "cka_sr", coefficient, float(value))
-            for coefficient, value in zip(_TABLE2_COEFFICIENTS, values, strict=False)
-        ]
-        rows.append((0.05, "cca_sr", None, _TABLE3_CCA))
-    if small and config.data.name == "cifar100":
-        for density, values in _TABLE5.items():
-            names = (BASELINE, "cka_sr", "aug_cka_sr")
-            rows += [
-                (density, name, 0.0 if name == BASELINE else None, value)
-                for name, value in zip(names, values, strict=True)
-            ]
+    rows = {
+        (row["density"], row["regulariser"], row["coefficient"]): row["test_accuracy_last"]
+        for item in of_settings("cka_sr", config)
+        if "test_accuracy_last" in item.values
+        for row in item.entries()
+    }
     return [
         {
             "density": density,
@@ -83,7 +37,7 @@ def published(config: Any) -> list[dict[str, Any]]:
             "coefficient": coefficient,
             "test_accuracy": round(value / 100, 6),
         }
-        for density, name, coefficient, value in rows
+        for (density, name, coefficient), value in rows.items()
         if density in config.density and name in (BASELINE, *config.regularisers.split(","))
     ]
 

@@ -27,6 +27,33 @@ def spread(values: Real[np.ndarray, "n"] | Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "std": std, "values": values.tolist()}
 
 
+def interval(
+    values: Real[np.ndarray, "n"] | Sequence[float], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Where the mean of what the values are draws of lies, by Student's t distribution.
+
+    Args:
+        values: `(n,)`, one value per seed.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        Its ends; `None` of one value, or of values that are all equal, which tell nothing of
+        their spread.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2 or np.ptp(values) <= _ROUNDING * np.max(np.abs(values)):
+        return None
+    margin = _margin(float(np.std(values, ddof=1)) / len(values) ** 0.5, len(values), confidence)
+    mean = float(np.mean(values))
+    return mean - margin, mean + margin
+
+
+def _margin(error: float, n: int, confidence: float) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf((1.0 + confidence) / 2.0, n - 1)) * error
+
+
 def paired(
     values: Real[np.ndarray, "n"] | Sequence[float],
     baseline: Real[np.ndarray, "n"] | Sequence[float],
@@ -83,7 +110,7 @@ def paired(
     from scipy import stats
 
     error = std / n**0.5
-    margin = float(stats.t.ppf((1.0 + confidence) / 2.0, n - 1)) * error
+    margin = _margin(error, n, confidence)
     return {
         "mean": mean,
         "std": std,

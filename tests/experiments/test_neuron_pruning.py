@@ -286,9 +286,13 @@ def test_pixels_go_from_zero_to_one():
 
 
 def test_published_numbers_stand_beside_the_setting_they_are_of():
-    assert report._published(0) == "98.32, 98.33"
-    assert report._published(14) == "89.58, 88.23, 0.008"
-    assert report._published(15) == ""
+    config, group = configs.get_config(), {"network": "512-512", "dropout": 0.5, "rate": 0.2}
+    found = report._published(config, group)
+    assert found[0] == "98.32, 98.33" and found[14] == "89.58, 88.23, 0.008"
+    assert len(found) == 15
+    assert not report._published(config, group | {"rate": 0.4})
+    config.training.epochs = 1
+    assert not report._published(config, group)
 
 
 @pytest.mark.parametrize(
