@@ -65,8 +65,9 @@ def equal(rng, dtype):
 
 
 def tied_in_rows(rng, dtype):
-    """Two of each value side by side: a cut may fall between two of the same row."""
-    return np.repeat(rng.permutation(TOTAL // 2 + 1), 2)[:TOTAL].astype(np.float32).astype(dtype)
+    """Two of each value side by side: in one row, or the last of one and the first of the next."""
+    pairs = np.repeat(rng.permutation(TOTAL // 2 + 1), 2)[rng.integers(2) :][:TOTAL]
+    return pairs.astype(np.float32).astype(dtype)
 
 
 KINDS = [random_bits, distinct, few_values, tied_here_and_there, equal, tied_in_rows]
@@ -120,6 +121,15 @@ def test_leaves_of_several_dtypes(form):
     for count in (1, 1000, TOTAL - 5):
         selected = largest(leaves, count, large=FORMS[form])
         np.testing.assert_array_equal(joined(selected), expected(values, count))
+
+
+def test_a_tie_cut_between_rows():
+    """The last entry of a row and the first of the next are equal: the first of them is kept."""
+    flat = np.random.default_rng(5).permutation(40 * 256).astype(np.float32)
+    flat[20 * 256] = flat[20 * 256 - 1]
+    count = int(np.sum(flat > flat[20 * 256])) + 1
+    (selected,) = largest([jnp.asarray(flat.reshape(40, 256))], count, large=1)
+    np.testing.assert_array_equal(joined([selected]), expected(flat, count))
 
 
 @pytest.mark.parametrize("values", ["distinct", "tied"])
