@@ -5,11 +5,11 @@
     python benchmarks/selection.py --memory 100
 
 Scores are absolute normal numbers in ten leaves. NumPy's candidates get them as one array, but for
-`numpy mask`, which makes such masks too (where scores are tied, of more than was asked for). Printed
+`numpy mask`, which makes such masks too (of more than was asked for where scores are tied). Printed
 are medians, processor time, the median of the ratios to `numpy partition`, and temporary memory.
-`--memory` measures masks, SNIP and CKA-SR with its gradient on a network of so many million weights,
-each in a fresh process: the most memory of the process above what it holds with weights and batch,
-by the size of the weights, results included; and seconds.
+`--memory` measures masks, SNIP and CKA-SR with its gradient on a network of so many million
+weights, each in a fresh process: the most memory of the process above what it holds with weights
+and batch, by the size of the weights, results included; and seconds.
 """
 
 import argparse
@@ -160,7 +160,8 @@ def _memory(name: str, millions: float) -> None:
     jax.block_until_ready(compiled(params, x))
     seconds = time.perf_counter() - began
     # In units of 1024 bytes; while programs were compiled it may have been more than now.
-    above = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held) / size
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    above = max(most - held, 0) / size
     print(
         f"{name:<8}{size / 4e6:>8.1f} million weights of {size / 2**20:.0f} MiB: "
         f"{above:.2f} times that above them, {seconds:.2f} s",
