@@ -78,7 +78,7 @@ def _times(options: argparse.Namespace) -> None:
         "numpy mask": numpy_mask,
     }
     temporary = {}
-    programs = {
+    programs: dict[str, tuple[Any, ...]] = {
         "global masks": (masks.from_counts, scores, count),
         "masks by layer": (masks.from_counts, scores, counts),
     }
