@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PyTree, UInt
+from jaxtyping import Array, PyTree
 
 from ntt_sparse._types import Masks, Params, Scalar, Scores
+from ntt_sparse.pruning._select import largest
 
 Scope: TypeAlias = Literal["global", "layer"]
 Density: TypeAlias = float | Mapping[str, float]
@@ -319,10 +320,9 @@ def check_density(value: float, name: str = "density") -> None:
 def from_counts(scores: Scores, counts: Any) -> Masks:
     """Keeps the `counts` entries with the largest scores, ties in index order.
 
-    The cost is a few dozen counting passes over the scores, without a sort or a
-    concatenation: the threshold is found bit by bit in the order-preserving
-    integer pattern of the floats, and the cut among tied entries bit by bit in
-    the index. NaN counts as the smallest score. Safe under `jit` and `vmap`.
+    The cost is a few counting passes over the scores, without a sort or a copy of
+    them (`ntt_sparse.pruning._select`). NaN counts as the smallest score, and
+    -0.0 as 0.0. Safe under `jit` and `vmap`.
 
     Args:
         scores: Floating-point scores of any shapes; `None` for leaves never pruned.
@@ -343,73 +343,12 @@ def from_counts(scores: Scores, counts: Any) -> Masks:
             )
     if jax.tree.structure(counts) == treedef and not jax.tree_util.treedef_is_leaf(treedef):
         each = zip(leaves, jax.tree.leaves(counts), strict=True)
-        selected = [_select([leaf], count)[0] for leaf, count in each]
+        selected = [largest([leaf], count)[0] for leaf, count in each]
     elif jax.tree_util.treedef_is_leaf(jax.tree.structure(counts)):
-        selected = _select(leaves, counts)
+        selected = largest(leaves, counts)
     else:
         raise ValueError(
             f"counts must be one integer or a tree like scores, got {jax.tree.structure(counts)} "
             f"for scores {treedef}"
         )
     return jax.tree.unflatten(treedef, selected)
-
-
-@jax.jit
-def _select(leaves: list[Float[Array, "..."]], count: Any) -> list[Bool[Array, "..."]]:
-    """The `count` largest entries over several arrays; compiled once per set of shapes."""
-    dtype = jnp.result_type(jnp.float32, *leaves)
-    patterns = [_ordered_pattern(leaf.astype(dtype)) for leaf in leaves]
-    count = jnp.asarray(count, jnp.int32)
-
-    def kept_from(threshold):
-        return sum(jnp.sum(p >= threshold, dtype=jnp.int32) for p in patterns)
-
-    threshold = _largest(lambda t: kept_from(t) >= count, patterns[0].dtype)
-    above = sum(jnp.sum(p > threshold, dtype=jnp.int32) for p in patterns)
-    offsets = [sum(p.size for p in patterns[:i]) for i in range(len(patterns))]
-    # Flat positions across the leaves, in which ties are broken.
-    positions = [
-        jnp.arange(p.size, dtype=jnp.uint32).reshape(p.shape) + jnp.uint32(offset)
-        for p, offset in zip(patterns, offsets, strict=True)
-    ]
-
-    def ties_before(cut):
-        return sum(
-            jnp.sum((p == threshold) & (i < cut), dtype=jnp.int32)
-            for p, i in zip(patterns, positions, strict=True)
-        )
-
-    total = jnp.uint32(sum(p.size for p in patterns))
-    room = count - above
-    # Without a tie at the threshold every entry equal to it has room.
-    cut = jax.lax.cond(
-        ties_before(total) <= room,
-        lambda: total,
-        lambda: _largest(lambda c: ties_before(c) <= room, jnp.dtype("uint32")),
-    )
-    return [
-        (p > threshold) | ((p == threshold) & (i < cut))
-        for p, i in zip(patterns, positions, strict=True)
-    ]
-
-
-def _largest(predicate: Callable[[UInt[Array, ""]], Any], dtype: Any) -> UInt[Array, ""]:
-    """The largest unsigned integer that satisfies a predicate true up to some point."""
-    bits = dtype.itemsize * 8
-
-    def body(i, value):
-        candidate = value | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
-        return jnp.where(predicate(candidate), candidate, value)
-
-    return jax.lax.fori_loop(0, bits, body, jnp.zeros((), dtype))
-
-
-def _ordered_pattern(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers in the order of the floats; NaN is the smallest, -0.0 equals 0.0."""
-    unsigned = jnp.dtype(f"uint{x.dtype.itemsize * 8}")
-    sign = jnp.ones((), unsigned) << (x.dtype.itemsize * 8 - 1)
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
-    # Not `x == 0`: where denormals are flushed, it also holds for the smallest numbers.
-    bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
-    pattern = jnp.where(bits & sign != 0, ~bits, bits | sign)
-    return jnp.where(jnp.isnan(x), jnp.zeros_like(pattern), pattern)
