@@ -9,7 +9,7 @@
 # scikit-learn.
 
 # %%
-# On Colab, or anywhere without the package: %pip install ADDRESS_OF_THE_REPOSITORY
+# Where the package is not installed, such as on Colab, a `%pip install` of its repository goes here.
 
 # %%
 import functools
@@ -62,7 +62,7 @@ def transfer_step(params, state, key):
     def loss_fn(params):
         return ntt_loss(apply_fn, params, magnitude, teacher, x, kernel_weight=KERNEL_WEIGHT)
 
-    (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    (loss, _), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, state = optimizer.update(gradients, state, params, masks=magnitude)
     return optax.apply_updates(params, updates), state, loss
 
@@ -96,7 +96,9 @@ def train(params, kept, key, steps=STEPS):
         return (optax.apply_updates(params, updates), state), None
 
     start = masks.apply(params, kept)
-    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, steps))
+    (params, _), _ = jax.lax.scan(
+        step, (start, optimizer.init(start)), jax.random.split(key, steps)
+    )
     return evaluate_supervised(apply_fn, params, kept, tuple(data.test))["accuracy"]
 
 

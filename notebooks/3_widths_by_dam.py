@@ -8,7 +8,7 @@
 # A minute or two on a CPU.
 
 # %%
-# On Colab, or anywhere without the package: %pip install ADDRESS_OF_THE_REPOSITORY
+# Where the package is not installed, such as on Colab, a `%pip install` of its repository goes here.
 
 # %%
 import jax
@@ -18,6 +18,7 @@ import optax
 from ntt_sparse import models
 from ntt_sparse.data import images
 from ntt_sparse.gates import channels, dam, layer
+from ntt_sparse.gates.optimizer import labels
 from ntt_sparse.pruning.compact import compact
 from ntt_sparse.training.terms import example_losses
 
@@ -44,7 +45,7 @@ print("offsets at the start:", offsets)
 # The penalty is the mean of the offsets. They have a learning rate of their own.
 
 # %%
-optimizer = optax.adam(2e-3)
+optimizer = optax.partition({"gate": optax.adam(2e-2), "network": optax.adam(2e-3)}, labels)
 
 
 @jax.jit

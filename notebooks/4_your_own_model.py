@@ -7,7 +7,7 @@
 # A minute on a CPU.
 
 # %%
-# On Colab, or anywhere without the package: %pip install ADDRESS_OF_THE_REPOSITORY
+# Where the package is not installed, such as on Colab, a `%pip install` of its repository goes here.
 
 # %%
 import jax
