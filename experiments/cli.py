@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from experiments import provenance
+from experiments.compilation import keep_programs
 from ntt_sparse.training.files import write_text
 
 _logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -
                 raise ValueError(
                     f"the config has no {', '.join(sorted(missing))}: it is that of another study"
                 )
+        keep_programs()
         module = importlib.import_module(f"experiments.{study or name}_study")
         # A name is one folder, whatever is in it.
         folder = re.sub(r"[^\w.-]", "-", f"{name}-{chosen.name}")
