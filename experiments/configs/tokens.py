@@ -39,8 +39,10 @@ _BASE: dict[str, Any] = {
     # AugCKA-SR of the outputs of all blocks: its weight in the first training of one half of the
     # networks, the examples of a batch that are compared (0: all), and one batch in how many.
     "cka_sr": {"coefficient": 1e-2, "samples": 8, "every": 5},
-    # Of the decision: the weight of a token's similarity to others, by their "mean" or "sum".
-    "redundancy": {"weight": 0.5, "reduce": "mean"},
+    # Of the decision: the weight of a token's similarity to others, by their "sum" (Eq. 13), their
+    # "mean", or its mean less that of all tokens ("relative"). With the former two all tokens are
+    # dropped at the start of training where they are much alike, and hardly any comes back.
+    "redundancy": {"weight": 0.5, "reduce": "relative"},
     # Weights of the losses besides the task's: of the part of tokens that is kept, of the logits
     # of the teacher, and of its tokens.
     "losses": {"ratio": 2.0, "distillation": 0.5, "tokens": 0.5},
@@ -76,10 +78,19 @@ _BASE: dict[str, Any] = {
     },
     "checkpoint_seconds": 60.0,
 }
+# Of hundreds of steps in place of tens of thousands: the transformer has to learn to do without
+# tokens as well, and the predictors not to keep all.
+_FEW_STEPS = {"dynamic.backbone": 0.3, "losses.ratio": 10.0}
 _SMALL = {"model.name": "vit_patch4", "pretrain.batch_size": 128, "dynamic.batch_size": 128}
 _CONFIGS: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "mnist": {**_SMALL, "data.name": "mnist", "pretrain.epochs": 5, "dynamic.epochs": 3},
+    "digits": _FEW_STEPS,
+    "mnist": {
+        **_FEW_STEPS,
+        **_SMALL,
+        "data.name": "mnist",
+        "pretrain.epochs": 5,
+        "dynamic.epochs": 3,
+    },
     "cifar10": {
         **_SMALL,
         "data.name": "cifar10",

@@ -51,14 +51,16 @@ class Redundancy:
     r"""How much a token's likeness to others lowers its chance to be kept (Eq. 13).
 
     $\pi'_i = \pi_i - w \sum_{j \ne i} \mathrm{CKA}(X_i, X_j)$ over the tokens that are left, with
-    the sum or its mean. The paper does not say what the rows of $X_i$ are, for one token is one
+    the sum, its mean, or what a token's mean is above that of all. The paper does not say what the rows of $X_i$ are, for one token is one
     vector: here they are its heads, so that an image is judged by itself.
 
     Attributes:
         weight: w, 0 or more.
         reduce: "mean" over the others, or "sum", as the equation is written: up to 195 numbers
             near one against a probability. Where so much is taken off that no chance is left,
-            training drops nearly every token and teaches the prediction nothing.
+            training drops nearly every token and teaches the prediction nothing. "relative" is
+            ours: the mean, less that of the tokens of the image, which says what goes and leaves
+            to the prediction how much does.
     """
 
     weight: float = 1.0
@@ -73,8 +75,8 @@ class Redundancy:
         # The negated form also refuses NaN.
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"weight is {self.weight}, expected a finite number, 0 or more")
-        if self.reduce not in ("mean", "sum"):
-            raise ValueError(f"reduce is {self.reduce!r}, expected 'mean' or 'sum'")
+        if self.reduce not in ("mean", "sum", "relative"):
+            raise ValueError(f"reduce is {self.reduce!r}, expected 'mean', 'sum' or 'relative'")
 
 
 def token_similarities(tokens: Float[Array, "n t d"], heads: int) -> Float[Array, "n t t"]:
@@ -128,8 +130,11 @@ def remaining_chances(
     alike = token_similarities(jax.lax.stop_gradient(tokens), heads)
     others = policy[:, None, :] * (1 - jnp.eye(tokens.shape[1], dtype=alike.dtype))
     total = jnp.sum(alike * others, axis=-1)
-    if redundancy.reduce == "mean":
+    if redundancy.reduce != "sum":
         total = total / jnp.maximum(jnp.sum(others, axis=-1), 1)
+    if redundancy.reduce == "relative":
+        left = jnp.maximum(jnp.sum(policy, axis=-1, keepdims=True), 1)
+        total = total - jnp.sum(total * policy, axis=-1, keepdims=True) / left
     return jnp.exp(log_probs[..., 0]) - redundancy.weight * total
 
 

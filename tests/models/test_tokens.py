@@ -149,7 +149,7 @@ def test_similarities_of_tokens_by_hand():
                 np.testing.assert_allclose(got[image, i, j], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "relative"])
 def test_chances_less_what_others_say(reduce):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 5, 12)), jnp.float32)
@@ -159,12 +159,29 @@ def test_chances_less_what_others_say(reduce):
     got = tokens.adjusted(log_probs, x, jnp.asarray(policy), Redundancy(0.3, reduce), 4)
     alike = np.asarray(tokens.token_similarities(x, 4))
     for image in range(2):
+        left = np.flatnonzero(policy[image])
+        means = [alike[image, i, left[left != i]].mean() for i in range(5)]
         for i in range(5):
-            others = [j for j in range(5) if j != i and policy[image, j]]
-            terms = alike[image, i, others]
-            less = chance[image, i] - 0.3 * (terms.mean() if reduce == "mean" else terms.sum())
-            less = np.clip(less, 1e-6, 1 - 1e-6)
+            others = left[left != i]
+            off = {
+                "mean": means[i],
+                "sum": alike[image, i, others].sum(),
+                "relative": means[i] - np.mean([means[j] for j in left]),
+            }
+            less = np.clip(chance[image, i] - 0.3 * off[reduce], 1e-6, 1 - 1e-6)
             np.testing.assert_allclose(np.exp(got[image, i]), [less, 1 - less], atol=1e-5)
+
+
+def test_relative_similarities_take_nothing_off_the_mean():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 6, 12)), jnp.float32)
+    policy = jnp.asarray([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    chance = jnp.full((3, 6), 0.5)
+    log_probs = jnp.log(jnp.stack([chance, 1 - chance], -1))
+    got = tokens.remaining_chances(log_probs, x, policy, Redundancy(0.4, "relative"), 4)
+    assert bool(jnp.all(jnp.isfinite(got)))
+    means = jnp.sum(got * policy, -1)[:2] / jnp.sum(policy, -1)[:2]
+    np.testing.assert_allclose(means, 0.5, atol=1e-6)
 
 
 def test_the_least_alike_stay_where_all_are_much_alike():
