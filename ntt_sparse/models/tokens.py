@@ -51,8 +51,9 @@ class Redundancy:
     r"""How much a token's likeness to others lowers its chance to be kept (Eq. 13).
 
     $\pi'_i = \pi_i - w \sum_{j \ne i} \mathrm{CKA}(X_i, X_j)$ over the tokens that are left, with
-    the sum, its mean, or what a token's mean is above that of all. The paper does not say what the rows of $X_i$ are, for one token is one
-    vector: here they are its heads, so that an image is judged by itself.
+    the sum, its mean, or what a token's mean is above that of all. The paper does not say what the
+    rows of $X_i$ are, for one token is one vector: here they are its heads, so that an image is
+    judged by itself.
 
     Attributes:
         weight: w, 0 or more.
