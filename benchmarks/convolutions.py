@@ -122,7 +122,8 @@ def measure(network: str, batch: int, ways: Sequence[str], rounds: int) -> dict[
 def _step(network: str, x: Any, y: Any) -> tuple[Callable[[], Any], float]:
     """A compiled step, and its temporary memory in MiB."""
     module = models.create(network)
-    variables = dict(jax.jit(module.init)(jax.random.key(0), x[:1]))
+    shapes = dict(jax.eval_shape(module.init, jax.random.key(0), x[:1]))
+    variables = jax.tree.map(functools.partial(_drawn, np.random.default_rng(1)), shapes)
     params = variables.pop("params")
     optimizer = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.05, momentum=0.9))
 
@@ -138,9 +139,18 @@ def _step(network: str, x: Any, y: Any) -> tuple[Callable[[], Any], float]:
         return optax.apply_updates(params, updates), opt_state, dict(state)
 
     inputs = jax.device_put((params, optimizer.init(params), variables, x, jnp.asarray(y)))
-    compiled = jax.jit(step).lower(*inputs).compile()
+    compiled: Any = jax.jit(step).lower(*inputs).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
     return functools.partial(blocked, compiled, *inputs), temporary
+
+
+def _drawn(rng: Any, leaf: Any) -> Any:
+    """Numbers of about the size of weights: what a step costs does not depend on them."""
+    if leaf.ndim == 1:
+        # Scales and variances are positive.
+        return jnp.ones(leaf.shape, leaf.dtype)
+    fan_in = leaf.size // leaf.shape[-1]
+    return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
 
 
 def _torch_step(network: str, x: Any, y: Any) -> dict[str, Callable[[], Any]]:

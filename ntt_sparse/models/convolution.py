@@ -6,7 +6,8 @@ was measured to be faster (`benchmarks/convolutions.py`):
 - Of one pixel, as one product of two matrices. XLA is as fast forward, but makes the derivative
   by the kernel of more than two axes from transposed copies of the features, together with
   whatever makes them, many times slower than the product itself.
-- Of few terms, on CPU, forward as the sum of these terms; their derivatives are XLA's.
+- Of few terms, on CPU and where no derivative is expected, as the sum of these terms. In training
+  steps that is no faster than XLA's, nor are patches side by side for one product (im2col).
 """
 
 import functools
@@ -26,6 +27,8 @@ def convolve(
     kernel: Float[Array, "kh kw c features"],
     stride: int,
     padding: str | tuple[int, int],
+    *,
+    values_only: bool = False,
 ) -> Float[Array, "n h2 w2 features"]:
     """A convolution of images.
 
@@ -34,15 +37,17 @@ def convolve(
         kernel: Square.
         stride: Of its positions.
         padding: "VALID", "SAME", or rows and columns of zeros before and after.
+        values_only: Whether the fastest way to values is taken, whose derivatives are right but
+            not the fastest.
     """
     size, _, channels, features = kernel.shape
     if size == 1 and padding in ("VALID", "SAME", (0, 0)):
         return _of_one_pixel(x, kernel, stride)
     # Half precision is rounded once by XLA's convolutions, but at each term of a sum.
     whole = min(x.dtype.itemsize, kernel.dtype.itemsize) >= 4
-    if size > 1 and size**2 * channels <= _MOST_TERMS and features <= _MOST_FEATURES and whole:
-        around = _around(padding, size, stride, x.shape[1:3])
-        return _of_few_terms(x, kernel, stride, around)
+    few = size > 1 and size**2 * channels <= _MOST_TERMS and features <= _MOST_FEATURES
+    if values_only and few and whole:
+        return _of_few_terms(x, kernel, stride, _around(padding, size, stride, x.shape[1:3]))
     return _native(x, kernel, stride, padding)
 
 
@@ -65,7 +70,12 @@ def _of_few_terms(x: Any, kernel: Any, stride: int, around: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _by_terms(x: Any, kernel: Any, stride: int, around: Any) -> Any:
-    """A convolution written out as the sum of its terms, which XLA makes one loop of."""
+    """A convolution written out as the sum of its terms, its derivatives XLA's.
+
+    XLA makes one loop of the terms. On a CPU that is 1.5 to 7 times as fast as its convolution
+    where there are few, as in layers that are pruned to a few channels
+    (`benchmarks/compaction.py`).
+    """
     size = kernel.shape[0]
     # Each in one piece: what comes before and after is else done anew for every term.
     x = jax.lax.optimization_barrier(jnp.pad(x, [(0, 0), *around, (0, 0)]))

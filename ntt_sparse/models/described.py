@@ -186,16 +186,18 @@ def evaluate(
             values[name] = cast(Array, drop.apply({}, given[0], rngs=rngs))
         else:
             kernel = flat_params.get(f"{name}/kernel")
-            values[name] = _run(node, given, kernel, flat_params.get(f"{name}/bias"), dtype)
+            bias = flat_params.get(f"{name}/bias")
+            values[name] = _run(node, given, kernel, bias, train, dtype)
     return values, traverse_util.unflatten_dict(flat_statistics, sep="/")
 
 
-def _run(node: Node, given: list[Any], kernel: Any, bias: Any, dtype: Any) -> Any:
+def _run(node: Node, given: list[Any], kernel: Any, bias: Any, train: bool, dtype: Any) -> Any:
     x = given[0]
     match node:
         case Conv():
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
-            return add_bias(convolve(x, kernel, node.stride, node.padding), bias)
+            y = convolve(x, kernel, node.stride, node.padding, values_only=not train)
+            return add_bias(y, bias)
         case Dense():
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
             return add_bias(x.reshape(x.shape[0], math.prod(x.shape[1:])) @ kernel, bias)
