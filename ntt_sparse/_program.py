@@ -3,6 +3,7 @@
 A program is a list of primitive steps for one example, with the calls that only
 group steps (`jit`, `remat`) opened up. Functions with their own derivative rule
 (`custom_jvp`, `custom_vjp`) stay whole, so that their rule is kept, unless asked for.
+A convolution that is written otherwise for some platforms is read as the convolution.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,10 @@ def read(
         for equation in jaxpr.eqns:
             inputs = tuple(map(slot, equation.invars))
             inner = _inner(equation) if equation.primitive.name in opened else None
-            if inner is None:
+            if inner is None and (inner := _convolution(equation)):
+                # The first input says which platform it is.
+                outputs = flatten(*inner, inputs[1:])
+            elif inner is None:
                 outputs = tuple(next(fresh) for _ in equation.outvars)
                 steps.append(Step(equation, inputs, outputs))
             else:
@@ -87,6 +91,16 @@ def _inner(equation: Any) -> tuple[Any, Sequence[Any]]:
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next(equation.params[name] for name in names if name in equation.params)
     return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+
+def _convolution(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+    """What `jax.lax.platform_dependent` does by default, if that is a convolution."""
+    platforms = equation.params.get("branches_platforms") or ()
+    if equation.primitive.name != "cond" or None not in platforms:
+        return None
+    default = equation.params["branches"][platforms.index(None)]
+    names = [inner.primitive.name for inner in default.jaxpr.eqns]
+    return (default.jaxpr, default.consts) if names == ["conv_general_dilated"] else None
 
 
 def uses(program: Program, leaf: int) -> list[int | None]:

@@ -1,6 +1,5 @@
 """The model of a description: any network of nodes, as one Linen module."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -17,14 +16,13 @@ from ntt_sparse._types import PRNGKey
 from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.network import Constant, Conv, Dense, Network, Node, Norm, Shift
 from ntt_sparse.models.activations import ACTIVATIONS
-from ntt_sparse.models.gated import add_bias, convolve
+from ntt_sparse.models.convolution import convolve
+from ntt_sparse.models.gated import add_bias
 from ntt_sparse.models.lenet import max_pool, pad_to_field
 from ntt_sparse.models.norm import STABLE, batch_norm_fields
 from ntt_sparse.models.resnet import subsample_and_pad
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
-# Up to which a convolution is written out as a sum on CPU.
-_MOST_TERMS, _MOST_FEATURES = 64, 16
 STATISTICS = "batch_stats"
 """The collection of running statistics."""
 
@@ -188,16 +186,18 @@ def evaluate(
             values[name] = cast(Array, drop.apply({}, given[0], rngs=rngs))
         else:
             kernel = flat_params.get(f"{name}/kernel")
-            values[name] = _run(node, given, kernel, flat_params.get(f"{name}/bias"), dtype)
+            bias = flat_params.get(f"{name}/bias")
+            values[name] = _run(node, given, kernel, bias, train, dtype)
     return values, traverse_util.unflatten_dict(flat_statistics, sep="/")
 
 
-def _run(node: Node, given: list[Any], kernel: Any, bias: Any, dtype: Any) -> Any:
+def _run(node: Node, given: list[Any], kernel: Any, bias: Any, train: bool, dtype: Any) -> Any:
     x = given[0]
     match node:
         case Conv():
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
-            return add_bias(_convolved(x, kernel, node), bias)
+            y = convolve(x, kernel, node.stride, node.padding, values_only=not train)
+            return add_bias(y, bias)
         case Dense():
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
             return add_bias(x.reshape(x.shape[0], math.prod(x.shape[1:])) @ kernel, bias)
@@ -228,38 +228,6 @@ def _run(node: Node, given: list[Any], kernel: Any, bias: Any, dtype: Any) -> An
             x, bias = promote_dtype(x, bias, dtype=dtype)
             return jnp.broadcast_to(_repeated(bias, node), (x.shape[0], *shape))
     raise ValueError(f"{node} is unknown")
-
-
-def _convolved(x: Any, kernel: Any, node: Conv) -> Any:
-    size, _, channels, features = kernel.shape
-    if size == 1 or size**2 * channels > _MOST_TERMS or features > _MOST_FEATURES:
-        return convolve(x, kernel, node.stride, node.padding)
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: _by_terms(x, kernel, node),
-        default=lambda x, kernel: convolve(x, kernel, node.stride, node.padding),
-    )
-
-
-def _by_terms(x: Any, kernel: Any, node: Conv) -> Any:
-    """A convolution written out as the sum of its terms.
-
-    XLA makes one loop of them. On a CPU that is 1.5 to 7 times as fast as its convolution where
-    there are few, as in layers that are pruned to a few channels (`benchmarks/compaction.py`).
-    """
-    size, stride = node.size, node.stride
-    # Each in one piece: what comes before and after is else done anew for every term.
-    x = jax.lax.optimization_barrier(jnp.pad(x, [(0, 0), node.padding, node.padding, (0, 0)]))
-    height, width = (length - size + 1 for length in x.shape[1:3])
-    terms = [
-        x[:, row : row + height : stride, column : column + width : stride, channel, None]
-        * kernel[row, column, channel]
-        for channel in range(x.shape[-1])
-        for row in range(size)
-        for column in range(size)
-    ]
-    return jax.lax.optimization_barrier(functools.reduce(jnp.add, terms))
 
 
 def _repeated(bias: Any, node: Shift | Constant) -> Any:

@@ -8,13 +8,13 @@ with the same names and shapes of parameters.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from ntt_sparse.gates.layer import Gate, Kind
+from ntt_sparse.models.convolution import convolve
 
 
 class Conv(nn.Module):
@@ -85,32 +85,6 @@ class Dense(nn.Module):
         """The gated outputs."""
         x, kernel, bias = _gated(self, x, (x.shape[-1], self.features))
         return add_bias(x @ kernel, bias)
-
-
-def convolve(
-    x: Float[Array, "n h w c"],
-    kernel: Float[Array, "kh kw c features"],
-    stride: int,
-    padding: str | tuple[int, int],
-) -> Float[Array, "n h2 w2 features"]:
-    """A convolution of images.
-
-    Args:
-        x: Images.
-        kernel: Square.
-        stride: Of its positions.
-        padding: "VALID", "SAME", or rows and columns of zeros before and after.
-    """
-    if kernel.shape[:2] == (1, 1) and padding in ("VALID", "SAME", (0, 0)):
-        # One matrix product, which XLA compiles far better than a convolution on CPU.
-        return x[:, ::stride, ::stride] @ kernel[0, 0]
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding if isinstance(padding, str) else [padding] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
 
 
 def add_bias(y: Float[Array, "..."], bias: Float[Array, " features"] | None) -> Float[Array, "..."]:

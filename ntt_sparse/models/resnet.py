@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
 from ntt_sparse.gates import network as graph
+from ntt_sparse.models import gated
 from ntt_sparse.models.norm import STABLE, batch_norm
 
 _SHORTCUTS = ("A", "B")
@@ -240,10 +241,10 @@ def _layers(
     def convolve(x, channels, size, stride=1):
         # Symmetric, so that a strided kernel is centred on the pixels that the shortcut
         # takes; "SAME" has the same shape, but is one pixel off at even sizes.
-        return nn.Conv(
+        return gated.Conv(
             channels,
-            (size, size),
-            strides=stride,
+            size,
+            stride,
             padding=size // 2,
             use_bias=norm == "none",
             kernel_init=nn.initializers.he_normal(),

@@ -13,6 +13,7 @@ from flax import traverse_util
 from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.network import Conv, Dense, Network, Norm
 from ntt_sparse.models import described
+from ntt_sparse.models.convolution import convolve
 from ntt_sparse.models.described import STATISTICS
 
 # Constants that differ by less, relative to the largest, are the same one.
@@ -257,7 +258,7 @@ def _apply(node: Any, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         # Nearly always.
         return np.zeros(node.channels)
     with jax.enable_x64(True):
-        y = described.convolve(
+        y = convolve(
             jnp.asarray(x[None]), jnp.asarray(kernel, jnp.float64), node.stride, node.padding
         )
         return np.asarray(y[0])
