@@ -44,7 +44,7 @@ def fit(
         fields: On which shapes depend, for messages.
 
     Raises:
-        ValueError: Paths or shapes differ.
+        ValueError: Paths or shapes differ, or values are no finite floats.
     """
     expected: dict[str, Any] = traverse_util.flatten_dict(dict(shapes), sep="/")
     missing, unknown = set(expected) - set(found), set(found) - set(expected)
@@ -58,5 +58,8 @@ def fit(
             raise ValueError(
                 f"{path} has shape {value.shape}, expected {expected[path].shape} for {fields}"
             )
+        # Of bfloat16 NumPy knows no kind.
+        if not jnp.issubdtype(value.dtype, jnp.floating) or not jnp.all(jnp.isfinite(value)):
+            raise ValueError(f"{path} is {value.dtype}, expected finite floating-point numbers")
     leaves = {path: jnp.asarray(found[path], expected[path].dtype) for path in expected}
     return traverse_util.unflatten_dict(leaves, sep="/")

@@ -1,5 +1,6 @@
 """Blocks of transformers: attention among tokens, and two dense layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,8 +8,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float, Real
 
-# Of masked attention, which a row without any token needs.
-_EPSILON = 1e-6
 weight_init = nn.initializers.normal(0.02)
 """How weights of transformers start."""
 
@@ -18,9 +17,10 @@ def masked_softmax(
 ) -> Float[Array, "n h t t"]:
     r"""Attention over the tokens that are kept, and of each token to itself.
 
-    $a_{ij} = e^{s_{ij} - \max_k s_{ik}} (p_j + (1 - p_j) [i = j])$, and of each row
-    $(a_{ij} + \epsilon / t) / (\sum_k a_{ik} + \epsilon)$ with $\epsilon = 10^{-6}$. Where all are
-    kept that is the softmax, up to $\epsilon$. It is differentiable by the policy.
+    $a_{ij} = e^{s_{ij}} (p_j + (1 - p_j) [i = j])$ over the sum of its row. Where all are kept that
+    is the softmax; it is differentiable by the policy. Numbers are held in range by the largest
+    score of a token that is seen. The published code takes the largest of all and adds 1e-6 to
+    each row: where a dropped token has a score that is larger by 14, all tokens are seen alike.
 
     Source: Rao et al. 2021, "DynamicViT", https://arxiv.org/abs/2106.02034, Eqs. 11 and 12.
 
@@ -32,10 +32,28 @@ def masked_softmax(
     tokens = scores.shape[-1]
     own = jnp.eye(tokens, dtype=scores.dtype)
     keys = policy.astype(scores.dtype)[:, None, None, :]
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest) * (keys + (1 - keys) * own)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (weights + _EPSILON / tokens) / (total + _EPSILON)
+    seen = keys + (1 - keys) * own
+    largest = jnp.max(jnp.where(seen > 0, scores, -jnp.inf), axis=-1, keepdims=True)
+    # Larger ones are not seen, but the policy has a derivative by them, which has to be finite.
+    weights = jnp.exp(jnp.minimum(scores - jax.lax.stop_gradient(largest), 0)) * seen
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def check_sizes(module: Any, fields: Sequence[str]) -> None:
+    """Checks the sizes of a transformer.
+
+    Args:
+        module: With the fields, and `width` and `heads`.
+        fields: Which are sizes.
+
+    Raises:
+        ValueError: One is less than 1, or heads do not divide the width.
+    """
+    for field in fields:
+        if getattr(module, field) < 1:
+            raise ValueError(f"{field} is {getattr(module, field)}, expected 1 or more")
+    if module.width % module.heads:
+        raise ValueError(f"width is {module.width}, expected a multiple of {module.heads} heads")
 
 
 class Attention(nn.Module):

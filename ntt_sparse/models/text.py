@@ -6,15 +6,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from ntt_sparse.models.attention import Block, layer_norm, weight_init
+from ntt_sparse.models.attention import Block, check_sizes, layer_norm, weight_init
 
 
 class TextTransformer(nn.Module):
     """Tokens with their places, causal blocks, and a dense layer for what follows each token.
 
     The params are `embed`, `position`, `block_0`, ..., `norm`, `head`. Texts of another length need
-    another `position`. There is no dropout, weights of the last layer are its own, and all start
-    from the same normal distribution.
+    another `position`. Other than GPT-2's: there is no dropout, the weights of the last layer are
+    its own, all start from the same normal distribution, nonlinearities are exact GELUs, and
+    normalisation adds 1e-6.
 
     Source: Radford et al. 2019, "Language models are unsupervised multitask learners" (GPT-2),
     Section 2.3.
@@ -44,11 +45,7 @@ class TextTransformer(nn.Module):
             ValueError: A field has no meaning.
         """
         super().__post_init__()
-        for field in ("num_outputs", "width", "depth", "heads", "expansion"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, expected 1 or more")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, expected a multiple of {self.heads} heads")
+        check_sizes(self, ("num_outputs", "width", "depth", "heads", "expansion"))
 
     @nn.compact
     def __call__(
@@ -57,7 +54,8 @@ class TextTransformer(nn.Module):
         """The outputs (logits) of what follows each token.
 
         Args:
-            x: Tokens `(n, t)`, integers from 0 to `num_outputs - 1`; the outputs of others are NaN.
+            x: Tokens `(n, t)`, integers from 0 to `num_outputs - 1`; with another one all outputs
+                of its text are NaN.
             train: As other networks have it; nothing here depends on it.
 
         Raises:
@@ -72,7 +70,8 @@ class TextTransformer(nn.Module):
             self.num_outputs, self.width, embedding_init=weight_init, name="embed", **types
         )
         place = self.param("position", weight_init, (1, x.shape[1], self.width), self.param_dtype)
-        y = embed(x)
+        # Negative ones would count from the end.
+        y = embed(jnp.where(x < 0, self.num_outputs, x))
         y = y + place.astype(y.dtype)
         for index in range(self.depth):
             block = Block(self.heads, self.expansion, causal=True, name=f"block_{index}", **types)

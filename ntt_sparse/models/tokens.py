@@ -20,7 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from ntt_sparse._types import PRNGKey
-from ntt_sparse.models.attention import layer_norm
+from ntt_sparse.models.attention import layer_norm, weight_init
 from ntt_sparse.models.vit import VisionTransformer, check_images, multiply_adds
 from ntt_sparse.similarity.grams import unit_gram
 
@@ -28,7 +28,9 @@ RNG = "tokens"
 """The RNG that decisions of training are drawn with."""
 # Of an average over no token.
 _EPSILON = 1e-6
-_LEAST_CHANCE = 1e-6
+# Of a token that is much like others. The derivative of its logarithm is the inverse, and has to be
+# moderate.
+_LEAST_CHANCE = 0.01
 
 
 class TokenOutputs(NamedTuple):
@@ -53,19 +55,19 @@ class Redundancy:
     $\pi'_i = \pi_i - w \sum_{j \ne i} \mathrm{CKA}(X_i, X_j)$ over the tokens that are left, with
     the sum, its mean, or what a token's mean is above that of all. The paper does not say what the
     rows of $X_i$ are, for one token is one vector: here they are its heads, so that an image is
-    judged by itself.
+    judged by itself. Of two heads all similarities are one.
 
     Attributes:
         weight: w, 0 or more.
         reduce: "mean" over the others, or "sum", as the equation is written: up to 195 numbers
             near one against a probability. Where so much is taken off that no chance is left,
-            training drops nearly every token and teaches the prediction nothing. "relative" is
+            training drops nearly every token at first. "relative" is
             ours: the mean, less that of the tokens of the image, which says what goes and leaves
             to the prediction how much does.
     """
 
-    weight: float = 1.0
-    reduce: str = "mean"
+    weight: float = 0.5
+    reduce: str = "relative"
 
     def __post_init__(self):
         """Checks the fields.
@@ -85,13 +87,15 @@ def token_similarities(tokens: Float[Array, "n t d"], heads: int) -> Float[Array
 
     Args:
         tokens: `(n, t, d)`.
-        heads: They divide d; of one or of heads that are all equal similarities are 0.
+        heads: They divide d; of one or of heads that are all equal similarities are 0, of two
+            otherwise 1.
 
     Returns:
-        `(n, t, t)`, in [0, 1].
+        `(n, t, t)`, in [0, 1], float32 at least.
     """
     n, t, d = tokens.shape
-    rows = tokens.reshape(n * t, heads, d // heads).astype(jnp.float32)
+    rows = tokens.reshape(n * t, heads, d // heads)
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
     units = jax.vmap(unit_gram)(rows).reshape(n, t, heads * heads)
     return jnp.einsum("nip,njp->nij", units, units, precision="highest")
 
@@ -105,7 +109,8 @@ def adjusted(
 ) -> Float[Array, "n t 2"]:
     """Logarithms of the chances to be kept and dropped, less what others say already.
 
-    Chances are held between 1e-6 and one less that. Similarities have no derivative.
+    Chances are held between 0.01 and 0.99, with the derivative of those that are not, so
+    that tokens without a chance can come back. Similarities have no derivative.
 
     Args:
         log_probs: Of the prediction, kept first.
@@ -115,7 +120,8 @@ def adjusted(
         heads: See `token_similarities`.
     """
     chance = remaining_chances(log_probs, tokens, policy, redundancy, heads)
-    chance = jnp.clip(chance, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+    held = jnp.clip(chance, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+    chance = chance + jax.lax.stop_gradient(held - chance)
     return jnp.log(jnp.stack([chance, 1 - chance], axis=-1))
 
 
@@ -152,8 +158,14 @@ def draw_decisions(
         key: Of the draw.
         log_probs: Of keeping and dropping.
         previous: Earlier decisions; what they dropped stays dropped.
-        temperature: Of the softmax that gradients are those of.
+        temperature: Of the softmax that gradients are those of, above 0.
+
+    Raises:
+        ValueError: The temperature is not.
     """
+    # The negated form also refuses NaN.
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
     noisy = (log_probs + jax.random.gumbel(key, log_probs.shape, log_probs.dtype)) / temperature
     soft = jax.nn.softmax(noisy)[..., 0]
     hard = (noisy[..., 0] >= noisy[..., 1]).astype(soft.dtype)
@@ -183,7 +195,7 @@ class KeepPredictor(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def dense(features):
-            return nn.Dense(features, kernel_init=nn.initializers.normal(0.02), **types)
+            return nn.Dense(features, kernel_init=weight_init, **types)
 
         x = nn.gelu(dense(width)(layer_norm(**types)(tokens)), approximate=False)
         own, shared = x[..., : width // 2], x[..., width // 2 :]
@@ -229,8 +241,8 @@ class DynamicTransformer(nn.Module):
             raise ValueError(
                 f"places are {self.places}, expected blocks from 1 to {self.vit.depth - 1}, rising"
             )
-        if self.redundancy is not None and self.vit.heads < 2:
-            raise ValueError("redundancy compares heads of tokens: expected two or more heads")
+        if self.redundancy is not None and self.vit.heads < 3:
+            raise ValueError("redundancy compares heads of tokens: expected three or more heads")
 
     def setup(self):
         """Names the predictors."""
@@ -257,8 +269,7 @@ class DynamicTransformer(nn.Module):
     def hidden(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n num_outputs"]:
         """As a call, but tokens that are dropped are hidden from the others and stay.
 
-        What training sees, with the decisions of inference; outputs agree up to the epsilon of
-        `ntt_sparse.models.attention.masked_softmax`.
+        What training sees, with the decisions of inference; outputs agree up to rounding.
         """
         tokens = self.vit.embed(x)
         policy = jnp.ones(tokens[:, 1:, 0].shape, tokens.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float
 
-from ntt_sparse.models.attention import Block, layer_norm, weight_init
+from ntt_sparse.models.attention import Block, check_sizes, layer_norm, weight_init
 from ntt_sparse.models.initializers import torch_bias_init, torch_kernel_init
 
 
@@ -50,11 +50,7 @@ class VisionTransformer(nn.Module):
             ValueError: A field has no meaning.
         """
         super().__post_init__()
-        for field in ("num_outputs", "patch", "width", "depth", "heads", "expansion"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, expected 1 or more")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, expected a multiple of {self.heads} heads")
+        check_sizes(self, ("num_outputs", "patch", "width", "depth", "heads", "expansion"))
 
     def setup(self):
         """Names the parts."""
@@ -118,7 +114,7 @@ def check_images(shape: tuple[int, ...], patch: int) -> None:
     Raises:
         ValueError: They cannot.
     """
-    if len(shape) != 4 or not all(shape[1:]):
+    if len(shape) != 4 or not all(shape):
         raise ValueError(f"input is {shape}, expected images (n, height, width, channels)")
     if shape[1] % patch or shape[2] % patch:
         raise ValueError(

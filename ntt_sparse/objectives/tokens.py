@@ -36,10 +36,10 @@ def distillation_loss(
 ) -> Scalar:
     r"""The mean over images of $\mathrm{KL}(\text{teacher} \| \text{student})$ (Eq. 15).
 
-    The teacher has no derivative.
+    The teacher has no derivative. Half precision is computed in float32.
     """
-    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(jnp.asarray(teacher_logits)))
-    student = jax.nn.log_softmax(jnp.asarray(logits))
+    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(_precise(teacher_logits)))
+    student = jax.nn.log_softmax(_precise(logits))
     return jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=1))
 
 
@@ -51,9 +51,14 @@ def token_distillation_loss(
     """The mean squared difference of the tokens that are kept at the end (Eq. 14).
 
     Over all tokens of the batch that are kept and all features; zero where none is. Neither the
-    teacher nor the decisions have a derivative.
+    teacher nor the decisions have a derivative. Half precision is computed in float32.
     """
     kept = jax.lax.stop_gradient(jnp.asarray(kept))
-    difference = jnp.asarray(features) - jax.lax.stop_gradient(jnp.asarray(teacher_features))
+    difference = _precise(features) - jax.lax.stop_gradient(_precise(teacher_features))
     each = jnp.mean(difference**2, axis=2)
     return jnp.sum(jnp.where(kept > 0, each, 0)) / jnp.maximum(jnp.sum(kept > 0), 1)
+
+
+def _precise(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -101,8 +101,11 @@ def test_half_precision():
 def test_tokens_that_there_are_not_give_no_number():
     module = small()
     # The largest of the first window is the last that there is.
-    outputs = module.apply(drawn(module), TOKENS + 5)
-    assert np.all(np.isfinite(outputs[0])) and np.all(np.isnan(outputs[1]))
+    for wrong in (TOKENS + 5, TOKENS - 1, TOKENS - 20):
+        outputs = module.apply(drawn(module), wrong)
+        known = np.all((wrong >= 0) & (wrong < 11), axis=1)
+        np.testing.assert_array_equal(np.all(np.isfinite(outputs), axis=(1, 2)), known)
+        assert np.all(np.isnan(np.asarray(outputs)[~known]))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,10 @@ def test_inputs_that_are_no_tokens(x, message):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"depth": 0}, "depth is 0"), ({"heads": 5}, "expected a multiple of 5 heads")],
+    [
+        ({"depth": 0}, "depth is 0"),
+        ({"heads": 5}, "expected a multiple of 5 heads"),
+    ],
 )
 def test_fields_without_meaning(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -116,7 +116,7 @@ def test_masked_attention():
             weights = np.exp(row - row.max(-1, keepdims=True))
             unseen = [key for key in range(4) if key != query and not policy[image, key]]
             weights[:, unseen] = 0
-            expected = (weights + 1e-6 / 4) / (weights.sum(-1, keepdims=True) + 1e-6)
+            expected = weights / weights.sum(-1, keepdims=True)
             np.testing.assert_allclose(got[image, :, query], expected, atol=1e-6)
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
     whole = attention.masked_softmax(scores, np.ones((2, 4)))
@@ -125,6 +125,30 @@ def test_masked_attention():
         jnp.ones((2, 4))
     )
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
+
+
+def test_a_dropped_token_with_a_large_score_is_not_seen():
+    scores = np.zeros((1, 1, 3, 3))
+    scores[..., 2] = 300
+    policy = jnp.array([[1.0, 1.0, 0.0]])
+    got = attention.masked_softmax(scores, policy)[0, 0]
+    np.testing.assert_allclose(got[:2], [[0.5, 0.5, 0]] * 2, atol=1e-7)
+    np.testing.assert_allclose(got[2], [0, 0, 1], atol=1e-7)
+    slope = jax.grad(lambda p: jnp.sum(attention.masked_softmax(scores, p)[..., 0]))(policy)
+    assert np.all(np.isfinite(slope)) and slope[0, 2] < 0
+
+
+def test_softmax_in_half_precision_is_that_of_float32():
+    """Scores of some hundreds, which bfloat16 has in steps of two."""
+    module = attention.Attention(heads=1, dtype=jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 8)), jnp.bfloat16)
+    variables = module.init(jax.random.key(0), x)
+    dtypes = [
+        eqn.outvars[0].aval.dtype
+        for eqn in jax.make_jaxpr(module.apply)(variables, x).jaxpr.eqns
+        if eqn.primitive.name == "exp"
+    ]
+    assert dtypes == [jnp.float32]
 
 
 def test_blocks_are_features():

@@ -31,6 +31,18 @@ def test_distillation():
     np.testing.assert_allclose(far, 500, rtol=1e-6)
 
 
+def test_half_precision_is_computed_in_single():
+    rng = np.random.default_rng(0)
+    pair = [jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16) for _ in range(2)]
+    exact = [leaf.astype(jnp.float32) for leaf in pair]
+    np.testing.assert_array_equal(tokens.distillation_loss(*pair), tokens.distillation_loss(*exact))
+    pair, exact = ([leaf.reshape(4, 4, 50) for leaf in two] for two in (pair, exact))
+    kept = jnp.ones((4, 4))
+    np.testing.assert_array_equal(
+        tokens.token_distillation_loss(*pair, kept), tokens.token_distillation_loss(*exact, kept)
+    )
+
+
 def test_distillation_of_tokens():
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 3, 4, 5))
