@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ntt_sparse.data.folders import FolderImages
+from ntt_sparse.data.images import Split
 from ntt_sparse.pruning.masks import check_density
 
 LARGEST_INT = 2**31 - 1
@@ -74,6 +76,19 @@ def check_augment(config: Any, input_shape: Sequence[int]) -> None:
     if config.data.augment and min(height, width) < 5:
         raise ValueError(
             f"config.data.augment is True, images are {height} x {width}: it needs 5 x 5 or more"
+        )
+
+
+def check_evaluated(config: Any, train: Split) -> None:
+    """Checks that images of a folder are not all held in memory to measure accuracy.
+
+    Raises:
+        ValueError: They would be.
+    """
+    if isinstance(train.x, FolderImages) and not config.evaluated:
+        raise ValueError(
+            "config.evaluated is 0, expected how many images of the folder are held to measure "
+            "accuracy: as many of them as fit into memory"
         )
 
 

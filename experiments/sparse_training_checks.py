@@ -10,6 +10,7 @@ from experiments import sparse_training_l0, sparse_training_lottery, sparse_trai
 from experiments.checks import (
     LARGEST_INT,
     check_augment,
+    check_evaluated,
     check_fields,
     check_members,
     check_milestones,
@@ -24,7 +25,6 @@ from experiments.sparse_training_stages import (
     block_patterns,
     stage_patterns,
 )
-from ntt_sparse.data.folders import FolderImages
 from ntt_sparse.data.images import ImageData, blank
 from ntt_sparse.data.text import TextData
 from ntt_sparse.models.deep_resnet import DeepResNet
@@ -214,11 +214,7 @@ def check_sizes(config: Any, module: Any, data: ImageData | TextData, plan: Plan
             each = " of some class" if field == "score_per_class" else ""
             raise ValueError(f"config.{field} is {config[field]}, there are {size} examples{each}")
 
-    if isinstance(data.train.x, FolderImages) and not config.evaluated:
-        raise ValueError(
-            "config.evaluated is 0, expected how many images of the folder are held to measure "
-            "accuracy: as many of them as fit into memory"
-        )
+    check_evaluated(config, data.train)
 
     if config.model.weights:
         if not isinstance(module, DeepResNet):

@@ -170,8 +170,8 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         "confidence interval and the p-value of a paired t-test (in parentheses corrected for all "
         f"comparisons of this study by Holm's method). {samples} samples of one batch in "
         f"{config.every}. Similarity is the mean CKA between different layers, biased / debiased, "
-        f"on {config.probe} held-out images; the last column is the fraction of surviving weights "
-        f"below {epsilons}.",
+        f"on {config.probe} held-out examples; the last column is the fraction of surviving "
+        f"weights below {epsilons}.",
         "",
         "| density | regulariser, coefficient | accuracy | less none | best validation "
         "| similarity | small weights |",

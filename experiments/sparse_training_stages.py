@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.optimizers import adamw
+from experiments.optimizers import adamw, warmed_up
 from experiments.sparse_training_masks import PRUNABLE
 from experiments.study import decayed_rate
+from ntt_sparse.data.text import is_text
 from ntt_sparse.objectives.cka_sr import aug_cka_sr, cka_sr, every_nth_batch
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.pruning.sparsity import epsilon_sparsity
@@ -83,13 +84,6 @@ def whole_optimizer(config: Any, *, total_steps: int) -> optax.GradientTransform
     return optax.chain(optax.add_decayed_weights(settings.weight_decay), inner)
 
 
-def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:
-    """A schedule that rises in equal steps over the first ones; none leave it as it is."""
-    if not steps:
-        return schedule
-    return lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / steps)
-
-
 def training_terms(config: Any) -> Mapping[str, Term]:
     """The task loss, and all regularisers, each by the member's own coefficient."""
     every = {name: REGULARISERS[name] for name in config.regularisers.split(",")}
@@ -157,6 +151,8 @@ def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:
     Test numbers are measured for the report; nothing is chosen by them.
     """
     similarities = layer_similarities(config, module)
+    # As much memory for long windows of a text as for short ones.
+    batch_size = max(1, 64_000 // config.data.length) if is_text(config.data.name) else 1000
 
     def evaluate(member: Member, validation: Any, test: Any, probe: Any) -> dict[str, Any]:
         result = {}
@@ -166,6 +162,7 @@ def evaluation(config: Any, module: Any) -> Callable[..., dict[str, Any]]:
                 member.params,
                 member.masks,
                 data,
+                batch_size=batch_size,
             )
             result |= {f"{name}/{key}": value for key, value in values.items()}
         for name, matrix in similarities(member, probe).items():

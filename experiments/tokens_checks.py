@@ -1,6 +1,8 @@
 """Checks of the config of dynamic tokens that types do not make, before any work."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,14 +11,20 @@ import jax.numpy as jnp
 from experiments.checks import (
     LARGEST_INT,
     check_augment,
+    check_evaluated,
     check_fields,
     check_seeds,
     check_values,
 )
 from experiments.tokens_members import dynamic, transformer, variants
 from ntt_sparse.data.images import ImageData
+from ntt_sparse.models.deit import load_deit
 from ntt_sparse.models.tokens import kept_counts
 
+_CHOICES = {
+    "cka_sr.regulariser": ("cka_sr", "aug_cka_sr"),
+    "redundancy.reduce": ("sum", "mean", "relative"),
+}
 _TRAINING = {
     "epochs": (1, LARGEST_INT),
     "batch_size": (1, LARGEST_INT),
@@ -53,7 +61,7 @@ def check_config(config: Any) -> None:
     Raises:
         ValueError: A value is unknown or out of range; the message names the field.
     """
-    check_fields(config, {}, _RANGES)
+    check_fields(config, _CHOICES, _RANGES)
     check_seeds(config)
     check_values(config, "keep", 1e-6, 1)
     samples, batch_size = config.cka_sr.samples, config.pretrain.batch_size
@@ -68,8 +76,18 @@ def check_config(config: Any) -> None:
     if any(type(place) is not int for place in config.model.places):
         raise ValueError(f"config.model.places is {config.model.places}, expected integers")
     for variant in variants(config):
-        # Places and the decision are checked there.
-        dynamic(config, module, variant)
+        # Places and heads are checked there.
+        with _of_model():
+            dynamic(config, module, variant)
+
+
+@contextlib.contextmanager
+def _of_model() -> Iterator[None]:
+    """Names the fields in messages of networks that are made of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"config.model with config.keep: {error}") from error
 
 
 def check_sizes(config: Any, data: ImageData) -> None:
@@ -86,9 +104,13 @@ def check_sizes(config: Any, data: ImageData) -> None:
             )
     check_augment(config, data.input_shape)
     module = transformer(config, data.num_classes)
+    check_evaluated(config, data.train)
     x = jnp.zeros((1, *data.input_shape))
-    tokens = jax.eval_shape(
-        lambda key: module.init_with_output(key, x, method="encode")[0], jax.random.key(0)
-    )
-    for variant in variants(config):
-        kept_counts(dynamic(config, module, variant), tokens.shape[1] - 1)
+    with _of_model():
+        tokens = jax.eval_shape(
+            lambda key: module.init_with_output(key, x, method="encode")[0], jax.random.key(0)
+        )
+        for variant in variants(config):
+            kept_counts(dynamic(config, module, variant), tokens.shape[1] - 1)
+    if config.model.weights:
+        load_deit(config.model.weights, module, data.input_shape)

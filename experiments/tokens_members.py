@@ -10,6 +10,7 @@ from flax import traverse_util
 from experiments.optimizers import adamw
 from experiments.study import stack
 from ntt_sparse import models
+from ntt_sparse.models.deit import load_deit
 from ntt_sparse.models.tokens import DynamicTransformer, Redundancy
 from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.training.state import Member, create_member
@@ -122,14 +123,17 @@ def start_whole(
 ) -> Member:
     """The whole transformers at their start; a seed fixes weights and the order of the data.
 
-    The context of each is the coefficient of CKA-SR.
+    Weights of a file are those of all seeds. The context of each is the coefficient of CKA-SR.
     """
+    h, w, c = input_shape
 
     def member(key, coefficient):
-        params = module.init(key, jnp.zeros((1, *input_shape)))["params"]
+        params = loaded or module.init(key, jnp.zeros((1, *input_shape)))["params"]
         masks = jax.tree.map(lambda leaf: None, params)
         return create_member(params, masks, optimizer, key, coefficient)
 
+    weights = config.model.weights
+    loaded = load_deit(weights, module, (h, w, c))["params"] if weights else None
     keys = [jax.random.key(seed) for _ in (False, True) for seed in config.seeds]
     coefficients = [
         cka * float(config.cka_sr.coefficient) for cka in (False, True) for _ in config.seeds

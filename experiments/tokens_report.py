@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import figures
-from experiments.published import item
+from experiments.published import of_settings
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
 from experiments.tokens_members import PRETRAIN, dynamic, stage_of, transformer, variants
@@ -60,8 +60,10 @@ def _rows(
     rows = []
     for cka in (False, True):
         members = slice(count * cka, count * (cka + 1))
+        similarity = log.column("similarity")[1][-1, members]
         rows.append(
             _row(None, cka, log, members)
+            | {"similarity": spread(similarity)}
             | {"multiply_adds": multiply_adds(module, shape), "parameters": _size(module, shape)}
         )
     for variant in variants(config):
@@ -76,11 +78,11 @@ def _rows(
         )
     by_kind = {(row["keep"], row["cka"]): row["test_accuracy"]["values"] for row in rows}
     for row in rows:
+        values = by_kind[row["keep"], row["cka"]]
         if row["cka"]:
-            values = by_kind[row["keep"], True]
             row["less_without"] = paired(values, by_kind[row["keep"], False])
-        elif row["keep"] is not None:
-            row["less_whole"] = paired(by_kind[row["keep"], False], by_kind[None, False])
+        if row["keep"] is not None:
+            row["less_whole"] = paired(values, by_kind[None, row["cka"]])
     for name in ("less_without", "less_whole"):
         correct([row[name] for row in rows if name in row])
     return rows
@@ -108,18 +110,24 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
         "",
         f"{config.model.name} on {config.data.name}; inference, in which dropped tokens are gone, "
         f"after the last step, mean ± standard deviation over seeds {list(config.seeds)}. Less "
-        "the same without CKA (CKA-SR in the first training, and similarities in the decision), "
-        "and less the whole transformer, for the same seeds, with 95 % interval and the p-value of "
-        "a paired t-test (in brackets corrected by Holm). Published: DeiT-Tiny on ImageNet.",
+        f"the same without CKA ({config.cka_sr.regulariser}, {config.cka_sr.coefficient:g}, in the "
+        "first training, and similarities in the decision), and less the whole transformer of the "
+        "same kind, for the same seeds, with 95 % interval and the p-value of a paired t-test (in "
+        "brackets corrected by Holm).",
         "",
         "| keep | CKA | parameters | multiply-adds | test accuracy | validation | less without CKA "
         "| less whole | published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    table = {(row["keep"], row["cka"]): row for row in item("cka_sr", "table1").entries()}
+    table = {
+        # Of the whole transformer, which keeps all tokens.
+        (None if row["keep"] == 1 else row["keep"], row["cka"]): row
+        for table in of_settings("cka_sr", config)
+        if table.id == "table1"
+        for row in table.entries()
+    }
     for row in rows:
-        # All tokens are kept where none are dropped.
-        published = table.get((row["keep"] or 1.0, row["cka"]))
+        published = table.get((row["keep"], row["cka"]))
         cells = (
             "all" if row["keep"] is None else f"{row['keep']:g}",
             "yes" if row["cka"] else "no",
@@ -132,4 +140,10 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
             "" if published is None else f"{published['test_accuracy']:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    without, with_ = (percent(row["similarity"]) for row in rows if row["keep"] is None)
+    lines += [
+        "",
+        "Mean CKA of different blocks of the whole transformers on held-out images, in percent: "
+        f"{without} without, {with_} with {config.cka_sr.regulariser}.",
+    ]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from experiments import tokens_report
 from experiments.cli import claim_workdir, user_errors
-from experiments.study import augment_images, fit_stage, hold_out, make_plan, save_networks
+from experiments.study import fit_stage, hold_out, make_plan, save_networks, training_input
 from experiments.tokens_checks import check_config, check_sizes
 from experiments.tokens_members import (
     PRETRAIN,
@@ -31,17 +31,21 @@ from ntt_sparse.data import images
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.models.tokens import RNG, DynamicTransformer, TokenOutputs, keep_ratios
 from ntt_sparse.models.vit import VisionTransformer
-from ntt_sparse.objectives.cka_sr import aug_cka_sr, every_nth_batch
+from ntt_sparse.objectives.cka_sr import aug_cka_sr, cka_sr, every_nth_batch
 from ntt_sparse.objectives.tokens import (
     distillation_loss,
     keep_ratio_loss,
     token_distillation_loss,
 )
+from ntt_sparse.similarity.cka import cka_matrix
 from ntt_sparse.similarity.features import capture
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import terms
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Forward, Term, TermInputs, make_step
+
+# Held-out images on which the similarity of blocks is measured, at most.
+_PROBE = 256
 
 
 class DynamicOutputs(NamedTuple):
@@ -100,7 +104,9 @@ def train_whole(config: Any, data: ImageData, workdir: Path) -> Member:
 
     def similarity(inputs: TermInputs) -> Any:
         def total(features):
-            value = aug_cka_sr([features[name] for name in blocks], samples=samples)
+            maps = [features[name] for name in blocks]
+            summed = config.cka_sr.regulariser == "cka_sr"
+            value = cka_sr([maps], samples=samples) if summed else aug_cka_sr(maps, samples=samples)
             return jnp.where(inputs.context > 0, inputs.context * value, 0)
 
         features = inputs.outputs.features
@@ -111,7 +117,7 @@ def train_whole(config: Any, data: ImageData, workdir: Path) -> Member:
         {"task": terms.task(label_smoothing=settings.label_smoothing), "similarity": similarity},
         optimizer,
         forward=terms.masked_forward(capture(module, blocks, examples=samples)),
-        augment=augment_images if config.data.augment else None,
+        augment=training_input(config, data.train)[1],
     )
     names = whole_names(config)
     members = start_whole(config, module, data.input_shape, optimizer)
@@ -132,7 +138,7 @@ def train_dynamic(
         dynamic_terms(config, module),
         optimizer,
         forward=dynamic_forward(module),
-        augment=augment_images if config.data.augment else None,
+        augment=training_input(config, data.train)[1],
     )
     members = start_dynamic(config, module, data.input_shape, whole, variant, optimizer)
     names, stage = names_of(config, variant), stage_of(variant)
@@ -157,8 +163,9 @@ def _fit(
     )
     mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
     batch_size = config[PRETRAIN if stage == PRETRAIN else "dynamic"].batch_size
+    train_data, _ = training_input(config, data.train)
     return fit_stage(
-        config, workdir, stage, names, members, step_fn, plan, tuple(data.train),
+        config, workdir, stage, names, members, step_fn, plan, train_data,
         functools.partial(evaluate, module), (held_out, test), mode, batch_size=batch_size,
     )  # fmt: skip
 
@@ -209,8 +216,17 @@ def dynamic_terms(config: Any, module: DynamicTransformer) -> dict[str, Term]:
 def evaluate(
     module: VisionTransformer | DynamicTransformer, member: Member, validation: Any, test: Any
 ) -> dict[str, Array]:
-    """Loss and accuracy in inference. Nothing is chosen by test images."""
+    """Loss and accuracy in inference, and of whole transformers how similar their blocks are.
+
+    Nothing is chosen by test images.
+    """
     result = {}
+    if isinstance(module, VisionTransformer):
+        apply = capture(module, [f"block_{index}" for index in range(module.depth)])
+        _, features = apply({"params": member.params}, validation[0][:_PROBE])
+        matrix = cka_matrix(list(features.values()))
+        pairs = module.depth * (module.depth - 1)
+        result["similarity"] = (jnp.sum(matrix) - jnp.trace(matrix)) / pairs
     for name, data in (("validation", validation), ("test", test)):
         values = terms.evaluate_supervised(
             lambda params, x: module.apply({"params": params}, x), member.params, member.masks, data

@@ -255,6 +255,7 @@ _CNN = {
     "model.name": "lenet5_caffe",
 }
 _TRANSFORMER = {
+    # Of ten blocks or less; more are "block_?,block_??".
     "stages": ("block_?",),
     "regularisers": "cka_sr",
     "coefficients": (1e-2,),
@@ -331,6 +332,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             **fields,
             **settings,
             "density": (0.2, 0.05),
+            # As of ResNets; windows of a text have no class.
+            "score_per_class": 10 if method == "grasp" and network != "text" else 0,
             "transform.increment": 1e-3,
             "transform.hold": settings.get("transform.hold", 40_000) // 10,
         }

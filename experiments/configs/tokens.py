@@ -9,7 +9,8 @@ A name picks the settings. `,smoke` shrinks them to seconds, to see that all par
 digits      the default, ours: 8x8 digits inside scikit-learn, no download
 mnist       a small transformer, patches of 4 x 4
 cifar10     the same
-imagenet    DeiT-Tiny, Table 1, for images in memory at 224 x 224
+imagenet    DeiT-Tiny, Table 1, for a folder: --config.data.name=FOLDER; published weights
+            as the start: --config.model.weights=FILE.safetensors
 ==========  =====================================================================
 
 First transformers are trained whole, with and without CKA-SR between their blocks. Then each is
@@ -34,11 +35,13 @@ _BASE: dict[str, Any] = {
     "keep": (0.7, 0.9),
     "seeds": (1, 2, 3, 4, 5),
     "data": {"name": "digits", "split_seed": 9, "augment": False, "size": 224},
-    # Blocks before which tokens are dropped.
-    "model": {"name": "vit_patch2", "places": (2, 4, 6)},
-    # AugCKA-SR of the outputs of all blocks: its weight in the first training of one half of the
-    # networks, the examples of a batch that are compared (0: all), and one batch in how many.
-    "cka_sr": {"coefficient": 1e-2, "samples": 8, "every": 5},
+    # Blocks before which tokens are dropped; a safetensors file with the names of DeiT that every
+    # whole transformer starts from.
+    "model": {"name": "vit_patch2", "places": (2, 4, 6), "weights": ""},
+    # Of the outputs of all blocks, in the first training of one half of the networks: cka_sr, the
+    # sum over pairs (Eq. 11), or aug_cka_sr, their mean (Eq. 14); its weight, the examples of a
+    # batch that are compared (0: all), and one batch in how many.
+    "cka_sr": {"regulariser": "cka_sr", "coefficient": 1e-2, "samples": 8, "every": 5},
     # Of the decision: the weight of a token's similarity to others, by their "sum" (Eq. 13), their
     # "mean", or its mean less that of all tokens ("relative"). With the former two all tokens are
     # dropped at the start of training where they are much alike, and hardly any comes back.
@@ -99,7 +102,10 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "dynamic.epochs": 30,
     },
     "imagenet": {
-        "data.name": "./imagenet.npz",
+        "data.name": "./imagenet",
+        "data.augment": True,
+        # What is held in memory.
+        "evaluated": 10_000,
         "model.name": "deit_tiny",
         "model.places": (3, 6, 9),
         "seeds": (1,),

@@ -35,7 +35,7 @@ class TextData(NamedTuple):
 
 def is_text(name: str | os.PathLike[str]) -> bool:
     """Whether a name is one of those that `load` takes."""
-    return name == _INSIDE or Path(name).suffix == ".txt"
+    return os.fspath(name) == _INSIDE or Path(name).suffix.lower() == ".txt"
 
 
 def load(name: str | os.PathLike[str], length: int, *, test_fraction: float = 0.1) -> TextData:
@@ -65,10 +65,10 @@ def load(name: str | os.PathLike[str], length: int, *, test_fraction: float = 0.
         raise ValueError(f"length is {length}, expected 1 or more tokens")
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction is {test_fraction}, expected a number between 0 and 1")
-    path = Path(name).expanduser()
-    if name != _INSIDE and not path.is_file():
+    path, inside = Path(name).expanduser(), os.fspath(name) == _INSIDE
+    if not inside and not path.is_file():
         raise FileNotFoundError(f"there is no text {path}")
-    content = _help() if name == _INSIDE else path.read_bytes()
+    content = _help() if inside else path.read_bytes()
     tokens = np.frombuffer(content, np.uint8)
     first = len(tokens) - round(test_fraction * len(tokens))
     parts = [_windows(part, length) for part in (tokens[:first], tokens[first:])]

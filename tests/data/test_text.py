@@ -1,5 +1,7 @@
 """Texts: windows by hand, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,11 @@ def test_windows_by_hand(tmp_path):
     np.testing.assert_array_equal(data.test.y, 101 + np.arange(8).reshape(2, 4))
     assert data.validation.x.shape == (0, 4) and data.train.x.dtype == data.train.y.dtype == "i4"
     assert (data.input_shape, data.num_classes, data.name) == ((4,), 256, "letters")
+
+
+def test_names():
+    assert text.is_text("pydoc") and text.is_text(Path("pydoc")) and text.is_text("A.TXT")
+    assert not text.is_text("mnist") and not text.is_text("txt")
 
 
 def test_letters_that_are_no_ascii(tmp_path):

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import tokens_members as members
+from experiments import tokens_report as report
 from experiments import tokens_study as study
 from experiments.cli import UserError
 from experiments.configs import tokens as configs
 from ntt_sparse import models
 from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.training.export import load_network
+from ntt_sparse.training.step import TermInputs
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,104 @@ def test_a_study(tmp_path, monkeypatch, tiny):
     module = members.dynamic(config, tiny, members.Variant(0.75, False))
     x = jnp.zeros((2, 8, 8, 1))
     assert jax.eval_shape(module.apply, {"params": params}, x).shape == (2, 10)
-    assert "| 0.75 | yes |" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "| 0.75 | yes |" in text
+    # What is published is of another network and other data.
+    assert "72.20" not in text and "Mean CKA of different blocks" in text
+    whole_cka, dynamic_cka = summary["networks"][1], summary["networks"][3]
+    less = np.subtract(*(row["test_accuracy"]["values"] for row in (dynamic_cka, whole_cka)))
+    np.testing.assert_allclose(dynamic_cka["less_whole"]["mean"], np.mean(less), atol=1e-9)
+    assert 0 <= whole_cka["similarity"]["mean"] <= 1
+    assert members.dynamic(config, tiny, members.Variant(0.75, True)).redundancy is not None
+
+
+def test_published_numbers_are_of_their_network():
+    rows = [
+        {"keep": keep, "cka": cka, "parameters": 1, "multiply_adds": 1, **values}
+        for keep, cka in ((None, False), (None, True), (0.7, False), (0.7, True), (1.0, False))
+        for values in [
+            {name: {"mean": 0.5, "std": None, "values": [0.5]}
+             for name in ("test_accuracy", "validation_accuracy", "similarity")}
+        ]
+    ]  # fmt: skip
+    lines = report._markdown(configs.get_config("imagenet"), rows).splitlines()
+    cells = [line.split("|")[-2].strip() for line in lines if line.startswith("| ")]
+    assert cells == ["published", "---", "72.20", "", "71.11", "71.35", ""]
+    lines = report._markdown(configs.get_config("digits"), rows).splitlines()
+    assert not any("72.20" in line for line in lines)
+
+
+def test_what_training_minimises(tiny):
+    """All terms by hand, of a teacher that is another network."""
+    config = get_config(**{
+        "losses.ratio": 3.0, "losses.distillation": 5.0, "losses.tokens": 7.0,
+        "dynamic.label_smoothing": 0.0,
+    })  # fmt: skip
+    module = members.dynamic(config, tiny, members.Variant(0.75, True))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 1)), jnp.float32)
+    y = jnp.asarray([0, 1, 2, 3, 4, 5])
+    params, teacher = (module.init(jax.random.key(seed), x)["params"] for seed in (1, 2))
+    # So large that student and teacher differ.
+    params, teacher = (jax.tree.map(lambda leaf: 5 * leaf, tree) for tree in (params, teacher))
+    key = jax.random.key(3)
+    inputs = TermInputs(
+        params=params, masks=None, batch=(x, y), key=key, step=0, context=teacher["vit"],
+        model_state={},
+    )  # fmt: skip
+    found, _ = study.dynamic_forward(module)(inputs)
+    values = {
+        name: float(term(inputs._replace(outputs=found))[0])
+        for name, term in study.dynamic_terms(config, module).items()
+    }
+    sampled = module.apply({"params": params}, x, rngs={"tokens": key}, method="sample")
+    logits, decisions = np.asarray(sampled.logits, float), np.asarray(sampled.decisions)
+    tokens = tiny.apply({"params": teacher["vit"]}, x, method="encode")
+    other = np.asarray(tiny.apply({"params": teacher["vit"]}, x), float)
+    log_p, log_q = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (logits, other))
+    assert 0 < decisions[-1].sum() < decisions[-1].size
+    squares = (np.asarray(sampled.features) - np.asarray(tokens)[:, 1:]) ** 2
+    expected = {
+        "task": -np.mean(log_p[np.arange(6), y]),
+        "ratio": 3 * np.mean((decisions[0].mean(1) - 0.75) ** 2),
+        "distillation": 5 * np.mean(np.sum(np.exp(log_q) * (log_q - log_p), 1)),
+        "tokens": 7 * squares.mean(2)[decisions[-1] > 0].mean(),
+    }
+    assert expected["distillation"] > 1e-3 and expected["tokens"] > 1e-3
+    assert values == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_whole_transformer_starts_from_the_weights_of_a_file(monkeypatch, tiny):
+    given = tiny.init(jax.random.key(9), jnp.zeros((1, 8, 8, 1)))
+    monkeypatch.setattr(members, "load_deit", lambda path, module, shape: given)
+    config = get_config(**{"model.weights": "deit.safetensors"})
+    optimizer = members.whole_optimizer(config.pretrain, 10)
+    started = members.start_whole(config, tiny, (8, 8, 1), optimizer)
+    jax.tree.map(
+        lambda leaf, one: np.testing.assert_array_equal(leaf, np.stack([one] * 4)),
+        started.params,
+        given["params"],
+    )
+
+
+def test_images_of_a_folder(tmp_path):
+    """What is larger than memory streams, whole and with tokens that are dropped."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 6)):
+        for label in range(2):
+            folder = tmp_path / "made" / split / f"n{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 255, (10, 10, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    fields = {
+        "data.name": str(tmp_path / "made"), "data.size": 8, "data.augment": True, "seeds": (1,),
+        "evaluated": 4,
+    }  # fmt: skip
+    summary = study.run(get_config(**fields), tmp_path / "run")
+    assert len(summary["networks"]) == 4
+    with pytest.raises(UserError, match=r"config\.evaluated is 0"):
+        study.run(get_config(**{**fields, "evaluated": 0}), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_what_decays():
@@ -117,10 +217,16 @@ def test_what_moves(tiny):
     ("fields", "message"),
     [
         ({"keep": (0.0,)}, "config.keep holds 0.0"),
-        ({"keep": (0.1,)}, r"keep=0\.1 leaves \(0,\) of 4 patches"),
+        ({"keep": (0.1,)}, r"config\.keep: keep=0\.1 leaves \(0,\) of 4 patches"),
         ({"model.places": (1.5,)}, r"config.model.places is \(1\.5,\), expected integers"),
-        ({"model.places": (1, 2)}, r"places are \(1, 2\), expected blocks from 1 to 1"),
-        ({"redundancy.reduce": "max"}, "reduce is 'max'"),
+        (
+            {"model.places": (1, 2)},
+            r"config\.model with config\.keep: places are \(1, 2\), expected",
+        ),
+        ({"redundancy.reduce": "max"}, r"config\.redundancy\.reduce is 'max'"),
+        ({"redundancy.weight": 1e300}, r"config\.redundancy\.weight is 1e\+300"),
+        ({"cka_sr.regulariser": "cca"}, r"config\.cka_sr\.regulariser is 'cca'"),
+        ({"model.weights": "absent.safetensors"}, "there is no file"),
         ({"cka_sr.samples": 2}, "config.cka_sr.samples is 2"),
         ({"dynamic.batch_size": 4000}, "config.dynamic.batch_size is 4000"),
         ({"losses.ratio": -1.0}, "config.losses.ratio is -1.0"),

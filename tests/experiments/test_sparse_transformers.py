@@ -1,5 +1,7 @@
 """Sparse training of transformers, of images and of texts, with CKA-SR between their blocks."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,9 @@ def test_a_text_is_learnt(trained):
     counts = np.unique(list(TEXT), return_counts=True)[1] / len(TEXT)
     entropy = -np.sum(counts * np.log2(counts))
     assert none["test_bits_last"]["mean"] < 0.5 * entropy
+    last = json.loads((workdir / "supervised.jsonl").read_text().splitlines()[-1])
+    bits = [value for row in (none, cka_sr) for value in row["test_bits_last"]["values"]]
+    np.testing.assert_allclose(bits, np.asarray(last["test/loss"]) / np.log(2), rtol=1e-6)
     assert none["test_accuracy_last"]["mean"] > 0.5
     # And CKA-SR does what it is for.
     assert cka_sr["similarity/cka"]["mean"] < none["similarity/cka"]["mean"] - 0.05
@@ -153,8 +158,8 @@ def test_what_decays_and_how_the_rate_goes():
         moved = {name for name, leaf in masks.named_leaves(updates).items() if np.any(leaf != 0)}
         assert moved <= {"block_0/fc1/kernel"}
         rates.append(-float(updates["block_0"]["fc1"]["kernel"][0, 0]) / 0.5)
-    rise, fall = [0, 5e-3], 1e-2 * (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
-    np.testing.assert_allclose(rates, [*rise, *fall], rtol=1e-5)
+    cosine = 1e-2 * (1 + np.cos(np.pi * np.arange(10) / 10)) / 2
+    np.testing.assert_allclose(rates, cosine * [0.5, *[1] * 9], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
