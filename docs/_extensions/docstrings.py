@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import textwrap
@@ -172,6 +173,9 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     modules = _modules(name)
     owner = obj if what == "class" else getattr(modules[0], name.split(".")[-2:][0], None)
     lines[:] = translate("\n".join(lines), modules, owner).split("\n")
+    if what in ("data", "attribute", "property"):
+        # An empty comment: napoleon takes what is before a colon in the first line for a type.
+        lines[:0] = ["..", ""]
 
 
 class _Qualify(ast.NodeTransformer):
@@ -248,8 +252,21 @@ def _skip(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any)
     return None
 
 
+def _unwrap(app: Sphinx) -> None:
+    """Puts functions in place of what JAX has made of them, which autodoc would pass over."""
+    del app
+    package = importlib.import_module(PACKAGE)
+    for info in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
+        module = importlib.import_module(info.name)
+        for name, value in list(vars(module).items()):
+            plain = inspect.unwrap(value) if callable(value) else value
+            if plain is not value and not inspect.isroutine(value) and not inspect.isclass(value):
+                setattr(module, name, plain)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the above."""
+    app.connect("builder-inited", _unwrap, priority=400)
     # Before napoleon, which reads sections.
     app.connect("autodoc-process-docstring", _process, priority=400)
     app.connect("autodoc-process-signature", _signature)

@@ -107,6 +107,28 @@ def test_help_explains_itself():
     assert "mnist_lenet5_caffe" in result.stdout
 
 
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if path.stem != "cli" and 'if __name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name):
+    result = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--help"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 and not result.stderr.strip()
+    assert f"python -m experiments.{name}" in result.stdout
+    assert re.search(rf"^\S*/experiments/{name}\.py:\n(  --\w+: .+\n)", result.stdout, re.M)
+
+
 @pytest.mark.parametrize("arguments", [[f"--config={CONFIG}:fig"], ["--config", f"{CONFIG}:fig"]])
 def test_configs_are_found_without_a_checkout(tmp_path, arguments):
     """As where the package was installed: from a folder that holds no configs."""
