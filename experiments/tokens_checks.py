@@ -39,6 +39,7 @@ _RANGES = {
     "losses.ratio": (0, 1e30),
     "losses.distillation": (0, 1e30),
     "losses.tokens": (0, 1e30),
+    "redundancy.weight": (0, 1e30),
     "evaluated": (0, LARGEST_INT),
     "data.split_seed": (0, 2**32 - 1),
     "data.size": (1, 4096),

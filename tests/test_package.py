@@ -46,7 +46,9 @@ ROOMS = {
     "gates": {"_types", "gates"},
     "models": {"_types", "gates", "models", "similarity"},
     # Small networks are built from descriptions, as models.
-    "pruning": {"_program", "_types", "gates", "models.described", "pruning"},
+    "pruning": {
+        *("_program", "_types", "gates", "models.convolution", "models.described", "pruning"),
+    },
     "similarity": {"_types", "similarity"},
     "objectives": {"_types", "ntk", "objectives", "pruning.masks", "similarity"},
     # Of gates and models, descriptions and what runs them, which files hold.

@@ -279,7 +279,12 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
         "supervised.epochs": 30,
         "l0.epochs": 30,
     },
-    "text": {"data.name": "pydoc", "model.name": "gpt_micro", "supervised.epochs": 10},
+    "text": {
+        "data.name": "pydoc",
+        "model.name": "gpt_micro",
+        "supervised.epochs": 10,
+        "l0.epochs": 10,
+    },
 }
 """Small transformers; their blocks are one stage."""
 _CONFIGS: dict[str, dict[str, Any]] = {

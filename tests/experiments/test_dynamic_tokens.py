@@ -85,7 +85,8 @@ def test_what_decays():
 
 def test_what_moves(tiny):
     """Predictors at once, blocks after the fixed part and slower, positions never."""
-    settings = get_config(**{"dynamic.fixed": 0.5, "dynamic.weight_decay": 0.0}).dynamic
+    fields = {"dynamic.fixed": 0.5, "dynamic.weight_decay": 0.0, "dynamic.backbone": 0.01}
+    settings = get_config(**fields).dynamic
     settings.warmup = 0.0
     module = members.dynamic(get_config(), tiny, members.Variant(0.75, False))
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
