@@ -92,3 +92,33 @@ def test_it_builds_without_a_warning_and_has_every_module(tmp_path):
             ours = getattr(value, "__module__", "") == name and callable(value)
             if ours and not attribute.startswith("_"):
                 assert f'id="{name}.{attribute}"' in page, f"{name}.{attribute}"
+
+
+@pytest.fixture
+def docstrings(monkeypatch):
+    pytest.importorskip("sphinx", reason="pip install '.[docs]' to build the documentation")
+    monkeypatch.syspath_prepend(str(DOCS / "_extensions"))
+    return importlib.import_module("docstrings")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("`apply` it", ":py:obj:`apply <ntt_sparse.pruning.masks.apply>` it"),
+        ("`density=` of `params`", "``density=`` of ``params``"),
+        # As it is defined elsewhere, and as it is not at all.
+        ("`ntt_sparse.ntk.empirical_ntk`", ":py:obj:`~ntt_sparse.ntk.kernel.empirical_ntk`"),
+        ("`ntt_sparse.ntk.no_kernel`", ":py:obj:`~ntt_sparse.ntk.no_kernel`"),
+        ("`ntt_sparse.pruning._select`", "``ntt_sparse.pruning._select``"),
+        (r"the `Array`s of $\|x\|^2$", r"the ``Array``\ s of :math:`\|x\|^2`"),
+        ("``as it is`` and :py:obj:`so`", "``as it is`` and :py:obj:`so`"),
+        ("so:\n\n$$a\n  = b$$\n\nEnd.", "so:\n\n\n.. math::\n\n   a\n   = b\n\n\nEnd."),
+        (
+            "====  ===\na     b\n====  ===\n`x`   1\n      2\n====  ===",
+            ".. list-table::\n   :header-rows: 1\n\n   * - a\n     - b\n   * - ``x``\n     - 1 2\n",
+        ),
+    ],
+)
+def test_docstrings_become_restructured_text(docstrings, written, expected):
+    module = importlib.import_module("ntt_sparse.pruning.masks")
+    assert docstrings.translate(written, [module]) == expected
