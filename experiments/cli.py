@@ -157,6 +157,7 @@ def _exit(code: int, line: str) -> NoReturn:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    argv = _with_installed_configs(argv)
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, ValueError, OSError, KeyError, TypeError) as error:
@@ -167,6 +168,24 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         _exit(2, f"error: unexpected arguments {rest[1:]}; flags start with --, see --help")
     return rest
+
+
+def _with_installed_configs(argv: list[str]) -> list[str]:
+    """Finds `experiments/configs/NAME.py` beside this module where there is no checkout."""
+    root = Path(__file__).parents[1]
+
+    def found(argument: str, before: str) -> str:
+        flag = re.match(r"--?config=", argument)
+        if flag is None and before not in ("--config", "-config"):
+            return argument
+        path, colon, name = argument[flag.end() if flag else 0 :].partition(":")
+        if Path(path).is_file():
+            return argument
+        if not re.fullmatch(r"experiments/configs/\w+\.py", path) or not (root / path).is_file():
+            _exit(2, f"error: there is no config file {path!r}: expected FILE.py:NAME; see --help")
+        return f"{flag[0] if flag else ''}{root / path}{colon}{name}"
+
+    return [argv[0], *map(found, argv[1:], argv)]
 
 
 def _cause(message: str) -> str:

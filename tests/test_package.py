@@ -5,6 +5,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -107,6 +108,20 @@ def test_the_readme_examples_run(capsys, tmp_path, monkeypatch):
     np.testing.assert_allclose(names["module"].apply(names["variables"], x), expected)
     program = jax.export.deserialize(bytearray(names["program"]))
     np.testing.assert_allclose(program.call(x), expected, atol=1e-6)
+
+
+def test_wheels_hold_every_file_that_is_read():
+    """Installed packages have modules, and of other files those that pyproject.toml names."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = settings["tool"]["setuptools"]["package-data"]
+    for folder in ("ntt_sparse", "experiments"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_dir() or path.suffix == ".py" or "__pycache__" in path.parts:
+                continue
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(path.match(pattern) for pattern in named.get(package, [])), path
+    packages = [*(ROOT / "ntt_sparse").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
+    assert all((path.parent / "__init__.py").is_file() for path in packages)
 
 
 def has_field(config, path):

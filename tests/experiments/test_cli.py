@@ -46,6 +46,7 @@ def run(*arguments):
     [
         (["--config.densty=0.1"], 2, "no field 'densty': did you mean density"),
         ([f"--config={CONFIG}:mnist_lenet30"], 2, "did you mean 'mnist_lenet300'"),
+        (["--config=configs/ntt.py:mnist_lenet300"], 2, "no config file 'configs/ntt.py'"),
         (["--config.supervised.epochs=many"], 2, "invalid literal"),
         (["--bogus"], 2, "Unknown command line flag 'bogus'"),
         (["run"], 2, "unexpected arguments ['run']"),
@@ -104,6 +105,44 @@ def test_help_explains_itself():
     for flag in ("config", "workdir", "data_dir"):
         assert re.search(rf"^  --{flag}: ", result.stdout, re.M), flag
     assert "mnist_lenet5_caffe" in result.stdout
+
+
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if path.stem != "cli" and 'if __name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name):
+    result = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--help"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 and not result.stderr.strip()
+    assert f"python -m experiments.{name}" in result.stdout
+    assert re.search(rf"^\S*/experiments/{name}\.py:\n(  --\w+: .+\n)", result.stdout, re.M)
+
+
+@pytest.mark.parametrize("arguments", [[f"--config={CONFIG}:fig"], ["--config", f"{CONFIG}:fig"]])
+def test_configs_are_found_without_a_checkout(tmp_path, arguments):
+    """As where the package was installed: from a folder that holds no configs."""
+    result = subprocess.run(
+        command(*arguments),
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2 and not list(tmp_path.iterdir())
+    # The file was loaded, and knows no such name.
+    assert result.stderr.startswith("\nerror: unknown config 'fig'")
 
 
 def test_a_work_directory_belongs_to_one_config(tmp_path):
