@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Widths that choose themselves, and networks that really get smaller
 #
-# A *discriminative masking* (DAM) gate (Bu et al. 2021, <https://arxiv.org/abs/2110.09684>) has one
+# A *discriminative masking* (DAM) gate (Bu et al. 2021, <https://arxiv.org/abs/2110.01684>) has one
 # number for a whole layer: an offset that slides channel after channel to zero, in a fixed order,
 # as far as the loss lets it. What is closed in the end is cut off.
 #
