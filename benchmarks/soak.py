@@ -34,7 +34,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _OF_A_MOMENT = ("seconds.jsonl", "provenance.json", ".lock")
 _AIMS = ("any time", "first second", "checkpoint", "between stages", "report")
 _MOST_KILLS_OF_A_RUN = 12
-_LONGEST_SECONDS = 900
+LONGEST_SECONDS = 900
 _POLL_SECONDS = 0.005
 # What a run says that should never follow from a kill.
 _DAMAGE = ("is cut short or changed", "cannot be read", "is damaged", "does not belong to")
@@ -48,7 +48,7 @@ class Study:
     stages: dict[str, int]
 
 
-_STUDIES = {
+STUDIES = {
     "ntt": Study(
         (
             *("-m", "experiments.ntt"),
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the soak. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Kills studies and compares how they end.")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--study", choices=sorted(_STUDIES), default="ntt")
+    parser.add_argument("--study", choices=sorted(STUDIES), default="ntt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a new folder, by default a temporary one")
     options = parser.parse_args(arguments)
@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.out} exists, expected a new folder")
     out = (options.out or Path(tempfile.mkdtemp(prefix="soak-"))).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    study, rng, found = _STUDIES[options.study], random.Random(options.seed), Found()
-    seconds = [_unbroken(study, out / name) for name in ("first", "unbroken")]
+    study, rng, found = STUDIES[options.study], random.Random(options.seed), Found()
+    seconds = [unbroken(study, out / name) for name in ("first", "unbroken")]
     found.different += differences(out / "first", out / "unbroken", study.stages)
     print(f"{out}: unbroken runs took {seconds[0]:.0f} and {seconds[1]:.0f} s", flush=True)
     while sum(found.kills.values()) < options.kills:
@@ -125,9 +125,9 @@ def _report(found: Found) -> int:
     return int(bool(found.lost or found.damaged or found.different))
 
 
-def _start(study: Study, workdir: Path) -> subprocess.Popen[bytes]:
+def start(study: Study, workdir: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Starts a study as a group of processes; what it says is added to a log."""
     environment = dict(os.environ, PYTHONPATH=str(_ROOT))
-    log = workdir.with_name(f"{workdir.name}.log")
     with log.open("ab") as file:
         file.write(b"\n--- started\n")
         file.flush()
@@ -137,11 +137,12 @@ def _start(study: Study, workdir: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _unbroken(study: Study, workdir: Path) -> float:
-    began = time.monotonic()
-    code = _start(study, workdir).wait(timeout=_LONGEST_SECONDS)
+def unbroken(study: Study, workdir: Path) -> float:
+    """Runs a study to its end. Returns seconds."""
+    began, log = time.monotonic(), workdir.with_name(f"{workdir.name}.log")
+    code = start(study, workdir, log).wait(timeout=LONGEST_SECONDS)
     if code:
-        raise SystemExit(f"error: the unbroken run ended with {code}:\n{_said(workdir)[-2000:]}")
+        raise SystemExit(f"error: the unbroken run ended with {code}:\n{said(log)[-2000:]}")
     return time.monotonic() - began
 
 
@@ -149,25 +150,25 @@ def _soak(
     study: Study, workdir: Path, kills: int, seconds: float, rng: random.Random, found: Found
 ) -> None:
     """Starts one run until it ends; every start but the last is killed."""
-    killed = 0
+    killed, log = 0, workdir.with_name(f"{workdir.name}.log")
     while True:
-        process = _start(study, workdir)
+        process = start(study, workdir, log)
         if killed < _MOST_KILLS_OF_A_RUN and sum(found.kills.values()) < kills:
             _wait(process, rng.choice(_AIMS), study, workdir, seconds, rng)
         else:
-            process.wait(timeout=_LONGEST_SECONDS)
+            process.wait(timeout=LONGEST_SECONDS)
         ended = process.poll() is not None
         if not ended:
             os.killpg(process.pid, signal.SIGKILL)
-        code, said = process.wait(), _said(workdir)
-        if any(sign in said for sign in _DAMAGE):
-            found.damaged.append(f"{workdir.name}: {said.strip().splitlines()[-1]}")
+        code, text = process.wait(), said(log)
+        if any(sign in text for sign in _DAMAGE):
+            found.damaged.append(f"{workdir.name}: {text.strip().splitlines()[-1]}")
         if code == -signal.SIGKILL:
             killed += 1
-            found.kills[phase(study, workdir, said)] += 1
+            found.kills[phase(study, workdir, text)] += 1
             continue
         if code:
-            found.lost.append(f"{workdir.name} ended with {code}: {said.strip()[-500:]}")
+            found.lost.append(f"{workdir.name} ended with {code}: {text.strip()[-500:]}")
         return
 
 
@@ -234,13 +235,13 @@ def _written_last(workdir: Path) -> Iterator[Path]:
             yield workdir / name
 
 
-def phase(study: Study, workdir: Path, said: str) -> str:
+def phase(study: Study, workdir: Path, text: str) -> str:
     """Where a process was when it was killed, by what it left and said."""
     if _unfinished(workdir):
         return "while a checkpoint was written"
     if list(workdir.rglob("*.tmp")):
         return "while a file was replaced"
-    begun = [name for name in study.stages if f" {name}: " in said]
+    begun = [name for name in study.stages if f" {name}: " in text]
     if not begun:
         return "before the first stage"
     ended = (workdir / "checkpoints" / begun[-1] / str(study.stages[begun[-1]])).exists()
@@ -249,10 +250,9 @@ def phase(study: Study, workdir: Path, said: str) -> str:
     return "after the last stage" if begun[-1] == list(study.stages)[-1] else "between stages"
 
 
-def _said(workdir: Path) -> str:
+def said(log: Path) -> str:
     """What the last process said."""
-    log = workdir.with_name(f"{workdir.name}.log").read_text(errors="replace")
-    return log.rpartition("--- started\n")[2]
+    return log.read_text(errors="replace").rpartition("--- started\n")[2]
 
 
 def differences(one: Path, other: Path, stages: Sequence[str] | dict[str, int]) -> list[str]:

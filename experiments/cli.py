@@ -1,6 +1,7 @@
 """The command line of every study: flags, one-line errors, exit codes."""
 
 import difflib
+import errno
 import fcntl
 import importlib
 import json
@@ -23,12 +24,23 @@ from ntt_sparse.training.files import write_text
 
 _logger = logging.getLogger(__name__)
 
+# Of a disk that is full, read only, of somebody else or broken: not of a mistake in a program.
+_OF_DISKS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+    if hasattr(errno, name)
+}
+
 # The flags belong to the module that calls `start`, whose --help lists them.
 flags.disclaim_key_flags()
 
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one complete line."""
+
+
+class BusyError(UserError):
+    """Another process works in the work directory."""
 
 
 @contextmanager
@@ -46,7 +58,8 @@ def user_errors() -> Iterator[None]:
 def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -> None:
     """The whole command line of a study: defines and parses its flags, runs it and exits.
 
-    Exit codes: 0 done, 1 failed, 2 the command line is wrong, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 the command line is wrong, 3 another process works in the work
+    directory, 130 interrupted.
 
     Args:
         name: Of the command.
@@ -132,7 +145,15 @@ def _guard(main: Callable[[], None]) -> None:
         main()
     except (UserError, CheckpointError, DivergenceError, StreamError) as error:
         logging.getLogger("experiments").debug("the error came from here", exc_info=True)
-        _exit(1, f"error: {error}")
+        _exit(3 if isinstance(error, BusyError) else 1, f"error: {error}")
+    except OSError as error:
+        if error.errno not in _OF_DISKS:
+            raise
+        _exit(
+            1,
+            f"error: {error.strerror}: {error.filename or 'a file'}; when that is mended, the same "
+            "command goes on from the last checkpoint",
+        )
     except KeyboardInterrupt as error:
         _exit(130, f"interrupted: {error}" if str(error) else "interrupted")
 
@@ -202,8 +223,8 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
         The directory; it holds `config.json` and `provenance.json`.
 
     Raises:
-        UserError: It belongs to another config, another process works in it, or it
-            cannot be written. Nothing is changed.
+        BusyError: Another process works in it.
+        UserError: It belongs to another config, or cannot be written. Nothing is changed.
     """
     workdir = Path(workdir)
     try:
@@ -219,7 +240,7 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
             # Released by the system when the process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
+            raise BusyError(
                 f"another process works in {workdir}: wait for it, or choose another --workdir"
             ) from error
         except OSError as error:
@@ -234,7 +255,9 @@ def _check_owner(workdir: Path, config: dict[str, Any]) -> None:
     """Finds `config`, which went through JSON, in config.json, or writes it there."""
     path = workdir / "config.json"
     if not path.exists():
-        foreign = sorted(entry.name for entry in workdir.iterdir() if entry.name != ".lock")
+        # The latter is left by a process that was killed as it wrote the settings.
+        own = (".lock", f"{path.name}.tmp")
+        foreign = sorted(entry.name for entry in workdir.iterdir() if entry.name not in own)
         if foreign:
             raise ValueError(
                 f"work directory {workdir} holds {', '.join(foreign[:5])} but no config.json: "

@@ -36,6 +36,7 @@ from ntt_sparse.models.graph import (
     gates,
     link_loss,
 )
+from ntt_sparse.training.files import write_npz
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.ranking import average_precision, roc_auc
 from ntt_sparse.training.state import Member
@@ -104,7 +105,7 @@ def save_codes(
         member = jax.tree.map(lambda leaf, i=index: leaf[i], members)
         codes = np.asarray(encode(member, own_links(member, data, None)))
         codes = codes[:, np.flatnonzero(gates(module, member.params))]
-        np.savez_compressed(directory / f"{name}.npz", allow_pickle=False, codes=codes)
+        write_npz(directory / f"{name}.npz", {"codes": codes})
         sizes.append(codes.shape[1])
     return sizes
 

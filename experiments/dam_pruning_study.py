@@ -20,6 +20,7 @@ from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.network import Network
 from ntt_sparse.similarity.cka import cka_matrix
 from ntt_sparse.similarity.features import capture
+from ntt_sparse.training.files import write_npz
 from ntt_sparse.training.state import Member
 
 _logger = logging.getLogger(__name__)
@@ -125,5 +126,4 @@ def save_similarities(path: Path, config: Any, setup: Setup, members: Member) ->
         return cka_matrix(list(maps)), used[gated_node(setup.network, config.similarity)]
 
     cka, used = jax.jit(lambda members: jax.lax.map(measure, members))(members)
-    with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, cka=np.asarray(cka), used=np.asarray(used))
+    write_npz(path, {"cka": np.asarray(cka), "used": np.asarray(used)})

@@ -54,7 +54,7 @@ def load(workdir: str | Path, name: str) -> Recommender:
         ValueError: A file is damaged.
     """
     workdir = Path(workdir)
-    params, _ = load_network(workdir / "networks" / f"{name}.npz")
+    params, _ = load_network(workdir / "networks" / f"{name}.safetensors")
     config: Any = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     levels = np.asarray(json.loads((workdir / _LEVELS).read_text()), np.float32)
     module = network(config, name.split("-")[0], len(levels))

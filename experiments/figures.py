@@ -1,11 +1,14 @@
 """Figures, each as PNG and PDF, drawn without a display."""
 
+import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ntt_sparse.training.files import write_bytes
 
 _SPREAD_ALPHA = 0.2
 _MARKERS = "osD^v<>Pp*"
@@ -27,8 +30,14 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, **kwargs: Any) -> Itera
     yield axes
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without dates, so that the same numbers give the same files.
-    figure.savefig(f"{path}.png", dpi=150, metadata={"Software": None})
-    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
+    options: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 150, "metadata": {"Software": None}},
+        "pdf": {"metadata": {"CreationDate": None}},
+    }
+    for kind, how in options.items():
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, **how)
+        write_bytes(Path(f"{path}.{kind}"), drawn.getvalue())
 
 
 def accuracy_against_density(

@@ -43,6 +43,7 @@ from ntt_sparse.data.text import TextData
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture
 from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training.files import write_npz
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Augment, Forward, make_step
@@ -248,5 +249,4 @@ def save_measurements(path: Path, config: Any, setup: Setup, members: Member) ->
     for name, mask in masks.items():
         for index, kept in enumerate(np.asarray(mask)):
             counts[index] += np.histogram(params[name][index][kept], edges)[0]
-    with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, edges=edges, counts=counts, **arrays)
+    write_npz(path, {"edges": edges, "counts": counts, **arrays})

@@ -27,6 +27,7 @@ from ntt_sparse.pruning.masks import LayerDensity, layer_densities
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
+from ntt_sparse.training.files import append_text
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 from ntt_sparse.training.program import Program, gather, make_program
@@ -244,8 +245,7 @@ def _timed(workdir: Path, stage: str, checkpoints: Checkpoints, start: int) -> I
         steps = max(checkpoints.steps(), default=start) - first
         if steps > 0:
             took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
-            with (workdir / _SECONDS).open("a") as file:
-                file.write(json.dumps(took) + "\n")
+            append_text(workdir / _SECONDS, json.dumps(took) + "\n")
 
 
 def seconds_per_step(workdir: Path, stage: str) -> float:
@@ -254,10 +254,18 @@ def seconds_per_step(workdir: Path, stage: str) -> float:
     From what was measured of each run of the study; NaN if nothing was.
     """
     path = workdir / _SECONDS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["stage"] == stage]
+    rows = [row for row in _rows(path) if row["stage"] == stage]
     steps = sum(row["steps"] for row in rows)
     return sum(row["seconds"] for row in rows) / steps if steps else float("nan")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """What was measured, without lines that a full disk or a kill cut short."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and row.keys() >= {"stage", "steps", "seconds"}:
+                yield row
 
 
 def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:
@@ -266,4 +274,4 @@ def save_networks(directory: Path, names: Sequence[str], members: Member) -> Non
     trees = jax.device_get((members.params, members.masks, members.model_state))
     for index, name in enumerate(names):
         params, masks, state = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), trees)
-        save_network(directory / f"{name}.npz", params, masks, state)
+        save_network(directory / f"{name}.safetensors", params, masks, state)

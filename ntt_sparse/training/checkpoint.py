@@ -2,12 +2,15 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ntt_sparse.training.files import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +39,14 @@ def _fingerprint(*content: Any) -> np.ndarray:
     for part in content:
         fingerprint.update(part)
     return np.frombuffer(fingerprint.digest(), np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, of what may be a long story of layers around it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = re.findall(r": ([^:]+?) \[os_error_code=", str(error))
+    return said[-1] if said else one_line(error)
 
 
 class Checkpoints:
@@ -88,7 +99,11 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def save(self, step: int, state: Any, *, records: int) -> None:
-        """Saves a state; returns when it is on disk. A step already saved is left as it is."""
+        """Saves a state; returns when it is on disk. A step already saved is left as it is.
+
+        Raises:
+            CheckpointError: It cannot be written; checkpoints before it are left.
+        """
         if step in self.steps():
             return
         meta = {
@@ -96,7 +111,16 @@ class Checkpoints:
             "digest": digest(state),
             "identity": self._identity,
         }
-        self._checkpointer.save(step, {"state": state, "meta": meta})
+        try:
+            self._checkpointer.save(step, {"state": state, "meta": meta})
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be written in {self.directory} "
+                f"({_reason(error)}): when that is mended, the same command goes on from the "
+                "checkpoint before"
+            ) from error
 
     def restore(self, like: _State) -> tuple[_State, int] | None:
         """The newest checkpoint that is whole.

@@ -1,6 +1,7 @@
 """Networks to be used elsewhere: with their description in a file, or as compiled programs."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from flax import traverse_util
 from ntt_sparse.gates import network_text
 from ntt_sparse.models import described
 from ntt_sparse.models.described import STATISTICS, Described
-from ntt_sparse.training.files import write_bytes
+from ntt_sparse.training.files import one_line, read_safetensors, write_safetensors
 
 _FORMAT = "ntt_sparse network 1"
 _SUFFIX = ".safetensors"
+# Trained weights compress to no such part of their size.
+_MOST_COMPRESSED = 1000
 
 
 def save(path: str | Path, module: Described, variables: Mapping[str, Any]) -> None:
@@ -39,10 +42,7 @@ def save(path: str | Path, module: Described, variables: Mapping[str, Any]) -> N
         value = getattr(module, field)
         header[field] = "" if value is None else jnp.dtype(value).name
     if path.suffix == _SUFFIX:
-        # Imported here: the library is useful without it.
-        from safetensors.flax import save as to_bytes
-
-        write_bytes(path, to_bytes(arrays, header))
+        write_safetensors(path, arrays, header)
         return
     from orbax.checkpoint import v1 as ocp
 
@@ -63,24 +63,18 @@ def load(path: str | Path) -> tuple[Described, dict[str, Any]]:
         FileNotFoundError: There is none.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no network at {path}")
-    try:
-        header, arrays = (_read_safetensors if path.is_file() else _read_orbax)(path)
-        header, arrays = dict(header), dict(arrays)
-    except Exception as error:  # What is damaged raises many kinds.
-        raise ValueError(f"{path} is no network file, or damaged ({_line(error)})") from error
+    header, arrays = (_read_orbax if path.is_dir() else read_safetensors)(path)
     if header.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has format {header.get('format')!r}, expected {_FORMAT!r}: a network that "
             "ntt_sparse.training.deploy.save wrote"
         )
-    network = network_text.from_json(header.get("network", ""))
     dtype = header.get("dtype") or None
     try:
+        network = network_text.from_json(header.get("network", ""))
         kinds = (dtype and jnp.dtype(dtype), jnp.dtype(header.get("param_dtype", "")))
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
     if not all(kind is None or jnp.issubdtype(kind, jnp.floating) for kind in kinds):
         raise ValueError(f"{path} is of dtypes {kinds}, expected floating-point ones")
     module = Described(network, *kinds)
@@ -148,22 +142,19 @@ def _checked(module: Described, arrays: dict[str, Any], where: str) -> dict[str,
     return arrays
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="flax") as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-
-
 def _read_orbax(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     from orbax.checkpoint import v1 as ocp
 
-    tree = ocp.load(str(path.absolute()))
-    return json.loads(bytes(np.asarray(tree["header"]))), tree["arrays"]
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    try:
+        claimed = jax.tree.leaves(ocp.metadata(str(path.absolute())).metadata)
+        size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in claimed)
+        stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if size > _MOST_COMPRESSED * stored:
+            raise ValueError(f"{stored} bytes that claim to hold {size}")
+        tree = ocp.load(str(path.absolute()))
+        return dict(json.loads(bytes(np.asarray(tree["header"])))), dict(tree["arrays"])
+    except Exception as error:  # What is damaged raises many kinds.
+        raise ValueError(f"{path} is no network file, or damaged ({one_line(error)})") from error
 
 
 def compiled(module: Any, variables: Mapping[str, Any], x: Any) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""Trained networks as files: parameters, masks and gates of one network in a plain `.npz`."""
+"""Trained networks as safetensors files: parameters, masks and gates of one network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +11,22 @@ from flax import traverse_util
 from ntt_sparse._types import Masks, Params
 from ntt_sparse.gates.network import Network, gated_channels
 from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.training.files import read_safetensors, write_safetensors
+
+_FORMAT = "ntt_sparse trained network 1"
 
 
 def save_network(path: str | Path, params: Params, masks: Masks, model_state: Any = None) -> None:
     """Writes the effective parameters and the masks of one network.
 
     Args:
-        path: A file ending in `.npz`; it is replaced.
+        path: A file ending in `.safetensors`; it is replaced.
         params: Nested dictionaries of arrays.
         masks: Masks of the structure of `params`; leaves that are `None` are not stored.
         model_state: What the network carries besides, such as `{"batch_stats": ...}`.
 
     Raises:
-        ValueError: `masks` does not fit `params`.
+        ValueError: `masks` does not fit `params`, or numbers are not finite.
     """
     effective = pruning_masks.apply(params, masks)
     arrays = {
@@ -34,8 +37,8 @@ def save_network(path: str | Path, params: Params, masks: Masks, model_state: An
         f"state/{k}": np.asarray(v)
         for k, v in pruning_masks.named_leaves(dict(model_state or {})).items()
     }
-    with Path(path).open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    _check_finite(path, arrays)
+    _write(path, arrays)
 
 
 def load_network(path: str | Path) -> tuple[Params, Masks]:
@@ -45,23 +48,25 @@ def load_network(path: str | Path) -> tuple[Params, Masks]:
         Parameters, exactly zero where pruned, and their masks.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file does not hold a network.
     """
     arrays = _read(path)
-    params = _under("params/", arrays)
+    params, masks = _under("params/", arrays), _under("masks/", arrays)
     if not params:
         raise ValueError(f"{path} holds no parameters: expected a file that save_network wrote")
-    masks = {name: arrays.get(f"masks/{name}") for name in params}
-    return _nested(params), _nested(masks)
+    _check_masks(path, masks, params)
+    return _nested(path, params), _nested(path, {name: masks.get(name) for name in params})
 
 
 def load_model_state(path: str | Path) -> dict[str, Any]:
     """Reads the model state that `save_network` wrote; empty if the network carries none.
 
     Raises:
-        ValueError: The file is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or of something else.
     """
-    return _nested(_under("state/", _read(path)))
+    return _nested(path, _under("state/", _read(path)))
 
 
 def load_masks(path: str | Path, params: Params) -> Masks:
@@ -82,27 +87,18 @@ def load_masks(path: str | Path, params: Params) -> Masks:
     leaves = pruning_masks.named_leaves(params)
     if not found:
         raise ValueError(f"{path} holds no masks: expected a file that save_network wrote")
-    for name, mask in found.items():
-        if name not in leaves:
-            raise ValueError(f"{path} has a mask of {name!r}, the network has {sorted(leaves)}")
-        if mask.dtype != bool or mask.shape != leaves[name].shape:
-            raise ValueError(
-                f"{path}: the mask of {name!r} is {mask.dtype}{list(mask.shape)}, expected "
-                f"bool{list(leaves[name].shape)}"
-            )
-    return _nested({name: found.get(name) for name in leaves})
+    _check_masks(path, found, leaves)
+    return _nested(path, {name: found.get(name) for name in leaves})
 
 
 def save_gates(path: str | Path, gates: Mapping[str, Any]) -> None:
     """Writes what the channels of each gate are multiplied by, as `layer.values` has it.
 
     Args:
-        path: A file ending in `.npz`; it is replaced.
+        path: A file ending in `.safetensors`; it is replaced.
         gates: By path, `(n,)`; booleans say which channels are open.
     """
-    with Path(path).open("wb") as file:
-        arrays = {f"gates/{name}": np.asarray(value) for name, value in gates.items()}
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    _write(path, {f"gates/{name}": np.asarray(value) for name, value in gates.items()})
 
 
 def load_gates(path: str | Path, network: Network) -> dict[str, Any]:
@@ -136,19 +132,48 @@ def load_gates(path: str | Path, network: Network) -> dict[str, Any]:
     return {name: jnp.asarray(found[name], jnp.float32) for name in expected}
 
 
+def _write(path: str | Path, arrays: dict[str, Any]) -> None:
+    write_safetensors(
+        Path(path), {k: jnp.asarray(v) for k, v in arrays.items()}, {"format": _FORMAT}
+    )
+
+
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: jnp.asarray(file[name]) for name in file.files}
-    except OSError:
-        raise
-    except Exception as error:  # A damaged zip raises many kinds.
-        raise ValueError(f"{path} is no network file, or damaged ({error})") from error
+    header, arrays = read_safetensors(Path(path))
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {header.get('format')!r}, expected {_FORMAT!r}: a file of "
+            "ntt_sparse.training.export"
+        )
+    _check_finite(path, arrays)
+    return arrays
+
+
+def _check_finite(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    for name, value in arrays.items():
+        if not np.all(np.isfinite(value)):
+            raise ValueError(f"{path}: {name!r} holds numbers that are not finite")
+
+
+def _check_masks(path: str | Path, masks: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    for name, mask in masks.items():
+        if name not in leaves:
+            raise ValueError(f"{path} has a mask of {name!r}, the network has {sorted(leaves)}")
+        if mask.dtype != bool or mask.shape != leaves[name].shape:
+            raise ValueError(
+                f"{path}: the mask of {name!r} is {mask.dtype}{list(mask.shape)}, expected "
+                f"bool{list(leaves[name].shape)}"
+            )
 
 
 def _under(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def _nested(leaves: dict[str, Any]) -> Any:
+def _nested(path: str | Path, leaves: dict[str, Any]) -> Any:
+    inner = {
+        "/".join(name.split("/")[:end]) for name in leaves for end in range(name.count("/") + 1)
+    }
+    if both := sorted(inner & leaves.keys()):
+        raise ValueError(f"{path}: {both[0]!r} is an array, and others are inside it")
     return traverse_util.unflatten_dict(leaves, sep="/")

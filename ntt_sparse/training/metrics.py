@@ -7,13 +7,14 @@ Values that are not finite are written as `null`, so that every line is strict J
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from ntt_sparse.training.files import write_text
+from ntt_sparse.training.files import append_text, naming, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -65,8 +66,7 @@ class MetricsLog:
         record: Record = {"stage": self.stage, "step": int(step)}
         record |= {name: _plain(np.asarray(value)) for name, value in sorted(values.items())}
         self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(_line(record))
+        append_text(self.path, _line(record))
         return record
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +117,8 @@ class TensorBoard:
 
     Files are opened with the first scalars; events from that step on which an
     interrupted run left are hidden. Without the package tensorboardX nothing is
-    written, which is said once.
+    written, which is said once. (TensorBoard takes the files of a run in the order of
+    their names, which hold the time: nothing else of a run goes by the clock.)
     """
 
     def __init__(self, directory: str | Path, member_names: Sequence[str]):
@@ -127,35 +128,75 @@ class TensorBoard:
             directory: Each member writes into a directory of its name below it.
             member_names: Names of the members, used as directories.
         """
-        self._paths = [str(Path(directory) / name) for name in member_names]
-        self._writers: list[Any] | None = None
+        self._paths = [Path(directory) / name for name in member_names]
+        self._files: list[_EventFile] | None = None
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the finite scalars of every member; arrays with more axes are left out."""
-        if self._writers is None:
-            self._writers = self._open(step)
+        """Writes the finite scalars of every member; arrays with more axes are left out.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        if self._files is None:
+            self._files = self._open(step)
         for name, value in values.items():
             array = np.asarray(value)
-            if array.ndim == 1 and self._writers:
-                for writer, scalar in zip(self._writers, array, strict=True):
+            if array.ndim == 1 and self._files:
+                for file, scalar in zip(self._files, array, strict=True):
                     if np.isfinite(scalar):
-                        writer.add_scalar(f"{stage}/{name}", float(scalar), step)
+                        file.add(f"{stage}/{name}", float(scalar), step)
 
     def flush(self) -> None:
         """Makes sure that what was written survives the death of this process."""
-        for writer in self._writers or ():
-            writer.flush()
+        for file in self._files or ():
+            file.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        for writer in self._writers or ():
-            writer.close()
+        for file in self._files or ():
+            file.close()
 
-    def _open(self, step: int) -> list[Any]:
+    def _open(self, step: int) -> list["_EventFile"]:
         try:
-            # Imported here: an optional sink of an optional package.
-            from tensorboardX import SummaryWriter
+            # An optional sink of an optional package.
+            import tensorboardX  # noqa: F401
         except ImportError:
             _logger.info("tensorboardX is not installed: no TensorBoard files are written")
             return []
-        return [SummaryWriter(path, purge_step=step, flush_secs=30) for path in self._paths]
+        return [_EventFile(path, step) for path in self._paths]
+
+
+class _EventFile:
+    """The event file of one run, written at once.
+
+    The writer of tensorboardX has a thread, which dies on a full disk, after which the
+    training would wait for it for ever.
+    """
+
+    def __init__(self, directory: Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._protocol = directory, cast(Any, event_pb2)
+        self._writer = EventsWriter(str(directory / "events"))
+        start = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
+        self._write(purge_step, session_log=start)
+
+    def add(self, name: str, value: float, step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        self._write(step, summary=scalar(name, value))
+
+    def flush(self) -> None:
+        with naming(self._directory):
+            self._writer.flush()
+
+    def close(self) -> None:
+        with naming(self._directory):
+            self._writer.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        with naming(self._directory):
+            event = self._protocol.Event(wall_time=time.time(), step=step, **content)
+            self._writer.write_event(event)

@@ -81,7 +81,7 @@ def test_evaluation_and_files_hold_running_statistics(tmp_path):
     members = jax.tree.map(lambda *leaves: jnp.stack(leaves), member, other)
     study.save_networks(tmp_path / "networks", ["one", "two"], members)
     for name, expected in (("one", stats), ("two", variables["batch_stats"])):
-        loaded = load_model_state(tmp_path / "networks" / f"{name}.npz")["batch_stats"]
+        loaded = load_model_state(tmp_path / "networks" / f"{name}.safetensors")["batch_stats"]
         assert jax.tree.structure(loaded) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -103,7 +103,7 @@ def test_measurements_are_those_of_the_saved_networks(finished):
     names = sparse_training_members.member_names(sparse_training_members.runs_of(config))
     assert len(names) == 12 and measured["cka"].shape == (12, 2, 2)
     probe = images.load("digits", validation_fraction=0.1, seed=9).validation.x[:16]
-    networks = [load_network(workdir / "networks" / f"{name}.npz") for name in names]
+    networks = [load_network(workdir / "networks" / f"{name}.safetensors") for name in names]
     log = MetricsLog(workdir / "supervised.jsonl", "supervised")
     assert log.column("similarity/cka")[0].tolist() == [0, 6, 12]
     last = log.records[-1]

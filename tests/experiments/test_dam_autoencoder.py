@@ -242,7 +242,7 @@ def test_scores_are_those_of_saved_networks(finished):
     x_train, x_test = dam_autoencoder_members.pixels(data)
     chosen = np.round(np.linspace(0, 1436, 200)).astype(int)
     for row, name in ((0, "dam-c0.01-s2"), (3, "l1-c0.1-s2")):
-        params, _ = load_network(workdir / "networks" / f"{name}.npz")
+        params, _ = load_network(workdir / "networks" / f"{name}.safetensors")
         gates = gates_by_hand(params)
         (train, _), (test, made) = (reconstruct(params, gates, x) for x in (x_train, x_test))
         found = summary["networks"][row]

@@ -247,7 +247,7 @@ def test_measures_are_those_of_saved_networks(finished):
         (1, "dam-c0.1-s2", GraphAutoencoder(kind=Dam())),
         (2, "gae-d3-s2", GraphAutoencoder((32, 3))),
     ):
-        params, _ = load_network(workdir / "networks" / f"{name}.npz")
+        params, _ = load_network(workdir / "networks" / f"{name}.safetensors")
         small, weights = cut(module, params)
         codes = small.apply({"params": weights}, features, messages, method="encode")
         whole = module.apply({"params": params}, features, messages, method="encode")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments import dam_pruning_members as members
 from experiments import dam_pruning_study as study
@@ -59,9 +60,9 @@ def test_the_report_holds_what_the_networks_are(orders):
     for row in summary["networks"]:
         for index, seed in enumerate(row["seeds"]):
             name = f"c{row['coefficient']!r}-t1.0-o{row['order']}-s{seed}"
-            with np.load(workdir / "networks" / f"{name}.npz", allow_pickle=False) as file:
-                betas = [file[key] for key in sorted(file.files) if key.endswith("gate/beta")]
-                kernels = {key: file[key].shape for key in file.files if key.endswith("kernel")}
+            params = load_file(workdir / "networks" / f"{name}.safetensors")
+            betas = [params[key] for key in sorted(params) if key.endswith("gate/beta")]
+            kernels = {key: leaf.shape for key, leaf in params.items() if key.endswith("kernel")}
             # By hand: 6, 16 and 120 gated channels, of which the highest are open.
             a, b, c = widths = [
                 sum(5 * (j + 1) / n + float(beta) > 0 for j in range(n))

@@ -75,7 +75,7 @@ def test_the_bottleneck_ends_at_the_rank_of_the_data(finished):
         assert row["relative_error"]["mean"] < 1e-3
     for run in dam_representation_members.runs_of(config):
         (name,) = dam_representation_members.member_names([run])
-        params, _ = load_network(workdir / "networks" / f"{name}.npz")
+        params, _ = load_network(workdir / "networks" / f"{name}.safetensors")
         beta, m, n = float(params["gate"]["beta"]), run.rank, config.bottleneck
         assert 5 * ((m - 1) / n - 1) < beta <= 5 * (m / n - 1)
 

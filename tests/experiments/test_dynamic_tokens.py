@@ -65,7 +65,7 @@ def test_a_study(tmp_path, monkeypatch, tiny):
     np.testing.assert_allclose(summary["networks"][3]["test_accuracy"]["values"], accuracy)
     assert summary["networks"][2]["multiply_adds"] < summary["networks"][0]["multiply_adds"]
     # What is written is what was trained, and can be used.
-    params, _ = load_network(tmp_path / "networks" / "keep_0.75-s1.npz")
+    params, _ = load_network(tmp_path / "networks" / "keep_0.75-s1.safetensors")
     expected = jax.tree.map(lambda leaf: leaf[0], ended["keep_0.75"].params)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     module = members.dynamic(config, tiny, members.Variant(0.75, False))

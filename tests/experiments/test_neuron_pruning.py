@@ -164,7 +164,9 @@ def test_every_criterion_prunes_the_same_number_and_measures_the_rest(finished):
         first["cka"]["similarity"]["Dense_0"]
     )
     for name in CRITERIA:
-        params, *_ = load_network(workdir / "networks" / "16-12-r0.4-i02" / f"{name}-p0.5-s2.npz")
+        params, *_ = load_network(
+            workdir / "networks" / "16-12-r0.4-i02" / f"{name}-p0.5-s2.safetensors"
+        )
         assert params["Dense_1"]["kernel"].shape == (6, 4)
     assert (workdir / "figures" / "accuracy_16-12_p0.5_r0.4.png").exists()
 
@@ -173,7 +175,7 @@ def test_neurons_that_went_are_those_that_the_criterion_names(finished):
     config, workdir, _ = finished
     whole = json.loads((workdir / "16-12-whole.json").read_text())["networks"]
     found = json.loads((workdir / "16-12-r0.4-i01.json").read_text())["networks"]
-    params, *_ = load_network(workdir / "networks" / "16-12-whole" / "dense-p0.5-s1.npz")
+    params, *_ = load_network(workdir / "networks" / "16-12-whole" / "dense-p0.5-s1.safetensors")
     assert len(whole) == 2
     setup = study.prepare(config, None)
     images = study.sample(config, setup, 1, 1)

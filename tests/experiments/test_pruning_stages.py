@@ -68,9 +68,9 @@ def test_networks_are_cut_to_their_targets(finished):
     for row in summary["networks"]:
         for seed, widths in zip(row["seeds"], row["widths"], strict=True):
             name = f"c{row['coefficient']!r}-t{row['target']!r}-o0-s{seed}"
-            params, _ = load_network(workdir / "networks" / f"{name}.npz")
+            params, _ = load_network(workdir / "networks" / f"{name}.safetensors")
             variables = {
-                "params": params, **load_model_state(workdir / "networks" / f"{name}.npz")
+                "params": params, **load_model_state(workdir / "networks" / f"{name}.safetensors")
             }  # fmt: skip
             open_ = {
                 path: value != 0
@@ -124,7 +124,7 @@ def test_hard_concrete_gates_close_by_themselves(tmp_path):
     assert pushed < 0.5 * whole < free <= whole
     measured = json.loads((tmp_path / "compact.json").read_text())
     assert all(found["difference"] < 1e-5 for found in measured.values())
-    params, _ = load_network(tmp_path / "networks" / "c100.0-t1.0-o0-s1.npz")
+    params, _ = load_network(tmp_path / "networks" / "c100.0-t1.0-o0-s1.safetensors")
     low, high = np.log(0.01), np.log(100)
     for gate in layer.find(params).values():
         assert np.all((gate["log_alpha"] >= low - 1e-6) & (gate["log_alpha"] <= high + 1e-6))
@@ -182,8 +182,8 @@ def test_small_networks_are_written_and_measured(finished):
             module, variables = deploy.load(workdir / "compact" / f"{name}.safetensors")
             count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
             assert count == found["parameters"] + found["constants"]
-            params, _ = load_network(workdir / "networks" / f"{name}.npz")
-            state = load_model_state(workdir / "networks" / f"{name}.npz")
+            params, _ = load_network(workdir / "networks" / f"{name}.safetensors")
+            state = load_model_state(workdir / "networks" / f"{name}.safetensors")
             expected = setup.module.apply({"params": params, **state}, x)
             np.testing.assert_allclose(module.apply(variables, x), expected, atol=1e-5)
     assert "| 0.6 |" in (workdir / "report.md").read_text()

@@ -147,8 +147,8 @@ def test_starts_as_documented():
 def test_a_saved_network_takes_nodes_it_has_not_seen(tmp_path):
     """Three more nodes with edges to old ones and to each other."""
     params = trained()
-    save_network(tmp_path / "a.npz", params, jax.tree.map(lambda _: None, params))
-    loaded, _ = load_network(tmp_path / "a.npz")
+    save_network(tmp_path / "a.safetensors", params, jax.tree.map(lambda _: None, params))
+    loaded, _ = load_network(tmp_path / "a.safetensors")
     more = np.random.RandomState(5).uniform(size=(3, D)).astype(np.float32)
     x = np.concatenate([X, more])
     edges = np.concatenate([EDGES, [[0, 7], [7, 8], [6, 9]]]).astype(np.int32)

@@ -17,6 +17,9 @@ from ntt_sparse.training.export import (
     save_gates,
     save_network,
 )
+from ntt_sparse.training.files import write_safetensors
+
+FORMAT = {"format": "ntt_sparse trained network 1"}
 
 
 def test_a_network_comes_back(tmp_path):
@@ -28,8 +31,8 @@ def test_a_network_comes_back(tmp_path):
         "Dense_0": {"kernel": jnp.array([[True, False]]), "bias": None},
         "out": jnp.zeros((2, 1), bool),
     }
-    save_network(tmp_path / "n.npz", params, masks)
-    loaded, loaded_masks = load_network(tmp_path / "n.npz")
+    save_network(tmp_path / "n.safetensors", params, masks)
+    loaded, loaded_masks = load_network(tmp_path / "n.safetensors")
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     assert jax.tree.structure(loaded_masks) == jax.tree.structure(masks)
     np.testing.assert_array_equal(loaded["Dense_0"]["kernel"], [[1.5, 0.0]])
@@ -40,16 +43,51 @@ def test_a_network_comes_back(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x04pickle"])
 def test_what_is_no_network_is_refused(tmp_path, content):
-    path = tmp_path / "n.npz"
+    path = tmp_path / "n.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="no network file, or damaged"):
         load_network(path)
 
 
 def test_other_arrays_are_refused(tmp_path):
-    np.savez(tmp_path / "n.npz", weights=np.ones(3))
+    path = tmp_path / "n.safetensors"
+    write_safetensors(path, {"weights": jnp.ones(3)}, FORMAT)
     with pytest.raises(ValueError, match="holds no parameters"):
-        load_network(tmp_path / "n.npz")
+        load_network(path)
+    write_safetensors(path, {"params/w": jnp.ones(3)}, {"format": "ntt_sparse trained network 0"})
+    with pytest.raises(ValueError, match="has format 'ntt_sparse trained network 0', expected"):
+        load_network(path)
+    with pytest.raises(FileNotFoundError, match="there is no network at"):
+        load_network(tmp_path / "absent.safetensors")
+
+
+def test_a_network_that_does_not_fit_itself_is_refused(tmp_path):
+    path, w = tmp_path / "n.safetensors", jnp.ones((2, 1))
+    for arrays, message in (
+        ({"params/w": w, "masks/w": jnp.ones((1, 2), bool)}, r"is bool\[1, 2\], expected bool\[2"),
+        ({"params/w": w, "masks/v": jnp.ones((2, 1), bool)}, "has a mask of 'v', the network has"),
+        ({"params/w": w, "params/w/b": w}, "'w' is an array, and others are inside it"),
+        ({"params/w": w * jnp.nan}, "'params/w' holds numbers that are not finite"),
+    ):
+        write_safetensors(path, arrays, FORMAT)
+        with pytest.raises(ValueError, match=message):
+            load_network(path)
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    params, masks = {"w": jnp.array([[1.0, jnp.nan]])}, {"w": jnp.array([[True, False]])}
+    save_network(tmp_path / "n.safetensors", params, masks)
+    with pytest.raises(ValueError, match="'params/w' holds numbers that are not finite"):
+        save_network(tmp_path / "m.safetensors", params, {"w": None})
+    assert [path.name for path in tmp_path.iterdir()] == ["n.safetensors"]
+
+
+def test_a_network_of_half_precision_comes_back(tmp_path):
+    params = {"w": jnp.array([[0.1, 2.0]], jnp.bfloat16)}
+    save_network(tmp_path / "n.safetensors", params, {"w": None})
+    loaded, _ = load_network(tmp_path / "n.safetensors")
+    assert loaded["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(loaded["w"], params["w"])
 
 
 def test_model_state_comes_back_beside_the_network(tmp_path):
@@ -58,27 +96,27 @@ def test_model_state_comes_back_beside_the_network(tmp_path):
         "batch_stats": {"stage1_block1": {"BatchNorm_0": {"mean": jnp.array([0.5, -2.0])}}},
         "count": jnp.int32(7),
     }
-    save_network(tmp_path / "n.npz", params, masks, state)
-    loaded = load_model_state(tmp_path / "n.npz")
+    save_network(tmp_path / "n.safetensors", params, masks, state)
+    loaded = load_model_state(tmp_path / "n.safetensors")
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    loaded_params, loaded_masks = load_network(tmp_path / "n.npz")
+    loaded_params, loaded_masks = load_network(tmp_path / "n.safetensors")
     assert set(loaded_params) == set(loaded_masks) == {"w"}
     np.testing.assert_array_equal(loaded_params["w"], [[1.0, 0.0]])
 
 
 @pytest.mark.parametrize("state", [None, (), {}])
 def test_a_network_without_state_has_an_empty_one(tmp_path, state):
-    save_network(tmp_path / "n.npz", {"w": jnp.ones((2, 1))}, {"w": None}, state)
-    assert load_model_state(tmp_path / "n.npz") == {}
+    save_network(tmp_path / "n.safetensors", {"w": jnp.ones((2, 1))}, {"w": None}, state)
+    assert load_model_state(tmp_path / "n.safetensors") == {}
 
 
 def test_the_state_of_a_damaged_file_is_refused(tmp_path):
-    (tmp_path / "n.npz").write_bytes(b"PK\x03\x04 cut")
+    (tmp_path / "n.safetensors").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match="no network file, or damaged"):
-        load_model_state(tmp_path / "n.npz")
+        load_model_state(tmp_path / "n.safetensors")
 
 
 def test_masks_and_gates_of_a_file_are_checked_against_the_network(tmp_path):
@@ -86,24 +124,25 @@ def test_masks_and_gates_of_a_file_are_checked_against_the_network(tmp_path):
     params = module.init(jax.random.key(0), jnp.ones((1, 5)))["params"]
     network = module.network((5,))
     masks = jax.tree.map(lambda leaf: leaf > 0 if leaf.ndim == 2 else None, params)
-    save_network(tmp_path / "n.npz", params, masks)
-    again = load_masks(tmp_path / "n.npz", params)
+    save_network(tmp_path / "n.safetensors", params, masks)
+    again = load_masks(tmp_path / "n.safetensors", params)
     jax.tree.map(np.testing.assert_array_equal, again, masks)
     for name, mask, message in (
         ("Dense_9/kernel", np.ones((5, 4), bool), "has a mask of 'Dense_9/kernel', the network"),
         ("Dense_0/kernel", np.ones((4, 5), bool), r"is bool\[4, 5\], expected bool\[5, 4\]"),
         ("Dense_0/kernel", np.ones((5, 4)), r"is float32\[5, 4\], expected bool"),
     ):
-        np.savez(tmp_path / "m.npz", **{f"masks/{name}": mask})
+        arrays = {f"masks/{name}": jnp.asarray(mask)}
+        write_safetensors(tmp_path / "m.safetensors", arrays, FORMAT)
         with pytest.raises(ValueError, match=message):
-            load_masks(tmp_path / "m.npz", params)
-    np.savez(tmp_path / "m.npz", other=np.ones(2))
+            load_masks(tmp_path / "m.safetensors", params)
+    write_safetensors(tmp_path / "m.safetensors", {"other": jnp.ones(2)}, FORMAT)
     with pytest.raises(ValueError, match="holds no masks"):
-        load_masks(tmp_path / "m.npz", params)
+        load_masks(tmp_path / "m.safetensors", params)
 
     gates = {"Dense_0/gate": np.array([True, False, True, True]), "Dense_1/gate": np.ones(3) / 2}
-    save_gates(tmp_path / "g.npz", gates)
-    loaded = load_gates(tmp_path / "g.npz", network)
+    save_gates(tmp_path / "g.safetensors", gates)
+    loaded = load_gates(tmp_path / "g.safetensors", network)
     assert {path: value.tolist() for path, value in loaded.items()} == {
         "Dense_0/gate": [1, 0, 1, 1], "Dense_1/gate": [0.5] * 3
     }  # fmt: skip
@@ -114,7 +153,7 @@ def test_masks_and_gates_of_a_file_are_checked_against_the_network(tmp_path):
         ({**gates, "Dense_1/gate": np.ones(4)}, r"shape \(4,\), expected \(3,\)"),
         ({**gates, "Dense_1/gate": np.full(3, np.nan)}, "are not finite"),
     ):
-        save_gates(tmp_path / "g.npz", wrong)
+        save_gates(tmp_path / "g.safetensors", wrong)
         with pytest.raises(ValueError, match=message):
-            load_gates(tmp_path / "g.npz", network)
+            load_gates(tmp_path / "g.safetensors", network)
     assert graph.gated_channels(network) == {"Dense_0/gate": 4, "Dense_1/gate": 3}
