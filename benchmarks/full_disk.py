@@ -5,8 +5,8 @@
 
 A file takes up the disk but for some room, drawn anew for each start of the study of `soak.py`, so
 that it is full at another write each time: a record, a checkpoint, an event file, a network, a
-figure. Each start that does not end must exit with 1 and end with one line that begins with
-`error:`, without a traceback. What ends is compared with a run on a disk with room, as in `soak.py`.
+figure. Each start that does not end must exit with 1 and say so in one last line that begins with
+`error:`. What ends is compared with a run on a disk with room, as in `soak.py`.
 The exit code is 1 if anything of that is not so.
 """
 
