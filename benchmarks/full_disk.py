@@ -5,7 +5,7 @@
 
 A file takes up the disk but for some room, drawn anew for each start of the study of `soak.py`, so
 that it is full at another write each time: a record, a checkpoint, an event file, a network, a
-figure. Each start that does not end must exit with 1 and say so in one last line that begins with
+figure. Each start that does not end must exit with 1 and say so in one line that begins with
 `error:`. What ends is compared with a run on a disk with room, as in `soak.py`.
 The exit code is 1 if anything of that is not so.
 """
@@ -46,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Without faults left, all the room there is.
             leave(options.disk, rng.uniform(0, 5e5) if faults < options.faults else None)
             code = soak.start(study, workdir, log).wait(timeout=soak.LONGEST_SECONDS)
-            last = soak.said(log).strip().splitlines()[-1:]
+            said = soak.said(log)
+            last = said.strip().splitlines()[-1:]
             if code:
                 faults += 1
                 print(f"{workdir.name} {code}: {''.join(last)}", flush=True)
-            if code and (code != 1 or not last or not last[0].startswith("error: ")):
+            in_one_line = last and last[0].startswith("error: ") and "Traceback" not in said
+            if code and (code != 1 or not in_one_line):
                 wrong.append(f"{workdir.name}: {code} {last}")
                 if code == 2 or faults > 3 * options.faults:
                     break

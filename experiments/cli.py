@@ -161,8 +161,12 @@ def _guard(main: Callable[[], None]) -> None:
 def _log_to_stderr() -> None:
     """Shows this project's own messages, and of the libraries' only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # Orbax abandons tasks when a checkpoint cannot be read; we say what is wrong ourselves.
+    # Orbax abandons tasks when a checkpoint cannot be read, and repeats an error of writing in each
+    # of its threads; we say what is wrong ourselves.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    absl_logging.get_absl_logger().addFilter(
+        lambda record: "orbax" not in Path(record.pathname).parts
+    )
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("ntt_sparse", "experiments"):

@@ -1,14 +1,12 @@
 """Arrays from pickles of Python 2, of which nothing is ever called.
 
-A pickle is a program: what it names it may call. Here the names it may use stand for records of
-what it would have called them with, its instructions are those that arrays need, and arrays are
-made of the bytes in those records afterwards. The worst that a file can do is to take long, and
-memory of a hundred times its size.
+A pickle is a program: what it names it may call. The module `pickle`, which would run it, has no
+part here: the instructions that arrays need are followed below, names stand for records of what
+they would have been called with, and arrays are made of the bytes in those records afterwards.
+The worst that a file can do is to take long, and memory of a hundred times its size.
 """
 
-import io
 import math
-import pickle
 import pickletools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,13 @@ _OPCODES = frozenset(
     "EMPTY_TUPLE GLOBAL LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWOBJ NEWTRUE NONE PROTO "
     "REDUCE SETITEM SETITEMS SHORT_BINSTRING STOP TUPLE TUPLE1 TUPLE2 TUPLE3".split()
 )
+
+
+class UnpicklingError(ValueError):
+    """A pickle holds something else than was asked for."""
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
 class _Record:
@@ -82,7 +87,7 @@ class _Mapping(dict):
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a mapping with a state")
+        raise UnpicklingError("a mapping with a state")
 
 
 _ALLOWED: dict[tuple[str, str], type] = {
@@ -93,16 +98,6 @@ _ALLOWED: dict[tuple[str, str], type] = {
     ("collections", "defaultdict"): _Mapping,
     ("__builtin__", "list"): _Name,
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> type:
-        try:
-            return _ALLOWED[module_name, global_name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it names {module_name}.{global_name}, which is no part of an array"
-            ) from None
 
 
 class Csr(NamedTuple):
@@ -156,24 +151,104 @@ def _load(content: bytes) -> Any:
     # What is looked up in a mapping is hashed, and a tuple through all that it holds, as deep and
     # as often as it holds it: tuples are few, and each is at one place alone.
     last, num_tuples, places = "", 0, set()
+    machine = _Machine()
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
         if name not in _OPCODES:
-            raise pickle.UnpicklingError(f"it has the instruction {name}")
+            raise UnpicklingError(f"it has the instruction {name}")
         if name in ("BINPUT", "LONG_BINPUT"):
             # Places are as many as the largest number says, whatever is in them.
             if not 0 <= int(argument or 0) <= len(content):
-                raise pickle.UnpicklingError(f"it puts something at place {argument}")
+                raise UnpicklingError(f"it puts something at place {argument}")
             if "TUPLE" in last:
                 places.add(argument)
-            continue
-        if name in ("BINGET", "LONG_BINGET") and argument in places:
-            raise pickle.UnpicklingError("it has a tuple at two places")
-        num_tuples += "TUPLE" in name
-        if num_tuples > _MOST_TUPLES:
-            raise pickle.UnpicklingError(f"it has more than {_MOST_TUPLES} tuples")
-        last = name
-    return _Unpickler(io.BytesIO(content), encoding="latin1").load()
+        else:
+            if name in ("BINGET", "LONG_BINGET") and argument in places:
+                raise UnpicklingError("it has a tuple at two places")
+            num_tuples += "TUPLE" in name
+            if num_tuples > _MOST_TUPLES:
+                raise UnpicklingError(f"it has more than {_MOST_TUPLES} tuples")
+            last = name
+        machine.follow(name, argument)
+    return machine.pop()
+
+
+class _Machine:
+    """Follows instructions; what it makes are numbers, texts, lists, dictionaries and records."""
+
+    def __init__(self):
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.places: dict[Any, Any] = {}
+
+    def pop(self) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise UnpicklingError("it takes what is not there")
+        return self.stack.pop()
+
+    def pop_many(self, count: int | None = None) -> list[Any]:
+        """So many items, or those since the last mark."""
+        if count is None:
+            if not self.marks:
+                raise UnpicklingError("it takes what is not there")
+            start = self.marks.pop()
+            items = self.stack[start:]
+            del self.stack[start:]
+            return items
+        return [self.pop() for _ in range(count)][::-1]
+
+    def follow(self, name: str, argument: Any) -> None:
+        if name in ("BINPUT", "LONG_BINPUT"):
+            self.places[argument] = self.top()
+        elif name == "MARK":
+            self.marks.append(len(self.stack))
+        elif name in ("APPEND", "APPENDS"):
+            items = self.pop_many(1 if name == "APPEND" else None)
+            self.top(list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self.pop_many(2 if name == "SETITEM" else None)
+            self.top(dict).update(zip(items[::2], items[1::2], strict=True))
+        elif name == "BUILD":
+            state = self.pop()
+            self.top(_Record, _Mapping).__setstate__(state)
+        elif name not in ("PROTO", "STOP"):
+            self.stack.append(self.made(name, argument))
+
+    def top(self, *kinds: type) -> Any:
+        item = self.pop()
+        if kinds and not isinstance(item, kinds):
+            raise UnpicklingError(f"it changes {_kind(item)}")
+        self.stack.append(item)
+        return item
+
+    def made(self, name: str, argument: Any) -> Any:
+        if name in ("BINGET", "LONG_BINGET"):
+            return self.places[argument]
+        if name == "GLOBAL":
+            return _named(argument)
+        if name in ("REDUCE", "NEWOBJ"):
+            called, arguments = self.pop_many(2)
+            if not isinstance(called, type) or not isinstance(arguments, tuple):
+                raise UnpicklingError(f"it calls {_kind(called)}")
+            return called(*arguments)
+        if "TUPLE" in name:
+            sizes = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+            return tuple(self.pop_many(sizes.get(name)))
+        if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        if name in ("EMPTY_LIST", "EMPTY_DICT"):
+            return [] if name == "EMPTY_LIST" else {}
+        return argument
+
+
+def _named(argument: str) -> type:
+    module_name, _, global_name = argument.partition(" ")
+    try:
+        return _ALLOWED[module_name, global_name]
+    except KeyError:
+        raise UnpicklingError(
+            f"it names {module_name}.{global_name}, which is no part of an array"
+        ) from None
 
 
 def _array(found: Any) -> Shaped[np.ndarray, "..."]:
@@ -183,11 +258,11 @@ def _array(found: Any) -> Shaped[np.ndarray, "..."]:
     kind, order = dtype.arguments[0], dtype.state[1]
     _check(isinstance(kind, str) and isinstance(order, str), "an array of no type")
     if kind not in _DTYPES or order not in _ORDERS:
-        raise pickle.UnpicklingError(f"an array of type {order}{kind}, and numbers alone are read")
+        raise UnpicklingError(f"an array of type {order}{kind}, and numbers alone are read")
     _check(all(type(size) is int and size >= 0 for size in shape), "a shape that is none")
     values = np.frombuffer(text.encode("latin1"), np.dtype(order + kind))
     if len(values) != math.prod(shape):
-        raise pickle.UnpicklingError(f"{len(values)} numbers for an array of shape {shape}")
+        raise UnpicklingError(f"{len(values)} numbers for an array of shape {shape}")
     # In the order of this machine.
     return values.reshape(shape, order="F" if fortran else "C").astype(kind)
 
@@ -218,7 +293,7 @@ def _neighbours(found: Any) -> dict[int, list[int]]:
 
 def _check(right: bool, held: str) -> None:
     if not right:
-        raise pickle.UnpicklingError(f"it holds {held}")
+        raise UnpicklingError(f"it holds {held}")
 
 
 def _kind(found: Any) -> str:

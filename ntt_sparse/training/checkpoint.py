@@ -87,8 +87,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            # Orbax says again what went wrong in saving.
+            if exc_type is None:
+                raise
 
     def close(self) -> None:
         """Releases Orbax' threads."""

@@ -100,16 +100,25 @@ def _plain(value: Any) -> Any:
 def _read_lines(path: Path) -> Iterable[Record]:
     if not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            # A line without its end was cut short by a kill, even if it parses.
-            record = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
+    for line in path.read_bytes().splitlines(keepends=True):
+        # A line without its end was cut short by a kill, even if it parses.
+        record = _record_of(line) if line.endswith(b"\n") else None
+        if record is None:
             _logger.warning("%s: dropping a line that was cut short and all after it", path)
             return
         yield record
+
+
+def _record_of(line: bytes) -> Record | None:
+    def refuse(name: str) -> float:
+        raise ValueError(name)
+
+    try:
+        record = json.loads(line, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
+    is_whole = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_whole else None
 
 
 class TensorBoard:
