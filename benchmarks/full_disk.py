@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log, code = out / f"run{runs}.log", 1
         while code:
             # Without faults left, all the room there is.
-            leave(options.disk, rng.uniform(0, 5e5) if faults < options.faults else None)
+            leave(options.disk, rng.uniform(0, 2e6) if faults < options.faults else None)
             code = soak.start(study, workdir, log).wait(timeout=soak.LONGEST_SECONDS)
             said = soak.said(log)
             last = said.strip().splitlines()[-1:]
