@@ -13,6 +13,7 @@ The exit code is 1 if anything of that is not so.
 import argparse
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave(options.disk, None)
         wrong += soak.differences(out / "unbroken", workdir, study.stages)
         wrong += [f"{path} is left" for path in soak.leftovers(workdir)]
+        shutil.rmtree(workdir)
         runs += 1
     print(f"\n{faults} full disks in {runs} runs; wrong: {len(wrong)}", *wrong, sep="\n    ")
     return int(bool(wrong))

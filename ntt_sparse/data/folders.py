@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, UInt8
 MEAN = (123.675, 116.28, 103.53)
 """Of the channels of ImageNet, in units of pixels, as everybody takes them."""
 STD = (58.395, 57.12, 57.375)
+# Of an image; the largest of ImageNet has 61 million.
+_MOST_PIXELS = 100_000_000
 _SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 _SPLITS = ("train", "val")
 # Of the area, and of width by height (Szegedy et al. 2015, "Going deeper with convolutions").
@@ -115,9 +117,13 @@ class FolderImages:
         # Pillow raises OSError, SyntaxError and others on damaged files.
         try:
             with Image.open(path) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels")
                 return image.convert("RGB")
         except Exception as error:
-            raise ValueError(f"{path} is no image that can be read: {error}") from error
+            raise ValueError(
+                f"{path} is no image that can be read: {' '.join(str(error).split())}"
+            ) from error
 
     def _cut(self, image: Any, box: Sequence[float]) -> np.ndarray:
         from PIL import Image

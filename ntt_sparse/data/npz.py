@@ -4,6 +4,7 @@ Pickled arrays are never read: a file from elsewhere must not be able to run cod
 """
 
 import contextlib
+import math
 import os
 import tempfile
 import zipfile
@@ -16,6 +17,8 @@ from jaxtyping import Shaped
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
+# Deflate makes at most 1032 bytes of one.
+_MOST_DEFLATED = 1100
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -54,7 +57,7 @@ def read(path: Path) -> Arrays:
         )
     try:
         with path.open("rb") as file:
-            content = _content(np.load(file, allow_pickle=False))
+            content = _content(np.load(file, allow_pickle=False), path.stat().st_size)
     except _UNREADABLE as error:
         raise ValueError(
             f"{path} cannot be read as an .npz image set ({_first_line(error)}): it is damaged, "
@@ -92,11 +95,31 @@ def write(path: Path, arrays: Arrays) -> None:
             os.unlink(temporary)
 
 
-def _content(file: Any) -> dict[str, np.ndarray]:
+def _content(file: Any, stored: int) -> dict[str, np.ndarray]:
     """The arrays this module knows; others in the file are not even decompressed."""
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")
-    return {key: file[key] for key in (*KEYS, "num_classes") if key in file.files}
+    known = [key for key in (*KEYS, "num_classes") if key in file.files]
+    for key in known:
+        size = _claimed(file, key)
+        # NumPy takes the memory before it reads.
+        if size > _MOST_DEFLATED * stored:
+            raise ValueError(f"{key} has {size} bytes, where the file has {stored}")
+    return {key: file[key] for key in known}
+
+
+def _claimed(file: Any, key: str) -> int:
+    """Bytes of an array, by its header."""
+    name = key if key in file.zip.namelist() else f"{key}.npy"
+    with file.zip.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read_header(member)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> str:
@@ -104,4 +127,4 @@ def _listed(names: tuple[str, ...] | list[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

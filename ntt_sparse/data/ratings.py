@@ -3,6 +3,7 @@
 Nothing here reaches for the network.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ MADE = "made"
 NAMES = (*MONTI, MOVIELENS, MADE)
 
 _MATRICES = ("M", "Otraining", "Otest")
+# Of a matrix; those of MovieLens-1M would have 22 million.
+_MOST_ENTRIES = 10**8
 # Of the made set: users, items, rank of the taste, ratings of a user on average.
 _MADE = (60, 50, 2, 14.0)
 # Of MovieLens-100K: users, items, stars.
@@ -116,6 +119,9 @@ def read_monti(path: str | Path, name: str) -> RatingData:
             content: dict[str, Any] = dict(file)
             if missing := [key for key in _MATRICES if key not in content]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
+            for key in _MATRICES:
+                if math.prod(content[key].shape) > _MOST_ENTRIES:
+                    raise ValueError(f"{key} is {content[key].shape}, more than {_MOST_ENTRIES}")
             # MATLAB stores columns one after the other.
             found = [np.asarray(content[key], np.float32).T for key in _MATRICES]
     # HDF5 says whatever it stumbled over, or asks for as much memory as a damaged size says.
