@@ -34,6 +34,17 @@ def images(x: Shaped[np.ndarray, "..."], split: str) -> Real[np.ndarray, "n h w 
     return x if x.ndim == 4 else x[..., None]
 
 
+def same_shape(arrays: npz.Arrays) -> tuple[Real[np.ndarray, "..."], Real[np.ndarray, "..."]]:
+    """The images of both splits as `images` has them, which must be of one shape."""
+    x_train, x_test = images(arrays.x_train, "train"), images(arrays.x_test, "test")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise ValueError(
+            f"training images are {x_train.shape[1:]}, test images {x_test.shape[1:]}: "
+            "both splits must have one shape"
+        )
+    return x_train, x_test
+
+
 def class_indices(
     arrays: npz.Arrays,
 ) -> tuple[Int32[np.ndarray, "train"], Int32[np.ndarray, "test"], int]:

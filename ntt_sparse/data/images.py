@@ -123,14 +123,12 @@ def load(
         arrays = _digits()
     else:
         arrays = tfds_source.read(os.fspath(name), data_dir)
-    x_train, x_test = checks.images(arrays.x_train, "train"), checks.images(arrays.x_test, "test")
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise ValueError(
-            f"training images are {x_train.shape[1:]}, test images {x_test.shape[1:]}: "
-            "both splits must have one shape"
-        )
-    y_train, y_test, num_classes = checks.class_indices(arrays)
-    mean, std = channel_statistics(x_train)
+    try:
+        x_train, x_test = checks.same_shape(arrays)
+        y_train, y_test, num_classes = checks.class_indices(arrays)
+        mean, std = channel_statistics(x_train)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(name)}: {error}") from error
     train, validation = split_indices(len(x_train), validation_fraction, seed)
 
     def split(x: Real[np.ndarray, "n h w c"], y: Int32[np.ndarray, "n"]) -> Split:

@@ -70,7 +70,8 @@ def read(path: Path) -> Arrays:
         )
     count = content.get("num_classes")
     if count is not None and (count.shape != () or count.dtype.kind not in "iu" or count < 1):
-        raise ValueError(f"{path}: num_classes is {count}, expected a positive integer")
+        found = " ".join(str(count).split())[:50]
+        raise ValueError(f"{path}: num_classes is {found}, expected a positive integer")
     return Arrays(
         *(content[key] for key in KEYS), num_classes=None if count is None else int(count)
     )
