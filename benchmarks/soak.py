@@ -64,8 +64,9 @@ STUDIES = {
     "sparse_training": Study(
         (
             *("-m", "experiments.sparse_training"),
-            "--config=experiments/configs/sparse_training.py:digits_set,smoke",
-            "--config.seeds=(1,)",
+            "--config=experiments/configs/sparse_training.py:digits_synflow,smoke",
+            *("--config.method=set", "--config.layer_densities=erk", "--config.rounds=1"),
+            *("--config.density=(0.1,)", "--config.seeds=(1,)"),
             *("--config.supervised.max_steps=60", "--config.supervised.record_every=10"),
             "--config.checkpoint_seconds=0",
         ),

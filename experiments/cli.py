@@ -271,7 +271,7 @@ def _check_owner(workdir: Path, config: dict[str, Any]) -> None:
         return
     try:
         existing = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --workdir") from error
     if existing != config:
         old, new = _flatten(existing), _flatten(config)

@@ -1,5 +1,6 @@
 """Checkpoints: a whole run state through Orbax, verified bit by bit when it comes back."""
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -13,6 +14,9 @@ import numpy as np
 from ntt_sparse.training.files import one_line
 
 _logger = logging.getLogger(__name__)
+
+# To save a state, where a clock jumps.
+_ATTEMPTS = 3
 
 _State = TypeVar("_State")
 
@@ -39,6 +43,17 @@ def _fingerprint(*content: Any) -> np.ndarray:
     for part in content:
         fingerprint.update(part)
     return np.frombuffer(fingerprint.digest(), np.uint8)
+
+
+def _contents(tree: Any) -> dict[str, str]:
+    """Shapes and dtypes of the arrays of a tree, as a checkpoint stores them."""
+    stored = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        stored[name] = f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    return stored
 
 
 def _reason(error: Exception) -> str:
@@ -72,13 +87,17 @@ class Checkpoints:
         """
         if keep < 1:
             raise ValueError(f"{keep=} checkpoints: expected at least 1")
+        self.directory = Path(directory).absolute()
+        self._identity = _fingerprint(identity.encode())
+        self._keep = keep
+        self._checkpointer = self._open()
+
+    def _open(self) -> Any:
         # Imported here: the library is useful without it, and it is slow to import.
         from orbax.checkpoint import v1 as ocp
 
-        self.directory = Path(directory).absolute()
-        self._identity = _fingerprint(identity.encode())
-        newest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
+        newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
+        return ocp.training.Checkpointer(
             str(self.directory),
             preservation_policy=newest,
             cleanup_tmp_directories=True,
@@ -117,7 +136,7 @@ class Checkpoints:
             "identity": self._identity,
         }
         try:
-            self._checkpointer.save(step, {"state": state, "meta": meta})
+            self._save(step, {"state": state, "meta": meta})
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
@@ -126,6 +145,19 @@ class Checkpoints:
                 f"({_reason(error)}): when that is mended, the same command goes on from the "
                 "checkpoint before"
             ) from error
+
+    def _save(self, step: int, content: Any) -> None:
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                self._checkpointer.save(step, content)
+                return
+            except TimeoutError:
+                # Orbax waits for its own threads by the time of day, which may have jumped.
+                if not attempts_left:
+                    raise
+                with contextlib.suppress(Exception):
+                    self.close()
+                self._checkpointer = self._open()
 
     def restore(self, like: _State) -> tuple[_State, int] | None:
         """The newest checkpoint that is whole.
@@ -151,7 +183,8 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damage.
                 _logger.debug("checkpoint of step %d", step, exc_info=True)
-                problems[step] = f"{type(error).__name__} on reading it"
+                other = self._other_content(step, like)
+                problems[step] = other or f"{type(error).__name__} on reading it"
                 continue
             for damaged in problems:
                 aside = self._set_aside(damaged)
@@ -164,7 +197,7 @@ class Checkpoints:
         if problems:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be used, they are cut short, changed or "
-                "of another network: "
+                "of another network or version: "
                 + "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
                 + ". Delete or move that directory to start this stage again"
             )
@@ -190,6 +223,22 @@ class Checkpoints:
                 "choose another directory, or delete this one"
             )
         return loaded["state"], int(loaded["meta"]["records"])
+
+    def _other_content(self, step: int, like: Any) -> str:
+        """How what a checkpoint holds differs from a state; empty where that cannot be told."""
+        from orbax.checkpoint import v1 as ocp
+
+        try:
+            held = ocp.metadata(str(self.directory / str(step))).metadata["state"]
+        except Exception:  # Of damage, as in `restore`.
+            return ""
+        found, expected = _contents(held), _contents(like)
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                return (
+                    f"{name} is {found.get(name, 'not there')}, not {expected.get(name, 'there')}"
+                )
+        return ""
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint next to the directory, where nothing overwrites it."""

@@ -158,7 +158,8 @@ def fit(
                 began = time.monotonic()
                 state = program.chunk(state, fed.data, fed.permutations, jnp.int32(stop))
                 loss = _check_finite(state, member_names, log.stage)
-                per_step = (time.monotonic() - began) / (stop - step)
+                # A clock may be too coarse to see a chunk.
+                per_step = max(time.monotonic() - began, 1e-9) / (stop - step)
                 length = int(np.clip(_CHUNK_SECONDS / per_step, 1, 4 * length))
                 progress(stop - step, loss)
                 step = stop

@@ -174,6 +174,75 @@ def test_a_work_directory_has_one_process(tmp_path):
         pass
 
 
+def guarded(tmp_path, body):
+    """A command of its own, and how it ends."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import time\nfrom pathlib import Path\nfrom experiments import cli\n"
+        "from ntt_sparse.training.files import append_text\n"
+        f"WORKDIR = {str(tmp_path / 'w')!r}\ndef main():\n    {body}\ncli.launch(main, doc='')\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_second_process_of_a_work_directory_ends_with_3_and_a_dead_one_holds_nothing(tmp_path):
+    first = guarded(
+        tmp_path,
+        "with cli.claim_workdir(WORKDIR, {}): print('claimed', flush=True); time.sleep(300)",
+    )
+    assert first.stdout.readline() == "claimed\n"
+    second = guarded(tmp_path, "cli.claim_workdir(WORKDIR, {}).__enter__()")
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 3
+    assert said.strip().startswith("error: another process works in") and "\n" not in said.strip()
+    first.kill()
+    first.communicate()
+    with claim_workdir(tmp_path / "w", {}):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_is_one_line(tmp_path):
+    process = guarded(tmp_path, "append_text(Path('/dev/full'), 'a record')")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said.strip() == (
+        "error: No space left on device: /dev/full; when that is mended, the same command goes on "
+        "from the last checkpoint"
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a folder no one can write")
+@pytest.mark.parametrize("folder", ["/proc/ntt_sparse", "/sys/ntt_sparse"])
+def test_a_work_directory_that_cannot_be_written_is_refused(folder):
+    with pytest.raises(UserError, match=f"work directory {folder} cannot be written"):
+        with claim_workdir(folder, {}):
+            pass
+
+
+def test_a_process_killed_as_it_wrote_its_settings_leaves_a_directory_that_can_be_used(tmp_path):
+    (tmp_path / "config.json.tmp").write_text('{"na')
+    with claim_workdir(tmp_path, {"name": "a"}):
+        assert json.loads((tmp_path / "config.json").read_text()) == {"name": "a"}
+    assert not (tmp_path / "config.json.tmp").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"name": ', "\xff", "[" * 100_000])
+def test_damaged_settings_are_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="latin1")
+    with pytest.raises(UserError, match=r"config\.json is damaged") as raised:
+        with claim_workdir(tmp_path, {}):
+            pass
+    assert "\n" not in str(raised.value)
+
+
 def test_a_work_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "w").write_text("mine")
     with pytest.raises(UserError, match=r"cannot be written.*choose a folder of your own"):

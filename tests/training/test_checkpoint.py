@@ -144,3 +144,89 @@ def test_digest_sees_every_bit():
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         checkpoint.Checkpoints(tmp_path, keep=0)
+
+
+def with_key(saved, key):
+    return saved._replace(members=saved.members._replace(key=key))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda saved: saved._replace(sums={"loss": jnp.ones(2), "x": jnp.ones(2)}),
+            r"sums.x is not there, not float32\[2\]",
+        ),
+        (lambda saved: saved._replace(sums={}), r"sums.loss is float32\[2\], not there"),
+        (
+            lambda saved: saved._replace(sums={"loss": jnp.ones(2, jnp.float16)}),
+            r"sums.loss is float32\[2\], not float16\[2\]",
+        ),
+        (
+            lambda saved: with_key(saved, jax.random.split(jax.random.key(0, impl="rbg"), 2)),
+            r"members.key is uint32\[2, 2\], not uint32\[2, 4\]",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_version_says_what_differs(tmp_path, change, message):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(), records=1)
+        with pytest.raises(checkpoint.CheckpointError, match=message) as raised:
+            checkpoints.restore(change(make_state()))
+        assert "\n" not in str(raised.value)
+        # Nothing is lost: what it is of goes on from it.
+        assert checkpoints.steps() == [1] and checkpoints.restore(make_state()) is not None
+
+
+def test_a_checkpoint_of_another_orbax_is_an_error_that_leaves_it(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(), records=1)
+    path = tmp_path / "c" / "1" / "state" / "_METADATA"
+    known = path.read_text()
+    path.write_text(known.replace("tree_metadata", "tree_metadata_of_later"))
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="of another network or version"):
+            checkpoints.restore(make_state())
+    path.write_text(known)
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(make_state())[1] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stays(
+    tmp_path, monkeypatch
+):
+    # As Orbax and TensorStore said it on a full tmpfs.
+    full = (
+        'RESOURCE_EXHAUSTED: Error writing "meta.records/c" in OCDBT database at local file '
+        '"/x/": Failed writing: "/x/manifest.ocdbt.__lock": Failed to write 235 bytes to file '
+        "21: No space left on device [os_error_code='28']"
+    )
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(1), records=1)
+        for error in (ValueError(full), OSError(28, "No space left on device")):
+
+            def save(*arguments, error=error):
+                raise error
+
+            with monkeypatch.context() as patched:
+                patched.setattr(checkpoints._checkpointer, "save", save)
+                with pytest.raises(checkpoint.CheckpointError) as raised:
+                    checkpoints.save(2, make_state(2), records=2)
+            assert "step 2 cannot be written" in str(raised.value)
+            assert "(No space left on device): when that is mended" in str(raised.value)
+        assert checkpoints.restore(make_state())[1] == 1
+        checkpoints.save(2, make_state(2), records=2)
+        assert checkpoints.restore(make_state())[1] == 2
+
+
+def test_what_goes_wrong_is_not_hidden_by_closing(tmp_path, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "c")
+
+    def close():
+        raise ValueError("the same again")
+
+    monkeypatch.setattr(checkpoints, "close", close)
+    with pytest.raises(checkpoint.CheckpointError, match="first"), checkpoints:
+        raise checkpoint.CheckpointError("first")
+    with pytest.raises(ValueError, match="the same again"), checkpoints:
+        pass
