@@ -230,3 +230,25 @@ def test_what_goes_wrong_is_not_hidden_by_closing(tmp_path, monkeypatch):
         raise checkpoint.CheckpointError("first")
     with pytest.raises(ValueError, match="the same again"), checkpoints:
         pass
+
+
+def test_a_clock_that_jumps_while_orbax_waits_costs_nothing(tmp_path, monkeypatch):
+    """It waits by the time of day: a jump of years ahead in a save is a timeout."""
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(1), records=1)
+        first = checkpoints._checkpointer
+
+        def save(*arguments):
+            raise TimeoutError(
+                "ChainedFuture completed 0/3 futures but timed out after 0.00 seconds."
+            )
+
+        monkeypatch.setattr(first, "save", save)
+        checkpoints.save(2, make_state(2), records=2)
+        assert checkpoints._checkpointer is not first
+        assert checkpoints.restore(make_state())[1] == 2
+        # Not without end: what goes on is an error.
+        monkeypatch.setattr(checkpoints._checkpointer, "save", save)
+        monkeypatch.setattr(checkpoints, "_open", lambda: checkpoints._checkpointer)
+        with pytest.raises(checkpoint.CheckpointError, match="step 3 cannot be written"):
+            checkpoints.save(3, make_state(3), records=3)
