@@ -23,7 +23,7 @@ _BACKBONE, _PREDICTORS, _FROZEN = "backbone", "predictors", "frozen"
 _STAYING = ("cls", "position")
 
 
-NONE, TRAINING, DECISION, BOTH = "no", "in training", "in the decision", "both"
+NONE, TRAINING, DECISION, BOTH = "no", "training", "decision", "both"
 """Where similarities take part: nowhere, as CKA-SR in the training of the whole transformer, in the
 decision which tokens to keep, or, as in Algorithm 1, in both."""
 CKA = (NONE, TRAINING, DECISION, BOTH)
@@ -67,7 +67,7 @@ def whole_names(config: Any) -> list[str]:
 
 
 def _suffix(cka: str) -> str:
-    return "" if cka == NONE else f"_{cka.split()[-1]}"
+    return "" if cka == NONE else f"_{cka}"
 
 
 def names_of(config: Any, variant: Variant) -> list[str]:

@@ -15,7 +15,7 @@ imagenet    DeiT-Tiny, Table 1, for a folder: --config.data.name=FOLDER; publish
 
 First transformers are trained whole, with and without CKA-SR between their blocks. Then each is
 trained on with tokens that are dropped at three places, as DynamicViT has it ("no") or with
-similarities: of blocks "in training" of the whole transformer, of tokens "in the decision"
+similarities: of blocks in the "training" of the whole transformer, of tokens in the "decision"
 (Eq. 13), or "both" (Algorithm 1). The network from which it starts is the teacher of each. What is
 measured is inference, in which dropped tokens are gone.
 
@@ -33,7 +33,7 @@ _BASE: dict[str, Any] = {
     "name": "",
     # Parts of the tokens that each place keeps of those before it.
     "keep": (0.7, 0.9),
-    # Where similarities take part: some of "no", "in training", "in the decision", "both".
+    # Where similarities take part: some of "no", "training", "decision", "both".
     "cka": ("no", "both"),
     "seeds": (1, 2, 3, 4, 5),
     "data": {"name": "digits", "split_seed": 9, "augment": False, "size": 224},
@@ -92,8 +92,8 @@ _BASE: dict[str, Any] = {
     "checkpoint_seconds": 60.0,
 }
 # Of hundreds of steps in place of tens of thousands the transformer learns to do without tokens at
-# nearly the rate of the predictors. Chosen by held-out digits of one more seed among 0.3 and 1, with
-# weights of the ratio of 2 and 10; all were within a point and a half of each other.
+# nearly the rate of the predictors. Chosen by held-out digits of one more seed among 0.3 and 1,
+# with weights of the ratio of 2 and 10; all were within a point and a half of each other.
 _NANO = {
     "model.places": (2, 3, 4),
     "pretrain.batch_size": 32,

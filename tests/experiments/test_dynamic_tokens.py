@@ -59,7 +59,7 @@ def test_a_study(tmp_path, monkeypatch, tiny):
         moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), ended[stage].params, begun.params)
         assert moved["predictor_0"]["Dense_0"]["kernel"]
     rows = [(row["keep"], row["cka"]) for row in summary["networks"]]
-    assert rows == [(None, "no"), (None, "in training"), (0.75, "no"), (0.75, "both")]
+    assert rows == [(None, "no"), (None, "training"), (0.75, "no"), (0.75, "both")]
     last = json.loads((tmp_path / "keep_0.75_both.jsonl").read_text().splitlines()[-1])
     accuracy = last["test/accuracy"]
     np.testing.assert_allclose(summary["networks"][3]["test_accuracy"]["values"], accuracy)
@@ -86,7 +86,7 @@ def test_published_numbers_are_of_their_network():
     rows = [
         {"keep": keep, "cka": cka, "parameters": 1, "multiply_adds": 1, **values}
         for keep, cka in (
-            (None, "no"), (None, "in training"), (0.7, "no"), (0.7, "both"), (1.0, "no")
+            (None, "no"), (None, "training"), (0.7, "no"), (0.7, "both"), (1.0, "no")
         )
         for values in [
             {name: {"mean": 0.5, "std": None, "values": [0.5]}
@@ -227,7 +227,7 @@ def test_what_moves(tiny):
         ),
         (
             {"cka": ("no", "no")},
-            r"config\.cka is \('no', 'no'\), expected some of 'no', 'in training'",
+            r"config\.cka is \('no', 'no'\), expected some of 'no', 'training'",
         ),
         ({"cka": ("always",)}, r"config\.cka is \('always',\)"),
         ({"cka": ()}, r"config\.cka is \(\)"),
