@@ -13,6 +13,7 @@ from experiments.checks import (
     check_augment,
     check_evaluated,
     check_fields,
+    check_names,
     check_seeds,
     check_values,
 )
@@ -65,10 +66,7 @@ def check_config(config: Any) -> None:
     check_fields(config, _CHOICES, _RANGES)
     check_seeds(config)
     check_values(config, "keep", 1e-6, 1)
-    if not config.cka or len({*config.cka}) < len(config.cka) or not {*config.cka} <= {*CKA}:
-        raise ValueError(
-            f"config.cka is {config.cka}, expected some of {', '.join(map(repr, CKA))}, each once"
-        )
+    check_names(config, "cka", CKA)
     samples, batch_size = config.cka_sr.samples, config.pretrain.batch_size
     if min(samples or batch_size, batch_size) < 3 or samples > batch_size:
         raise ValueError(

@@ -47,7 +47,7 @@ PRETRAIN = "pretrain"
 
 def variants(config: Any) -> list[Variant]:
     """Every keep ratio with every place of similarities."""
-    return [Variant(float(keep), cka) for keep in config.keep for cka in config.cka]
+    return [Variant(float(keep), cka) for keep in config.keep for cka in config.cka.split(",")]
 
 
 def wholes(config: Any) -> list[str]:

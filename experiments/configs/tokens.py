@@ -33,8 +33,8 @@ _BASE: dict[str, Any] = {
     "name": "",
     # Parts of the tokens that each place keeps of those before it.
     "keep": (0.7, 0.9),
-    # Where similarities take part: some of "no", "training", "decision", "both".
-    "cka": ("no", "both"),
+    # Where similarities take part: any of no, training, decision, both.
+    "cka": "no,both",
     "seeds": (1, 2, 3, 4, 5),
     "data": {"name": "digits", "split_seed": 9, "augment": False, "size": 224},
     # Blocks before which tokens are dropped; a safetensors file with the names of DeiT that every
