@@ -1,4 +1,4 @@
-"""The networks of `convolutions.py` in PyTorch."""
+"""The networks of `convolutions.py` and `training.py` in PyTorch."""
 
 import os
 from collections.abc import Callable
@@ -56,7 +56,19 @@ def _lenet5_caffe() -> nn.Module:
     )
 
 
-_MODELS = {"resnet20": _resnet20, "vgg19": _vgg19, "lenet5_caffe": _lenet5_caffe}
+def _lenet_300_100() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU()),
+        nn.Linear(100, 10),
+    )
+
+
+_MODELS = {
+    "resnet20": _resnet20, "vgg19": _vgg19, "lenet5_caffe": _lenet5_caffe,
+    "lenet_300_100": _lenet_300_100,
+}  # fmt: skip
+NETWORKS = (*_MODELS, "preresnet20", "lenet5")
+"""What `step` knows."""
 
 
 def step(network: str, x: Any, y: Any) -> Callable[[], Any]:

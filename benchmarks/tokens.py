@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from timing import blocked, in_turn, ratio
 
 from ntt_sparse import models
-from ntt_sparse.models.tokens import DynamicTransformer, Redundancy, dynamic_multiply_adds
+from ntt_sparse.models.redundancy import Redundancy
+from ntt_sparse.models.tokens import DynamicTransformer, dynamic_multiply_adds
 from ntt_sparse.models.vit import VisionTransformer, multiply_adds
 
 _WHOLE = "all tokens"

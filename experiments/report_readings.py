@@ -244,7 +244,7 @@ READINGS = {
             "parameters": Column("parameters", digits=0),
             "multiply_adds": Column("multiply-adds", digits=0),
         },
-        Baseline("cka", False, "less without CKA"),
+        Baseline("cka", "no", "less without CKA"),
     ),
     "neuron_pruning": Reading(
         _neurons,

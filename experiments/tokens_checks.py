@@ -13,17 +13,19 @@ from experiments.checks import (
     check_augment,
     check_evaluated,
     check_fields,
+    check_names,
     check_seeds,
     check_values,
 )
-from experiments.tokens_members import dynamic, transformer, variants
+from experiments.tokens_members import CKA, dynamic, transformer, variants
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.models.deit import load_deit
+from ntt_sparse.models.redundancy import CHOICES
 from ntt_sparse.models.tokens import kept_counts
 
 _CHOICES = {
     "cka_sr.regulariser": ("cka_sr", "aug_cka_sr"),
-    "redundancy.reduce": ("sum", "mean", "relative"),
+    **{f"redundancy.{field}": choices for field, choices in CHOICES.items()},
 }
 _TRAINING = {
     "epochs": (1, LARGEST_INT),
@@ -64,6 +66,7 @@ def check_config(config: Any) -> None:
     check_fields(config, _CHOICES, _RANGES)
     check_seeds(config)
     check_values(config, "keep", 1e-6, 1)
+    check_names(config, "cka", CKA)
     samples, batch_size = config.cka_sr.samples, config.pretrain.batch_size
     if min(samples or batch_size, batch_size) < 3 or samples > batch_size:
         raise ValueError(

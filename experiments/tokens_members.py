@@ -11,7 +11,8 @@ from experiments.optimizers import adamw
 from experiments.study import stack
 from ntt_sparse import models
 from ntt_sparse.models.deit import load_deit
-from ntt_sparse.models.tokens import DynamicTransformer, Redundancy
+from ntt_sparse.models.redundancy import Redundancy
+from ntt_sparse.models.tokens import DynamicTransformer
 from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.training.state import Member, create_member
 
@@ -22,11 +23,22 @@ _BACKBONE, _PREDICTORS, _FROZEN = "backbone", "predictors", "frozen"
 _STAYING = ("cls", "position")
 
 
+NONE, TRAINING, DECISION, BOTH = "no", "training", "decision", "both"
+"""Where similarities take part: nowhere, as CKA-SR in the training of the whole transformer, in the
+decision which tokens to keep, or, as in Algorithm 1, in both."""
+CKA = (NONE, TRAINING, DECISION, BOTH)
+
+
 class Variant(NamedTuple):
     """What networks of one stage have in common."""
 
     keep: float
-    cka: bool
+    cka: str
+
+    @property
+    def whole(self) -> str:
+        """Of the whole transformers from which they start."""
+        return TRAINING if self.cka in (TRAINING, BOTH) else NONE
 
 
 PRETRAIN = "pretrain"
@@ -34,18 +46,28 @@ PRETRAIN = "pretrain"
 
 
 def variants(config: Any) -> list[Variant]:
-    """Every keep ratio without and with CKA."""
-    return [Variant(float(keep), cka) for keep in config.keep for cka in (False, True)]
+    """Every keep ratio with every place of similarities."""
+    return [Variant(float(keep), cka) for keep in config.keep for cka in config.cka.split(",")]
+
+
+def wholes(config: Any) -> list[str]:
+    """Where similarities take part in the training of whole transformers."""
+    asked = {variant.whole for variant in variants(config)}
+    return [cka for cka in CKA if cka in asked]
 
 
 def stage_of(variant: Variant) -> str:
-    """The name of a training, such as `"keep_0.7_cka"`."""
-    return f"keep_{variant.keep!r}{'_cka' if variant.cka else ''}"
+    """The name of a training, such as `"keep_0.7_both"`."""
+    return f"keep_{variant.keep!r}{_suffix(variant.cka)}"
 
 
 def whole_names(config: Any) -> list[str]:
     """Names of the whole transformers, those without CKA-SR first."""
-    return [f"whole{'_cka' * cka}-s{seed}" for cka in (False, True) for seed in config.seeds]
+    return [f"whole{_suffix(cka)}-s{seed}" for cka in wholes(config) for seed in config.seeds]
+
+
+def _suffix(cka: str) -> str:
+    return "" if cka == NONE else f"_{cka}"
 
 
 def names_of(config: Any, variant: Variant) -> list[str]:
@@ -71,7 +93,9 @@ def transformer(config: Any, num_outputs: int) -> VisionTransformer:
 def dynamic(config: Any, module: VisionTransformer, variant: Variant) -> DynamicTransformer:
     """The network with tokens that are dropped."""
     settings = config.redundancy
-    redundancy = Redundancy(float(settings.weight), settings.reduce) if variant.cka else None
+    redundancy = None
+    if variant.cka in (DECISION, BOTH):
+        redundancy = Redundancy(**{**settings.to_dict(), "weight": float(settings.weight)})
     return DynamicTransformer(module, variant.keep, tuple(config.model.places), redundancy)
 
 
@@ -134,9 +158,11 @@ def start_whole(
 
     weights = config.model.weights
     loaded = load_deit(weights, module, (h, w, c))["params"] if weights else None
-    keys = [jax.random.key(seed) for _ in (False, True) for seed in config.seeds]
+    keys = [jax.random.key(seed) for _ in wholes(config) for seed in config.seeds]
     coefficients = [
-        cka * float(config.cka_sr.coefficient) for cka in (False, True) for _ in config.seeds
+        float(config.cka_sr.coefficient) if cka == TRAINING else 0.0
+        for cka in wholes(config)
+        for _ in config.seeds
     ]
     return jax.jit(jax.vmap(member))(stack(keys), jnp.asarray(coefficients))
 
@@ -151,7 +177,7 @@ def start_dynamic(
 ) -> Member:
     """The networks of a variant, each from its whole transformer, which is its context."""
     count = len(config.seeds)
-    first = count * variant.cka
+    first = count * wholes(config).index(variant.whole)
     teachers = jax.tree.map(lambda leaf: leaf[first : first + count], whole.params)
 
     def member(key, teacher):

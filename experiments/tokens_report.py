@@ -11,7 +11,16 @@ from experiments import figures
 from experiments.published import of_settings
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
-from experiments.tokens_members import PRETRAIN, dynamic, stage_of, transformer, variants
+from experiments.tokens_members import (
+    NONE,
+    PRETRAIN,
+    Variant,
+    dynamic,
+    stage_of,
+    transformer,
+    variants,
+    wholes,
+)
 from ntt_sparse.models.tokens import dynamic_multiply_adds
 from ntt_sparse.models.vit import multiply_adds
 from ntt_sparse.training.files import write_text
@@ -44,7 +53,7 @@ def write(
     curves: dict[str, list[Any]] = {}
     for row in rows:
         point = ({"mean": row["multiply_adds"] / 1e6, "std": None}, row["test_accuracy"])
-        curves.setdefault("with CKA" if row["cka"] else "without", []).append(point)
+        curves.setdefault(f"CKA: {row['cka']}", []).append(point)
     figures.trade_offs(workdir / "figures" / "accuracy_against_cost", {(_COST, _ACCURACY): curves})
     return summary
 
@@ -52,14 +61,14 @@ def write(
 def _rows(
     config: Any, workdir: Path, input_shape: tuple[int, ...], num_outputs: int
 ) -> list[dict[str, Any]]:
-    """An entry for the whole transformers without and with CKA-SR, and for each variant."""
+    """An entry for each kind of whole transformers, and for each variant."""
     module = transformer(config, num_outputs)
     count = len(config.seeds)
     shape = (input_shape[0], input_shape[1], input_shape[2])
     log = MetricsLog(workdir / f"{PRETRAIN}.jsonl", PRETRAIN)
     rows = []
-    for cka in (False, True):
-        members = slice(count * cka, count * (cka + 1))
+    for index, cka in enumerate(wholes(config)):
+        members = slice(count * index, count * (index + 1))
         similarity = log.column("similarity")[1][-1, members]
         rows.append(
             _row(None, cka, log, members)
@@ -79,16 +88,17 @@ def _rows(
     by_kind = {(row["keep"], row["cka"]): row["test_accuracy"]["values"] for row in rows}
     for row in rows:
         values = by_kind[row["keep"], row["cka"]]
-        if row["cka"]:
-            row["less_without"] = paired(values, by_kind[row["keep"], False])
+        if row["cka"] != NONE and (row["keep"], NONE) in by_kind:
+            row["less_without"] = paired(values, by_kind[row["keep"], NONE])
         if row["keep"] is not None:
-            row["less_whole"] = paired(values, by_kind[None, row["cka"]])
+            whole = Variant(row["keep"], row["cka"]).whole
+            row["less_whole"] = paired(values, by_kind[None, whole])
     for name in ("less_without", "less_whole"):
         correct([row[name] for row in rows if name in row])
     return rows
 
 
-def _row(keep: float | None, cka: bool, log: MetricsLog, members: slice) -> dict[str, Any]:
+def _row(keep: float | None, cka: str, log: MetricsLog, members: slice) -> dict[str, Any]:
     return {
         "keep": keep,
         "cka": cka,
@@ -111,9 +121,10 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
         f"{config.model.name} on {config.data.name}; inference, in which dropped tokens are gone, "
         f"after the last step, mean ± standard deviation over seeds {list(config.seeds)}. Less "
         f"the same without CKA ({config.cka_sr.regulariser}, {config.cka_sr.coefficient:g}, in the "
-        "first training, and similarities in the decision), and less the whole transformer of the "
-        "same kind, for the same seeds, with 95 % interval and the p-value of a paired t-test (in "
-        "brackets corrected by Holm).",
+        "training of the whole transformer; in the decision similarities as "
+        f"{config.redundancy.to_dict()}), and less the whole transformer from which it starts, for "
+        "the same seeds, with 95 % interval and the p-value of a paired t-test (in brackets "
+        "corrected by Holm).",
         "",
         "| keep | CKA | parameters | multiply-adds | test accuracy | validation | less without CKA "
         "| less whole | published |",
@@ -130,7 +141,7 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
         published = table.get((row["keep"], row["cka"]))
         cells = (
             "all" if row["keep"] is None else f"{row['keep']:g}",
-            "yes" if row["cka"] else "no",
+            row["cka"],
             f"{row['parameters']:,}",
             f"{row['multiply_adds'] / 1e6:,.1f}M",
             percent(row["test_accuracy"]),
@@ -140,10 +151,10 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
             "" if published is None else f"{published['test_accuracy']:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    without, with_ = (percent(row["similarity"]) for row in rows if row["keep"] is None)
+    found = [f"{percent(row['similarity'])} ({row['cka']})" for row in rows if row["keep"] is None]
     lines += [
         "",
         "Mean CKA of different blocks of the whole transformers on held-out images, in percent: "
-        f"{without} without, {with_} with {config.cka_sr.regulariser}.",
+        f"{', '.join(found)}.",
     ]
     return "\n".join(lines) + "\n"

@@ -95,7 +95,7 @@ def prepare(config: Any, data_dir: str | None) -> ImageData:
 
 
 def train_whole(config: Any, data: ImageData, workdir: Path) -> Member:
-    """Trains the whole transformers, without and with CKA-SR, as one program."""
+    """Trains the whole transformers as one program, with CKA-SR where variants ask for it."""
     module = transformer(config, data.num_classes)
     blocks = [f"block_{index}" for index in range(module.depth)]
     settings = config.pretrain

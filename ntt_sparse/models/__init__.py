@@ -31,6 +31,7 @@ _DTYPES = ("dtype", "param_dtype")
 _RESNET = ("norm", "shortcut", *_DTYPES)
 _GATED = ("kind", *_DTYPES)
 _SMALL_VIT = {"width": 96, "depth": 9, "heads": 3}
+_NANO_VIT = {"width": 48, "depth": 6, "heads": 3}
 _CONV4 = {"stages": ((64, 64), (128, 128)), "kernel_size": 3, "hidden": (512,)}
 
 _MODELS = {
@@ -62,6 +63,8 @@ _MODELS = {
     "deit_base": _Entry(VisionTransformer, {"width": 768, "heads": 12}, _DTYPES),
     "vit_patch4": _Entry(VisionTransformer, {"patch": 4, **_SMALL_VIT}, _DTYPES),
     "vit_patch2": _Entry(VisionTransformer, {"patch": 2, **_SMALL_VIT}, _DTYPES),
+    "vit_nano_patch4": _Entry(VisionTransformer, {"patch": 4, **_NANO_VIT}, _DTYPES),
+    "vit_nano_patch2": _Entry(VisionTransformer, {"patch": 2, **_NANO_VIT}, _DTYPES),
     "gpt_nano": _Entry(TextTransformer, {"width": 48, "depth": 3, "heads": 3}, _DTYPES),
     "gpt_micro": _Entry(TextTransformer, {}, _DTYPES),
     "gpt_mini": _Entry(TextTransformer, {"width": 192, "depth": 6, "heads": 6}, _DTYPES),
@@ -92,6 +95,8 @@ def create(name: str, *, num_outputs: int = 10, **kwargs: Any) -> nn.Module:
     `deit_base`       DeiT-Base: width 768
     `vit_patch4`      A small transformer for images of 28 x 28 or 32 x 32: 9 blocks, width 96
     `vit_patch2`      The same for images of 8 x 8
+    `vit_nano_patch4` A smaller one for images of 28 x 28: 6 blocks, width 48
+    `vit_nano_patch2` The same for images of 8 x 8
     `gpt_nano`        A transformer of texts, of the sizes of minGPT: 3 blocks, width 48
     `gpt_micro`       4 blocks, width 128
     `gpt_mini`        6 blocks, width 192

@@ -120,12 +120,21 @@ class Block(nn.Module):
         """The stream after the block, `(n, t, d)`."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = layer_norm("norm1", **types)(x)
-        x = x + Attention(self.heads, self.causal, name="attn", **types)(y, policy)
+        x = _once(x + Attention(self.heads, self.causal, name="attn", **types)(y, policy))
         y = layer_norm("norm2", **types)(x)
         width = x.shape[-1]
         y = nn.Dense(self.expansion * width, kernel_init=weight_init, name="fc1", **types)(y)
         y = nn.gelu(y, approximate=False)
-        return x + nn.Dense(width, kernel_init=weight_init, name="fc2", **types)(y)
+        return _once(x + nn.Dense(width, kernel_init=weight_init, name="fc2", **types)(y))
+
+
+def _once(x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+    """The stream, on CPU as a value of its own.
+
+    XLA's compiler else puts the sums of all later blocks, and of their derivatives, into whatever
+    reads it, and a training step costs the square of the depth.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def layer_norm(name: str | None = None, **types: Any) -> nn.LayerNorm:

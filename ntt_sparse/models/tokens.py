@@ -10,7 +10,6 @@ Sparsification", https://arxiv.org/abs/2106.02034; with similarities in the deci
 2023, https://arxiv.org/abs/2307.07389, Eq. 13 and Algorithm 1.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,16 +20,13 @@ from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from ntt_sparse._types import PRNGKey
 from ntt_sparse.models.attention import layer_norm, weight_init
+from ntt_sparse.models.redundancy import Redundancy, adjusted, likeness_of, remaining
 from ntt_sparse.models.vit import VisionTransformer, check_images, multiply_adds
-from ntt_sparse.similarity.grams import unit_gram
 
 RNG = "tokens"
 """The RNG that decisions of training are drawn with."""
 # Of an average over no token.
 _EPSILON = 1e-6
-# Of a token that is much like others. The derivative of its logarithm is the inverse, and has to be
-# moderate.
-_LEAST_CHANCE = 0.01
 
 
 class TokenOutputs(NamedTuple):
@@ -46,103 +42,6 @@ class TokenOutputs(NamedTuple):
     logits: Float[Array, "n k"]
     decisions: Float[Array, "s n t"]
     features: Float[Array, "n t d"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Redundancy:
-    r"""How much a token's likeness to others lowers its chance to be kept (Eq. 13).
-
-    $\pi'_i = \pi_i - w \sum_{j \ne i} \mathrm{CKA}(X_i, X_j)$ over the tokens that are left, with
-    the sum, its mean, or what a token's mean is above that of all. The paper does not say what the
-    rows of $X_i$ are, for one token is one vector: here they are its heads, so that an image is
-    judged by itself. Of two heads all similarities are one.
-
-    Attributes:
-        weight: w, 0 or more.
-        reduce: "mean" over the others, or "sum", as the equation is written: up to 195 numbers
-            near one against a probability. Where so much is taken off that no chance is left,
-            training drops nearly every token at first. "relative" is
-            ours: the mean, less that of the tokens of the image, which says what goes and leaves
-            to the prediction how much does.
-    """
-
-    weight: float = 0.5
-    reduce: str = "relative"
-
-    def __post_init__(self):
-        """Checks the fields.
-
-        Raises:
-            ValueError: The weight is negative or not finite, or the reduction is unknown.
-        """
-        # The negated form also refuses NaN.
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight is {self.weight}, expected a finite number, 0 or more")
-        if self.reduce not in ("mean", "sum", "relative"):
-            raise ValueError(f"reduce is {self.reduce!r}, expected 'mean', 'sum' or 'relative'")
-
-
-def token_similarities(tokens: Float[Array, "n t d"], heads: int) -> Float[Array, "n t t"]:
-    """Linear CKA of all pairs of tokens of an image, whose heads are the examples.
-
-    Args:
-        tokens: `(n, t, d)`.
-        heads: They divide d; of one or of heads that are all equal similarities are 0, of two
-            otherwise 1.
-
-    Returns:
-        `(n, t, t)`, in [0, 1], float32 at least.
-    """
-    n, t, d = tokens.shape
-    rows = tokens.reshape(n * t, heads, d // heads)
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-    units = jax.vmap(unit_gram)(rows).reshape(n, t, heads * heads)
-    return jnp.einsum("nip,njp->nij", units, units, precision="highest")
-
-
-def adjusted(
-    log_probs: Float[Array, "n t 2"],
-    tokens: Float[Array, "n t d"],
-    policy: Real[Array, "n t"],
-    redundancy: Redundancy,
-    heads: int,
-) -> Float[Array, "n t 2"]:
-    """Logarithms of the chances to be kept and dropped, less what others say already.
-
-    Chances are held between 0.01 and 0.99, with the derivative of those that are not, so
-    that tokens without a chance can come back. Similarities have no derivative.
-
-    Args:
-        log_probs: Of the prediction, kept first.
-        tokens: Of the patches.
-        policy: One for tokens that are left.
-        redundancy: What is taken off.
-        heads: See `token_similarities`.
-    """
-    chance = remaining_chances(log_probs, tokens, policy, redundancy, heads)
-    held = jnp.clip(chance, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
-    chance = chance + jax.lax.stop_gradient(held - chance)
-    return jnp.log(jnp.stack([chance, 1 - chance], axis=-1))
-
-
-def remaining_chances(
-    log_probs: Float[Array, "n t 2"],
-    tokens: Float[Array, "n t d"],
-    policy: Real[Array, "n t"],
-    redundancy: Redundancy,
-    heads: int,
-) -> Float[Array, "n t"]:
-    """The chances of `adjusted` before they are held: below zero where tokens are much alike."""
-    policy = jax.lax.stop_gradient(policy)
-    alike = token_similarities(jax.lax.stop_gradient(tokens), heads)
-    others = policy[:, None, :] * (1 - jnp.eye(tokens.shape[1], dtype=alike.dtype))
-    total = jnp.sum(alike * others, axis=-1)
-    if redundancy.reduce != "sum":
-        total = total / jnp.maximum(jnp.sum(others, axis=-1), 1)
-    if redundancy.reduce == "relative":
-        left = jnp.maximum(jnp.sum(policy, axis=-1, keepdims=True), 1)
-        total = total - jnp.sum(total * policy, axis=-1, keepdims=True) / left
-    return jnp.exp(log_probs[..., 0]) - redundancy.weight * total
 
 
 def draw_decisions(
@@ -241,7 +140,8 @@ class DynamicTransformer(nn.Module):
             raise ValueError(
                 f"places are {self.places}, expected blocks from 1 to {self.vit.depth - 1}, rising"
             )
-        if self.redundancy is not None and self.vit.heads < 3:
+        by_heads = self.redundancy is not None and self.redundancy.rows == "heads"
+        if by_heads and self.vit.heads < 3:
             raise ValueError("redundancy compares heads of tokens: expected three or more heads")
 
     def setup(self):
@@ -256,13 +156,18 @@ class DynamicTransformer(nn.Module):
             ValueError: Not images that fit, or a place would keep no token.
         """
         tokens = self.vit.embed(x)
-        counts = iter(kept_counts(self, tokens.shape[1] - 1))
+        n, patches = tokens.shape[0], tokens.shape[1] - 1
+        counts = iter(kept_counts(self, patches))
+        positions = jnp.broadcast_to(jnp.arange(patches), (n, patches))
         for index, block in enumerate(self.vit.block):
             if index in self.places:
-                ranks = self._ranked(index, tokens, jnp.ones(tokens[:, 1:, 0].shape))
-                chosen = ranks[:, : next(counts), None]
-                patches = jnp.take_along_axis(tokens[:, 1:], chosen, axis=1)
-                tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)
+                likeness = self._likeness_of_left(tokens, positions, patches)
+                chosen = self._ranked(
+                    index, tokens, jnp.ones(positions.shape, tokens.dtype), likeness
+                )[:, : next(counts)]
+                left = jnp.take_along_axis(tokens[:, 1:], chosen[..., None], axis=1)
+                tokens = jnp.concatenate([tokens[:, :1], left], axis=1)
+                positions = jnp.take_along_axis(positions, chosen, axis=1)
             tokens = block(tokens)
         return self.vit.classify(self.vit.norm(tokens))
 
@@ -276,7 +181,8 @@ class DynamicTransformer(nn.Module):
         counts = iter(kept_counts(self, policy.shape[1]))
         for index, block in enumerate(self.vit.block):
             if index in self.places:
-                ranks = self._ranked(index, tokens, policy)[:, : next(counts)]
+                likeness = self._likeness(tokens, policy)
+                ranks = self._ranked(index, tokens, policy, likeness)[:, : next(counts)]
                 policy = jax.vmap(lambda row, to: jnp.zeros_like(row).at[to].set(1))(policy, ranks)
             tokens = block(tokens, _with_class(policy) if index >= self.places[0] else None)
         return self.vit.classify(self.vit.norm(tokens))
@@ -293,10 +199,9 @@ class DynamicTransformer(nn.Module):
         for index, block in enumerate(self.vit.block):
             if index in self.places:
                 log_probs = self._predicted(index, tokens, policy)
-                if self.redundancy is not None:
-                    log_probs = adjusted(
-                        log_probs, tokens[:, 1:], policy, self.redundancy, self.vit.heads
-                    )
+                likeness = self._likeness(tokens, policy)
+                if self.redundancy is not None and likeness is not None:
+                    log_probs = adjusted(log_probs, likeness, self.redundancy)
                 policy = draw_decisions(self.make_rng(RNG), log_probs, policy)
                 decisions.append(policy)
             tokens = block(tokens, _with_class(policy) if decisions else None)
@@ -309,17 +214,41 @@ class DynamicTransformer(nn.Module):
         """What is predicted of patches before a block."""
         return self.predictor[self.places.index(index)](tokens[:, 1:], policy)
 
+    def _likeness(
+        self, tokens: Float[Array, "n t d"], policy: Real[Array, "n p"]
+    ) -> Float[Array, "n p"] | None:
+        """How much patches are like others, if that is asked for."""
+        if self.redundancy is None:
+            return None
+        return likeness_of(tokens[:, 1:], policy, self.redundancy, self.vit.heads)
+
+    def _likeness_of_left(
+        self, tokens: Float[Array, "n t d"], positions: Int[Array, "n p"], patches: int
+    ) -> Float[Array, "n p"] | None:
+        """The same where others are gone; positions are those of the patches that are left."""
+        shape = positions.shape[0], patches
+        if self.redundancy is None or self.redundancy.rows == "heads":
+            return self._likeness(tokens, jnp.ones(positions.shape, tokens.dtype))
+        # Images have other positions left; the rest is as hidden.
+        back = jax.vmap(lambda full, to, values: full.at[to].set(values))
+        policy = back(jnp.zeros(shape, tokens.dtype), positions, jnp.ones_like(tokens[:, 1:, 0]))
+        full = back(jnp.zeros((*shape, tokens.shape[2]), tokens.dtype), positions, tokens[:, 1:])
+        likeness = likeness_of(full, policy, self.redundancy, self.vit.heads)
+        return jnp.take_along_axis(likeness, positions, axis=1)
+
     def _ranked(
-        self, index: int, tokens: Float[Array, "n t d"], policy: Real[Array, "n p"]
+        self,
+        index: int,
+        tokens: Float[Array, "n t d"],
+        policy: Real[Array, "n p"],
+        likeness: Float[Array, "n p"] | None,
     ) -> Int[Array, "n p"]:
         """Patches from the most to the least likely to be kept, dropped ones last."""
         log_probs = self._predicted(index, tokens, policy)
         chances = log_probs[..., 0]
-        if self.redundancy is not None:
+        if self.redundancy is not None and likeness is not None:
             # Not held, which would make those equal that are much alike.
-            chances = remaining_chances(
-                log_probs, tokens[:, 1:], policy, self.redundancy, self.vit.heads
-            )
+            chances = remaining(log_probs, likeness, self.redundancy)
         return jnp.argsort(jnp.where(policy > 0, -chances, jnp.inf), axis=1, stable=True)
 
 

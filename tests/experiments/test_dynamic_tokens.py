@@ -46,10 +46,10 @@ def test_a_study(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(study, "fit_stage", fit_stage)
     config = get_config(**{"dynamic.fixed": 1.0})
     summary = study.run(config, tmp_path)
-    assert [*started] == ["pretrain", "keep_0.75", "keep_0.75_cka"]
+    assert [*started] == ["pretrain", "keep_0.75", "keep_0.75_both"]
     whole = ended["pretrain"]
     np.testing.assert_allclose(whole.context, [0, 0, 1e-2, 1e-2])
-    for first, stage in ((0, "keep_0.75"), (2, "keep_0.75_cka")):
+    for first, stage in ((0, "keep_0.75"), (2, "keep_0.75_both")):
         _, begun = started[stage]
         teachers = jax.tree.map(lambda leaf, i=first: leaf[i : i + 2], whole.params)
         jax.tree.map(np.testing.assert_array_equal, begun.params["vit"], teachers)
@@ -59,8 +59,8 @@ def test_a_study(tmp_path, monkeypatch, tiny):
         moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), ended[stage].params, begun.params)
         assert moved["predictor_0"]["Dense_0"]["kernel"]
     rows = [(row["keep"], row["cka"]) for row in summary["networks"]]
-    assert rows == [(None, False), (None, True), (0.75, False), (0.75, True)]
-    last = json.loads((tmp_path / "keep_0.75_cka.jsonl").read_text().splitlines()[-1])
+    assert rows == [(None, "no"), (None, "training"), (0.75, "no"), (0.75, "both")]
+    last = json.loads((tmp_path / "keep_0.75_both.jsonl").read_text().splitlines()[-1])
     accuracy = last["test/accuracy"]
     np.testing.assert_allclose(summary["networks"][3]["test_accuracy"]["values"], accuracy)
     assert summary["networks"][2]["multiply_adds"] < summary["networks"][0]["multiply_adds"]
@@ -68,24 +68,26 @@ def test_a_study(tmp_path, monkeypatch, tiny):
     params, _ = load_network(tmp_path / "networks" / "keep_0.75-s1.safetensors")
     expected = jax.tree.map(lambda leaf: leaf[0], ended["keep_0.75"].params)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    module = members.dynamic(config, tiny, members.Variant(0.75, False))
+    module = members.dynamic(config, tiny, members.Variant(0.75, "no"))
     x = jnp.zeros((2, 8, 8, 1))
     assert jax.eval_shape(module.apply, {"params": params}, x).shape == (2, 10)
     text = (tmp_path / "report.md").read_text()
-    assert "| 0.75 | yes |" in text
+    assert "| 0.75 | both |" in text
     # What is published is of another network and other data.
     assert "72.20" not in text and "Mean CKA of different blocks" in text
     whole_cka, dynamic_cka = summary["networks"][1], summary["networks"][3]
     less = np.subtract(*(row["test_accuracy"]["values"] for row in (dynamic_cka, whole_cka)))
     np.testing.assert_allclose(dynamic_cka["less_whole"]["mean"], np.mean(less), atol=1e-9)
     assert 0 <= whole_cka["similarity"]["mean"] <= 1
-    assert members.dynamic(config, tiny, members.Variant(0.75, True)).redundancy is not None
+    assert members.dynamic(config, tiny, members.Variant(0.75, "both")).redundancy is not None
 
 
 def test_published_numbers_are_of_their_network():
     rows = [
         {"keep": keep, "cka": cka, "parameters": 1, "multiply_adds": 1, **values}
-        for keep, cka in ((None, False), (None, True), (0.7, False), (0.7, True), (1.0, False))
+        for keep, cka in (
+            (None, "no"), (None, "training"), (0.7, "no"), (0.7, "both"), (1.0, "no")
+        )
         for values in [
             {name: {"mean": 0.5, "std": None, "values": [0.5]}
              for name in ("test_accuracy", "validation_accuracy", "similarity")}
@@ -104,7 +106,7 @@ def test_what_training_minimises(tiny):
         "losses.ratio": 3.0, "losses.distillation": 5.0, "losses.tokens": 7.0,
         "dynamic.label_smoothing": 0.0,
     })  # fmt: skip
-    module = members.dynamic(config, tiny, members.Variant(0.75, True))
+    module = members.dynamic(config, tiny, members.Variant(0.75, "both"))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 1)), jnp.float32)
     y = jnp.asarray([0, 1, 2, 3, 4, 5])
     params, teacher = (module.init(jax.random.key(seed), x)["params"] for seed in (1, 2))
@@ -188,7 +190,7 @@ def test_what_moves(tiny):
     fields = {"dynamic.fixed": 0.5, "dynamic.weight_decay": 0.0, "dynamic.backbone": 0.01}
     settings = get_config(**fields).dynamic
     settings.warmup = 0.0
-    module = members.dynamic(get_config(), tiny, members.Variant(0.75, False))
+    module = members.dynamic(get_config(), tiny, members.Variant(0.75, "no"))
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
     optimizer = members.dynamic_optimizer(settings, 10)
@@ -223,6 +225,9 @@ def test_what_moves(tiny):
             {"model.places": (1, 2)},
             r"config\.model with config\.keep: places are \(1, 2\), expected",
         ),
+        ({"cka": "no,no"}, "config.cka is 'no,no'"),
+        ({"cka": "always"}, "config.cka is 'always'"),
+        ({"redundancy.rows": "images"}, r"config\.redundancy\.rows is 'images'"),
         ({"redundancy.reduce": "max"}, r"config\.redundancy\.reduce is 'max'"),
         ({"redundancy.weight": 1e300}, r"config\.redundancy\.weight is 1e\+300"),
         ({"cka_sr.regulariser": "cca"}, r"config\.cka_sr\.regulariser is 'cca'"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ntt_sparse.models import tokens
-from ntt_sparse.models.tokens import DynamicTransformer, Redundancy
+from ntt_sparse.models.redundancy import Redundancy, adjusted, head_similarities, likeness_of
+from ntt_sparse.models.tokens import DynamicTransformer
 from ntt_sparse.models.vit import VisionTransformer
 
 SHAPE = (8, 8, 1)
@@ -58,7 +59,13 @@ def test_deit_small_at_seven_tenths():
     assert 2.85e9 < tokens.dynamic_multiply_adds(module, (224, 224, 3)) < 3.0e9
 
 
-REDUNDANCIES = [None, Redundancy(0.5), Redundancy(0.5, "mean"), Redundancy(0.01, "sum")]
+REDUNDANCIES = [
+    None,
+    Redundancy(0.5),
+    Redundancy(0.5, "mean", scale="logarithm"),
+    Redundancy(0.01, "sum"),
+    Redundancy(0.5, rows="batch"),
+]
 
 
 @pytest.mark.parametrize("redundancy", REDUNDANCIES)
@@ -106,27 +113,6 @@ def test_a_training_pass_is_what_is_hidden(monkeypatch, redundancy):
     np.testing.assert_allclose(found.features, vit.norm(stream)[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_without_a_chance_come_back():
-    """Where all chances are held, the prediction still has a derivative, of moderate size."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 6, 12)) * 0.01 + rng.normal(size=12), jnp.float32)
-    policy, chance = jnp.ones((2, 6)), jnp.full((2, 6), 0.5)
-
-    def adjusted(chance, x):
-        log_probs = jnp.log(jnp.stack([chance, 1 - chance], -1))
-        return tokens.adjusted(log_probs, x, policy, Redundancy(1.0, "mean"), 4)
-
-    np.testing.assert_allclose(jnp.exp(adjusted(chance, x)[..., 0]), 0.01, rtol=1e-4)
-
-    def kept(chance, x):
-        return jnp.sum(tokens.draw_decisions(jax.random.key(0), adjusted(chance, x), policy))
-
-    by_chance, by_token = jax.grad(kept, (0, 1))(chance, x)
-    assert np.all(by_chance > 0) and np.all(by_chance < 30)
-    # Similarities have none.
-    assert not np.any(by_token)
-
-
 def test_all_kept_is_the_transformer():
     module = small(keep=1.0)
     plain = jax.jit(module.vit.apply)({"params": variables()["params"]["vit"]}, images())
@@ -166,7 +152,7 @@ def test_the_last_token_may_go():
 
     def total(x):
         log_probs = predictor.apply(values, x, policy)
-        less = tokens.adjusted(log_probs, x, policy, Redundancy(), 4)
+        less = adjusted(log_probs, likeness_of(x, policy, Redundancy(), 4), Redundancy())
         decisions = tokens.draw_decisions(jax.random.key(1), less, policy)
         return jnp.sum(log_probs) + jnp.sum(less) + jnp.sum(decisions)
 
@@ -193,64 +179,15 @@ def test_decisions_are_drawn_by_their_chances():
     np.testing.assert_allclose(slope[0, 0], [expected, -expected], rtol=1e-5)
 
 
-def test_similarities_of_tokens_by_hand():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 5, 12))
-    x[1, 3] = np.tile(rng.normal(size=3), 4)
-    got = np.asarray(tokens.token_similarities(jnp.asarray(x, jnp.float32), 4))
-    centring = np.eye(4) - 0.25
-    for image in range(2):
-        grams = [centring @ m @ m.T @ centring for m in x[image].reshape(5, 4, 3)]
-        for i, one in enumerate(grams):
-            for j, other in enumerate(grams):
-                norms = np.sqrt(np.sum(one**2) * np.sum(other**2))
-                # Heads that are all equal are like nothing.
-                expected = np.sum(one * other) / norms if norms > 1e-9 else 0
-                np.testing.assert_allclose(got[image, i, j], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("reduce", ["mean", "sum", "relative"])
-def test_chances_less_what_others_say(reduce):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 5, 12)), jnp.float32)
-    policy = np.array([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
-    chance = rng.uniform(0.2, 0.9, size=(2, 5))
-    log_probs = jnp.log(jnp.stack([chance, 1 - chance], -1))
-    got = tokens.adjusted(log_probs, x, jnp.asarray(policy), Redundancy(0.3, reduce), 4)
-    alike = np.asarray(tokens.token_similarities(x, 4))
-    for image in range(2):
-        left = np.flatnonzero(policy[image])
-        means = [alike[image, i, left[left != i]].mean() for i in range(5)]
-        for i in range(5):
-            others = left[left != i]
-            off = {
-                "mean": means[i],
-                "sum": alike[image, i, others].sum(),
-                "relative": means[i] - np.mean([means[j] for j in left]),
-            }
-            less = np.clip(chance[image, i] - 0.3 * off[reduce], 0.01, 0.99)
-            np.testing.assert_allclose(np.exp(got[image, i]), [less, 1 - less], atol=1e-5)
-
-
-def test_relative_similarities_take_nothing_off_the_mean():
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, 6, 12)), jnp.float32)
-    policy = jnp.asarray([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
-    chance = jnp.full((3, 6), 0.5)
-    log_probs = jnp.log(jnp.stack([chance, 1 - chance], -1))
-    got = tokens.remaining_chances(log_probs, x, policy, Redundancy(0.4, "relative"), 4)
-    assert bool(jnp.all(jnp.isfinite(got)))
-    means = jnp.sum(got * policy, -1)[:2] / jnp.sum(policy, -1)[:2]
-    np.testing.assert_allclose(means, 0.5, atol=1e-6)
-
-
 def test_the_least_alike_stay_where_all_are_much_alike():
     """With a large weight all chances are below zero, and tokens still have an order."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 17, 12)), jnp.float32)
     module = small(redundancy=Redundancy(1e6, "mean"))
+    policy = jnp.ones((1, 16))
+    likeness = likeness_of(x[:, 1:], policy, module.redundancy, 3)
     rank = functools.partial(module.apply, method="_ranked")
-    ranks = jax.jit(rank, static_argnums=1)(variables(), 1, x, jnp.ones((1, 16)))
-    alike = np.asarray(tokens.token_similarities(x[:, 1:], 3))[0]
+    ranks = jax.jit(rank, static_argnums=1)(variables(), 1, x, policy, likeness)
+    alike = np.asarray(head_similarities(x[:, 1:], 3))[0]
     assert ranks[0].tolist() == np.argsort(alike.sum(1) - np.diag(alike)).tolist()
 
 
@@ -276,13 +213,10 @@ def test_bad_fields(fields, message):
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match=r"weight is -1\.0, expected a finite number"):
-        Redundancy(-1.0)
-    with pytest.raises(ValueError, match="reduce is 'max'"):
-        Redundancy(1.0, "max")
     two_heads = VisionTransformer(width=12, heads=2)
     with pytest.raises(ValueError, match="expected three or more heads"):
         DynamicTransformer(two_heads, redundancy=Redundancy())
+    DynamicTransformer(two_heads, redundancy=Redundancy(rows="batch"))
     with pytest.raises(ValueError, match=r"temperature is 0\.0"):
         tokens.draw_decisions(
             jax.random.key(0), jnp.zeros((1, 2, 2)), jnp.ones((1, 2)), temperature=0.0
