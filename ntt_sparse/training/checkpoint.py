@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntt_sparse.training.processes import fetch, is_first, meet
+
 _logger = logging.getLogger(__name__)
 
 _State = TypeVar("_State")
@@ -24,7 +26,7 @@ def digest(tree: Any) -> np.ndarray:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(fetch(leaf))
         header = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
         content += [header.encode(), array.reshape(-1).view(np.uint8).data]
     return _fingerprint(*content)
@@ -165,10 +167,12 @@ class Checkpoints:
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint next to the directory, where nothing overwrites it."""
         aside = self.directory.with_name(f"{self.directory.name}-damaged")
-        aside.mkdir(exist_ok=True)
         target = aside / str(step)
-        while target.exists():
-            target = target.with_name(f"{target.name}+")
-        (self.directory / str(step)).rename(target)
+        if is_first():
+            aside.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(f"{target.name}+")
+            (self.directory / str(step)).rename(target)
+        meet(f"checkpoint {step} is set aside")
         self._checkpointer.reload()
         return target

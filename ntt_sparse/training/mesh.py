@@ -47,10 +47,21 @@ def make_mesh(member: int = 1, data: int = 1, *, devices: Sequence[Any] | None =
 
 
 def auto_mesh(num_members: int, batch_size: int, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that spreads members first, then batches, without a remainder."""
+    """The mesh that spreads members first, then batches, without a remainder.
+
+    Raises:
+        ValueError: A process would have no device in it.
+    """
     devices = jax.devices() if devices is None else list(devices)
     member = math.gcd(num_members, len(devices))
     data = math.gcd(batch_size, len(devices) // member)
+    idle = {d.process_index for d in devices} - {d.process_index for d in devices[: member * data]}
+    if idle:
+        raise ValueError(
+            f"{num_members} members and batches of {batch_size} use {member * data} of "
+            f"{len(devices)} devices, and none of process {min(idle)}: choose numbers that the "
+            "devices divide, or fewer processes"
+        )
     return make_mesh(member, data, devices=devices)
 
 

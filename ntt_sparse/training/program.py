@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -16,6 +17,7 @@ from ntt_sparse.training.mesh import (
     replicated,
     spread_examples,
 )
+from ntt_sparse.training.processes import place
 from ntt_sparse.training.state import Member, TrainState, num_members
 from ntt_sparse.training.step import StepFn
 
@@ -97,11 +99,12 @@ def make_program(
             return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
 
         shapes = jax.eval_shape(jax.vmap(logs_of), members)
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        never = jnp.full(num_members(members), -1, jnp.int32)
+        sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        never = np.full(num_members(members), -1, np.int32)
         bad_step = dict.fromkeys([*shapes, *_STATE], never)
-        since = jnp.zeros_like(never)
-        state = TrainState(jnp.int32(step), members, sums, since, bad_step)
+        since = np.zeros_like(never)
+        members = place(members, shardings.members)
+        state = TrainState(np.int32(step), members, sums, since, bad_step)
         # A copy: chunks donate the state, and the caller keeps the members.
         return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
 
