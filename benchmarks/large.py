@@ -36,7 +36,7 @@ def measure(name: str, batch_size: int, steps: int, density: float) -> str:
     batch = x, jnp.arange(batch_size) % _CLASSES
     variables = dict(jax.jit(module.init)(jax.random.key(1), x))
     params = variables.pop("params")
-    kept = masks.from_scores(saliency.magnitude(params), density)
+    kept = masks.from_scores(saliency.magnitude(params), density, scope="layer")
     optimizer = keep_masked(optax.sgd(1e-3, momentum=0.9))
     step_fn = step.make_step(
         {"task": terms.task()},

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntt_sparse.training.processes import fetch, is_first, meet
+from ntt_sparse.training.processes import fetch, is_first, meet, on_all
 
 _logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Checkpoints:
             "identity": np.zeros(16, np.uint8),
         }
         tree = {"state": jax.tree.map(abstract, like), "meta": meta}
-        loaded = self._checkpointer.load(step, tree)
+        loaded = self._read(step, tree)
         found = digest(loaded["state"])
         if not np.array_equal(found, loaded["meta"]["digest"]):
             raise ValueError("its content does not match its digest")
@@ -163,6 +163,17 @@ class Checkpoints:
                 "choose another directory, or delete this one"
             )
         return loaded["state"], int(loaded["meta"]["records"])
+
+    def _read(self, step: int, tree: Any) -> Any:
+        """One process that cannot read its part fails on all, which go on from the same one."""
+        loaded, failure = None, None
+        try:
+            loaded = self._checkpointer.load(step, tree)
+        except Exception as error:
+            failure = error
+        if not on_all(failure is None):
+            raise failure or ValueError("another process cannot read its part")
+        return loaded
 
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint next to the directory, where nothing overwrites it."""

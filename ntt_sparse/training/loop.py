@@ -1,7 +1,7 @@
 """The loop around compiled chunks: records, checkpoints, progress, interruption.
 
-Where chunks are cut depends on the clock (so that progress shows and `Ctrl-C` is
-heard), what they compute does not: every step is a pure function of the state, and
+Where chunks are cut depends on the clock (of the first process, so that progress shows and
+`Ctrl-C` is heard), what they compute does not: every step is a pure function of the state, and
 sums of metrics travel in the state. A run that was killed and started again therefore
 ends bit-identical to an unbroken one.
 """
@@ -159,13 +159,13 @@ def fit(
                 state = program.chunk(state, fed.data, fed.permutations, np.int32(stop))
                 loss = _check_finite(state, member_names, log.stage)
                 per_step = (time.monotonic() - began) / (stop - step)
-                due = time.monotonic() - saved_at >= plan.checkpoint_seconds
                 length = int(np.clip(_CHUNK_SECONDS / per_step, 1, min(4 * length, _MOST_STEPS)))
-                length, due, asked = decide(Decision(length, due, interrupted()))
                 progress(stop - step, loss)
                 step = stop
                 if step % plan.record_every == 0 or step == plan.total_steps:
                     state = record(state)
+                due = time.monotonic() - saved_at >= plan.checkpoint_seconds
+                length, due, asked = decide(Decision(length, due, interrupted()))
                 stopping = asked and step < plan.total_steps
                 if stopping or due:
                     save(state)

@@ -42,6 +42,13 @@ def meet(name: str) -> None:
         _utils().sync_global_devices(name)
 
 
+def on_all(fact: bool) -> bool:
+    """Whether something holds on every process."""
+    if jax.process_count() == 1:
+        return fact
+    return bool(_utils().process_allgather(np.array(fact)).all())
+
+
 def decide(own: Decision) -> Decision:
     """One decision for all: by the clock of the first process, and by a signal to any."""
     if jax.process_count() == 1:

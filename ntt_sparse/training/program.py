@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -99,14 +98,17 @@ def make_program(
             return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
 
         shapes = jax.eval_shape(jax.vmap(logs_of), members)
-        sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        never = np.full(num_members(members), -1, np.int32)
-        bad_step = dict.fromkeys([*shapes, *_STATE], never)
-        since = np.zeros_like(never)
-        members = place(members, shardings.members)
-        state = TrainState(np.int32(step), members, sums, since, bad_step)
-        # A copy: chunks donate the state, and the caller keeps the members.
-        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+
+        def start(members):
+            # A copy: chunks donate the state, and the caller keeps the members.
+            members = jax.tree.map(jnp.copy, members)
+            sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            never = jnp.full(num_members(members), -1, jnp.int32)
+            bad_step = dict.fromkeys([*shapes, *_STATE], never)
+            return TrainState(jnp.int32(step), members, sums, jnp.zeros_like(never), bad_step)
+
+        placed = place(members, member_sharding(mesh))
+        return jax.jit(start, out_shardings=shardings)(placed)
 
     def permutations(state, epoch, data):
         n = jax.tree.leaves(data)[0].shape[0]

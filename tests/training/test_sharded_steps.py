@@ -1,4 +1,4 @@
-"""Eight devices compute what one does: every objective, with whole and with cut parameters."""
+"""Eight devices that share the parameters compute what one does, by every objective."""
 
 import math
 from typing import Any
@@ -88,17 +88,20 @@ def distilled(inputs):
     return token_distillation_loss(own, theirs, (x[..., 0] > 0).astype(x.dtype)), {}
 
 
-TERMS = {
-    "task": terms.supervised(apply_fn),
-    "ntt": ntt,
+SIMILARITIES = {
     "cka_sr": lambda inputs: (cka_sr([maps(inputs)]), {}),
-    "cka_sr_of_five": lambda inputs: (cka_sr([maps(inputs)], samples=5), {}),
-    "cka_sr_debiased": lambda inputs: (cka_sr([maps(inputs)], debiased=True), {}),
-    "cka_sr_by_cca": lambda inputs: (cka_sr([maps(inputs)], similarity="cca"), {}),
+    "of_five": lambda inputs: (cka_sr([maps(inputs)], samples=5), {}),
+    "debiased": lambda inputs: (cka_sr([maps(inputs)], debiased=True), {}),
+    "cca": lambda inputs: (cka_sr([maps(inputs)], similarity="cca"), {}),
     "aug_cka_sr": lambda inputs: (aug_cka_sr(maps(inputs)), {}),
-    "dam": gated,
-    "l0": random_gates,
-    "tokens": distilled,
+}
+OBJECTIVES = {
+    "task": {"task": terms.supervised(apply_fn)},
+    "ntt": {"ntt": ntt},
+    "cka_sr": SIMILARITIES,
+    "dam": {"dam": gated},
+    "l0": {"l0": random_gates},
+    "tokens": {"tokens": distilled},
 }
 
 
@@ -112,8 +115,8 @@ def measured(one: state.Member, examples: Any) -> dict[str, Any]:
     """The parameters after a step of each objective, scores, and kernels of the batch."""
     x, _ = examples
     found = {}
-    for name, term in TERMS.items():
-        stepped, logs = step.make_step({name: term}, OPTIMIZER)(one, examples, jnp.int32(0))
+    for name, loss in OBJECTIVES.items():
+        stepped, logs = step.make_step(loss, OPTIMIZER)(one, examples, jnp.int32(0))
         found[name] = stepped.params, stepped.opt_state, logs
     found["snip"] = saliency.snip(loss_fn, one.params, examples)
     found["logit_snip"] = saliency.logit_snip(apply_fn, one.params, x)
@@ -124,22 +127,15 @@ def measured(one: state.Member, examples: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    with jax.enable_x64(True):
-        yield jax.device_get(jax.jit(measured)(member(), batch()))
-
-
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("parameters", ["whole", "cut"])
-def test_eight_devices_step_and_score_as_one(on_one_device, parameters):
+def test_eight_devices_step_and_score_as_one():
+    """With parameters, masks and optimiser cut over them, and the batch as well."""
     mesh = meshes.make_mesh(data=8)
-    one = member()
-    whole = jax.tree.map(lambda _: meshes.replicated(mesh), one)
-    shardings = whole if parameters == "whole" else meshes.leaf_shardings(one, mesh)
-    examples = jax.device_put(batch(), NamedSharding(mesh, P("data")))
-    found = jax.jit(measured)(jax.device_put(one, shardings), examples)
-    for name, expected in on_one_device.items():
+    one, examples = member(), batch()
+    alone = jax.device_get(jax.jit(measured)(one, examples))
+    placed = jax.device_put(one, meshes.leaf_shardings(one, mesh))
+    found = jax.jit(measured)(placed, jax.device_put(examples, NamedSharding(mesh, P("data"))))
+    for name, expected in alone.items():
         jax.tree.map(
             lambda a, b, name=name: np.testing.assert_allclose(
                 a, b, rtol=1e-9, atol=1e-10, err_msg=name
@@ -154,7 +150,7 @@ def test_each_device_holds_an_eighth_of_what_can_be_cut():
     one = member()
     shardings = meshes.leaf_shardings(one, mesh)
     placed = jax.device_put(one, shardings)
-    step_fn = step.make_step({"task": TERMS["task"]}, OPTIMIZER)
+    step_fn = step.make_step(OBJECTIVES["task"], OPTIMIZER)
     compiled = jax.jit(step_fn, out_shardings=(shardings, meshes.replicated(mesh)))
     examples = jax.device_put(batch(), NamedSharding(mesh, P("data")))
     after, _ = compiled(placed, examples, jnp.int32(0))
