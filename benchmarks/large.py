@@ -65,9 +65,9 @@ def measure(name: str, batch_size: int, steps: int, density: float) -> str:
         raise SystemExit(f"{name}: a loss is not finite, or a pruned weight came back: {losses}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return (
-        f"{name}: {count / 1e6:.1f} million weights, density {masks.density(kept):.3f}, batch "
-        f"{batch_size}: compiled in {compiling:.1f} s, {np.median(seconds):.2f} s a step, loss "
-        f"{losses[0]:.3f} to {losses[-1]:.3f}, {peak:.2f} GiB at most"
+        f"{name}: {count / 1e6:.1f} million weights, density {masks.density(member.masks):.3f}, "
+        f"batch {batch_size}: compiled in {compiling:.1f} s, {np.median(seconds):.2f} s a step, "
+        f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {peak:.2f} GiB at most"
     )
 
 

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ SETTINGS = (
 _SECONDS = 600
 
 
-def start(workdir: Path, settings: tuple[str, ...], count: int = 2) -> list[subprocess.Popen]:
+def start(workdir: Path, settings: Sequence[str], count: int = 2) -> list[subprocess.Popen]:
     """Starts the processes of a study, whose messages go into `WORKDIR.0.log` and so on.
 
     Args:
