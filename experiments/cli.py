@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from experiments import provenance
+from experiments import cluster, provenance
 from experiments.compilation import keep_programs
 from ntt_sparse.training.files import write_text
 
@@ -55,7 +55,9 @@ def user_errors() -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -> None:
+def start(
+    name: str, configs: ModuleType, *, doc: str | None, study: str = "", distributed: bool = False
+) -> None:
     """The whole command line of a study: defines and parses its flags, runs it and exits.
 
     Exit codes: 0 done, 1 failed, 2 the command line is wrong, 3 another process works in the work
@@ -69,6 +71,7 @@ def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -
         study: Of which `experiments.STUDY_study` holds `run(config, workdir, data_dir=)`, by
             default the name; it is imported late, so that `--help` and errors of flags come at
             once.
+        distributed: Whether several processes can run it together.
     """
     fields = set(_flatten(configs.get_config().to_dict()))
     _refuse_unknown_fields(fields)
@@ -88,7 +91,15 @@ def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -
         "Prepared TensorFlow Datasets, by default $TFDS_DATA_DIR; files of graphs or ratings.",
     )
 
+    together = flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Runs one study on the devices of all processes of a Slurm, Open MPI or Kubernetes job.",
+    )
+
     def main():
+        if together.value and not distributed:
+            raise UserError(f"{name} runs in one process: leave out --distributed")
         # A file that cannot be loaded is an error when its values are first asked for.
         with user_errors():
             chosen = config.value
@@ -98,11 +109,16 @@ def start(name: str, configs: ModuleType, *, doc: str | None, study: str = "") -
                     f"the config has no {', '.join(sorted(missing))}: it is that of another study"
                 )
         keep_programs()
+        if together.value:
+            with user_errors():
+                cluster.join()
         module = importlib.import_module(f"experiments.{study or name}_study")
         # A name is one folder, whatever is in it.
         folder = re.sub(r"[^\w.-]", "-", f"{name}-{chosen.name}")
         written = Path(workdir.value or f"runs/{folder}")
         module.run(chosen, written, data_dir=data_dir.value)
+        if not _is_first():
+            return
         print(f"\n{(written / 'report.md').read_text()}")
         for made in ("networks", "figures", "summary.json"):
             print(f"{made}: {written / made}")
@@ -156,6 +172,16 @@ def _guard(main: Callable[[], None]) -> None:
         )
     except KeyboardInterrupt as error:
         _exit(130, f"interrupted: {error}" if str(error) else "interrupted")
+    except Exception:
+        if not cluster.is_joined():
+            raise
+        cluster.leave_after_error()
+
+
+def _is_first() -> bool:
+    from ntt_sparse.training.processes import is_first
+
+    return is_first()
 
 
 def _log_to_stderr() -> None:
@@ -178,6 +204,8 @@ def _log_to_stderr() -> None:
 
 def _exit(code: int, line: str) -> NoReturn:
     print(f"\n{line}", file=sys.stderr)
+    if cluster.is_joined():
+        cluster.leave(code)
     sys.exit(code)
 
 
@@ -223,6 +251,8 @@ def _cause(message: str) -> str:
 def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]:
     """Holds a work directory for this config, alone, while the block runs.
 
+    The first of several processes holds it for all; to the others it is the same folder.
+
     Yields:
         The directory; it holds `config.json` and `provenance.json`.
 
@@ -230,7 +260,13 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
         BusyError: Another process works in it.
         UserError: It belongs to another config, or cannot be written. Nothing is changed.
     """
+    from ntt_sparse.training.processes import is_first, meet
+
     workdir = Path(workdir)
+    if not is_first():
+        meet("the work directory is claimed")
+        yield workdir
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
@@ -252,6 +288,7 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
         with user_errors():
             _check_owner(workdir, json.loads(json.dumps(config)))
         provenance.note(workdir)
+        meet("the work directory is claimed")
         yield workdir
 
 

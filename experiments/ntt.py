@@ -16,4 +16,4 @@ from experiments import cli
 from experiments.configs import ntt as configs
 
 if __name__ == "__main__":
-    cli.start("ntt", configs, doc=__doc__)
+    cli.start("ntt", configs, doc=__doc__, distributed=True)

@@ -32,6 +32,7 @@ from ntt_sparse import models
 from ntt_sparse._types import ApplyFn
 from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import processes
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import make_step
@@ -62,7 +63,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         data_dir: Where prepared TensorFlow Datasets are; by default as TFDS decides.
 
     Returns:
-        The summary, as in `summary.json`.
+        The summary, as in `summary.json`; empty on all processes but the first.
 
     Raises:
         UserError: The config, the data or the work directory does not permit the study;
@@ -77,7 +78,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
         save_networks(claimed / "networks", member_names(supervised_runs(config)), trained)
-        return ntt_report.write(config, claimed)
+        return ntt_report.write(config, claimed) if processes.is_first() else {}
 
 
 def prepare(config: Any, data_dir: str | None) -> Setup:
@@ -103,6 +104,8 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
         data[stage] = hold_out(whole, fraction, config.data.split_seed)
         n = len(data[stage].train.y)
         plans[stage] = make_plan(config[stage], n, config.checkpoint_seconds)
+        members = transfer_runs(config) if stage == "transfer" else supervised_runs(config)
+        meshes.auto_mesh(len(members), config[stage].batch_size)
     check_sizes(config, data["transfer"], data["supervised"])
     return Setup(
         apply_fn=models.apply_fn(module),

@@ -25,6 +25,7 @@ from ntt_sparse.data.stream import Stream
 from ntt_sparse.data.text import TextData
 from ntt_sparse.pruning.masks import LayerDensity, layer_densities
 from ntt_sparse.training import mesh as meshes
+from ntt_sparse.training import processes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.export import save_network
 from ntt_sparse.training.files import append_text
@@ -169,7 +170,7 @@ def fit_stage(
     """
     mesh = meshes.auto_mesh(len(names), batch_size)
     streamed = isinstance(train_data, Stream)
-    placed, evaluation_data = jax.device_put(
+    placed, evaluation_data = processes.place(
         jax.tree.map(jnp.asarray, (() if streamed else train_data, evaluation_data)),
         meshes.replicated(mesh),
     )
@@ -187,8 +188,8 @@ def fit_stage(
         "%s: %d members, %d steps, mesh %s, %s", stage, len(names), plan.total_steps,
         dict(mesh.shape), mode,
     )  # fmt: skip
-    log = MetricsLog(workdir / f"{stage}.jsonl", stage)
-    board = TensorBoard(workdir / "tensorboard" / stage, names)
+    log = MetricsLog(workdir / f"{stage}.jsonl", stage, writes=processes.is_first())
+    board = TensorBoard(workdir / "tensorboard" / stage, names) if processes.is_first() else None
     data_digest = "" if made else digest((placed, evaluation_data)).tobytes().hex()
     if streamed:
         data_digest += train_data.identity
@@ -211,8 +212,9 @@ def fit_stage(
                 ),
                 tensorboard=board,
             )
-    board.close()
-    return state.members
+    if board is not None:
+        board.close()
+    return processes.localise(state.members)
 
 
 # Stages that follow one another with the same step and evaluation are compiled once.
@@ -243,7 +245,7 @@ def _timed(workdir: Path, stage: str, checkpoints: Checkpoints, start: int) -> I
         yield
     finally:
         steps = max(checkpoints.steps(), default=start) - first
-        if steps > 0:
+        if steps > 0 and processes.is_first():
             took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
             append_text(workdir / _SECONDS, json.dumps(took) + "\n")
 
@@ -270,6 +272,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:
     """Writes each trained network, as it was after the last step, under its name."""
+    if not processes.is_first():
+        return
     directory.mkdir(exist_ok=True)
     trees = jax.device_get((members.params, members.masks, members.model_state))
     for index, name in enumerate(names):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntt_sparse.training.files import one_line
+from ntt_sparse.training.processes import fetch, is_first, meet, on_all
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def digest(tree: Any) -> np.ndarray:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(fetch(leaf))
         header = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
         content += [header.encode(), array.reshape(-1).view(np.uint8).data]
     return _fingerprint(*content)
@@ -213,7 +214,7 @@ class Checkpoints:
             "identity": np.zeros(16, np.uint8),
         }
         tree = {"state": jax.tree.map(abstract, like), "meta": meta}
-        loaded = self._checkpointer.load(step, tree)
+        loaded = self._read(step, tree)
         found = digest(loaded["state"])
         if not np.array_equal(found, loaded["meta"]["digest"]):
             raise ValueError("its content does not match its digest")
@@ -240,13 +241,26 @@ class Checkpoints:
                 )
         return ""
 
+    def _read(self, step: int, tree: Any) -> Any:
+        """One process that cannot read its part fails on all, which go on from the same one."""
+        loaded, failure = None, None
+        try:
+            loaded = self._checkpointer.load(step, tree)
+        except Exception as error:
+            failure = error
+        if not on_all(failure is None):
+            raise failure or ValueError("another process cannot read its part")
+        return loaded
+
     def _set_aside(self, step: int) -> Path:
         """Moves a damaged checkpoint next to the directory, where nothing overwrites it."""
         aside = self.directory.with_name(f"{self.directory.name}-damaged")
-        aside.mkdir(exist_ok=True)
         target = aside / str(step)
-        while target.exists():
-            target = target.with_name(f"{target.name}+")
-        (self.directory / str(step)).rename(target)
+        if is_first():
+            aside.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(f"{target.name}+")
+            (self.directory / str(step)).rename(target)
+        meet(f"checkpoint {step} is set aside")
         self._checkpointer.reload()
         return target

@@ -77,4 +77,4 @@ class Feed:
         return self._fed
 
     def _orders(self, state: TrainState, epoch: int, data: Any) -> Array:
-        return self._program.permutations(state, jnp.int32(epoch), data)
+        return self._program.permutations(state, np.int32(epoch), data)

@@ -1,7 +1,7 @@
 """The loop around compiled chunks: records, checkpoints, progress, interruption.
 
-Where chunks are cut depends on the clock (so that progress shows and `Ctrl-C` is
-heard), what they compute does not: every step is a pure function of the state, and
+Where chunks are cut depends on the clock (of the first process, so that progress shows and
+`Ctrl-C` is heard), what they compute does not: every step is a pure function of the state, and
 sums of metrics travel in the state. A run that was killed and started again therefore
 ends bit-identical to an unbroken one.
 """
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -25,6 +24,7 @@ from ntt_sparse.data.stream import StreamError
 from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
 from ntt_sparse.training.feed import Feed
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
+from ntt_sparse.training.processes import Decision, decide, fetch, is_first
 from ntt_sparse.training.program import Program
 from ntt_sparse.training.state import Member, TrainState
 
@@ -156,17 +156,19 @@ def fit(
                     raise
                 stop = min(plan.next_stop(step), step + length, fed.stop)
                 began = time.monotonic()
-                state = program.chunk(state, fed.data, fed.permutations, jnp.int32(stop))
+                state = program.chunk(state, fed.data, fed.permutations, np.int32(stop))
                 loss = _check_finite(state, member_names, log.stage)
                 # A clock may be too coarse to see a chunk.
                 per_step = max(time.monotonic() - began, 1e-9) / (stop - step)
-                length = int(np.clip(_CHUNK_SECONDS / per_step, 1, 4 * length))
+                length = int(np.clip(_CHUNK_SECONDS / per_step, 1, min(4 * length, _MOST_STEPS)))
                 progress(stop - step, loss)
                 step = stop
                 if step % plan.record_every == 0 or step == plan.total_steps:
                     state = record(state)
-                stopping = interrupted() and step < plan.total_steps
-                if stopping or time.monotonic() - saved_at >= plan.checkpoint_seconds:
+                due = time.monotonic() - saved_at >= plan.checkpoint_seconds
+                length, due, asked = decide(Decision(length, due, interrupted()))
+                stopping = asked and step < plan.total_steps
+                if stopping or due:
                     save(state)
                     saved_at = time.monotonic()
                 if stopping:
@@ -177,7 +179,7 @@ def fit(
         save(state)
         if step < plan.total_steps:
             _logger.info("stage %s stopped early, at step %d", log.stage, step)
-        if interrupted():
+        if decide(Decision(1, False, interrupted())).stop:
             raise Interrupted(f"stage {log.stage!r} is done; the same command goes on from here")
     return state
 
@@ -190,7 +192,7 @@ def _record(
     member_names: Sequence[str],
 ) -> TrainState:
     """Writes what was measured since the last record; the state with its sums cleared."""
-    values = {} if evaluate is None else jax.device_get(dict(evaluate(state.members)))
+    values = {} if evaluate is None else fetch(dict(evaluate(state.members)))
     for name, value in values.items():
         bad = np.flatnonzero(~np.isfinite(value).reshape(len(member_names), -1).all(1))
         if bad.size:
@@ -198,7 +200,7 @@ def _record(
                 f"stage {log.stage!r}: {name!r} of member {member_names[bad[0]]!r} is not finite "
                 f"at step {int(state.step)}: {_REMEDY}"
             )
-    sums, since = jax.device_get((state.sums, state.since))
+    sums, since = fetch((state.sums, state.since))
     if np.any(since):
         # Of a member that has stopped there is no loss.
         steps = np.where(since, since, np.nan)
@@ -233,7 +235,7 @@ def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> Tr
 
 def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) -> float:
     """Raises with step, term and member if anything logged was not finite; the mean loss."""
-    bad_step, sums, since = jax.device_get((state.bad_step, state.sums, state.since))
+    bad_step, sums, since = fetch((state.bad_step, state.sums, state.since))
     # By step; at one step a term before what it makes bad too: the sum of all, and the member.
     found = [
         (steps[member], name in ("loss", "params", "model_state"), name, member)
@@ -285,6 +287,7 @@ def _progress(plan: Plan, step: int, stage: str) -> Iterator[Callable[[int, floa
         desc=stage,
         unit="step",
         dynamic_ncols=True,
+        disable=not is_first(),
         # A pipe or a log file gets a line now and then, a terminal a live bar.
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     ) as bar:

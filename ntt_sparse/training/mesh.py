@@ -47,10 +47,21 @@ def make_mesh(member: int = 1, data: int = 1, *, devices: Sequence[Any] | None =
 
 
 def auto_mesh(num_members: int, batch_size: int, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that spreads members first, then batches, without a remainder."""
+    """The mesh that spreads members first, then batches, without a remainder.
+
+    Raises:
+        ValueError: A process would have no device in it.
+    """
     devices = jax.devices() if devices is None else list(devices)
     member = math.gcd(num_members, len(devices))
     data = math.gcd(batch_size, len(devices) // member)
+    idle = {d.process_index for d in devices} - {d.process_index for d in devices[: member * data]}
+    if idle:
+        raise ValueError(
+            f"{num_members} members and batches of {batch_size} use {member * data} of "
+            f"{len(devices)} devices, and none of process {min(idle)}: choose numbers that the "
+            "devices divide, or fewer processes"
+        )
     return make_mesh(member, data, devices=devices)
 
 
@@ -62,6 +73,36 @@ def member_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def leaf_shardings(tree: Any, mesh: Mesh, *, axis: str = "data") -> Any:
+    """Shardings that cut each array over the devices of an axis, for networks of one member.
+
+    Parameters, masks and the state of the optimiser are cut alike. A step of `make_step` under
+    `jax.jit(..., out_shardings=)` with these and a batch over the same axis is then what is called
+    FSDP: XLA gathers a layer's weights where it needs them and scatters its gradients; a step
+    computes what it does on one device. A loop of many members does not use it: `make_program`
+    keeps each member whole on the devices of its batches, and joining both is planned.
+
+    Args:
+        tree: Pytree of arrays, their shapes or keys.
+        mesh: From `make_mesh`.
+        axis: Of the mesh.
+
+    Returns:
+        A tree of shardings: of each array the longest axis that the devices divide is cut. One
+        without such an axis, such as the bias of the classes, is whole on all of them.
+    """
+    parts = mesh.shape[axis]
+
+    def sharding(leaf: Any) -> NamedSharding:
+        divisible = [i for i, size in enumerate(leaf.shape) if size and size % parts == 0]
+        if not divisible:
+            return replicated(mesh)
+        cut = max(divisible, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, P(*[axis if i == cut else None for i in range(cut + 1)]))
+
+    return jax.tree.map(sharding, tree)
 
 
 def spread_examples(batch: Any) -> Any:

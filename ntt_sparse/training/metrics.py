@@ -28,14 +28,16 @@ class MetricsLog:
     a kill drops a last line that was cut short.
     """
 
-    def __init__(self, path: str | Path, stage: str):
+    def __init__(self, path: str | Path, stage: str, *, writes: bool = True):
         """Opens or creates the file.
 
         Args:
             path: A `.jsonl` file; its directory must exist.
             stage: Name written into every record.
+            writes: Whether the file is changed; else records are only kept in memory, where
+                another process writes it.
         """
-        self.path = Path(path)
+        self.path, self._writes = Path(path), writes
         self.stage = stage
         self.records: list[Record] = list(_read_lines(self.path))
 
@@ -51,7 +53,8 @@ class MetricsLog:
                 "put the file back, or delete the stage's checkpoints to start it again"
             )
         self.records = self.records[:count]
-        write_text(self.path, "".join(_line(record) for record in self.records))
+        if self._writes:
+            write_text(self.path, "".join(_line(record) for record in self.records))
 
     def write(self, step: int, values: Mapping[str, Any]) -> Record:
         """Appends a record and flushes it.
@@ -66,7 +69,8 @@ class MetricsLog:
         record: Record = {"stage": self.stage, "step": int(step)}
         record |= {name: _plain(np.asarray(value)) for name, value in sorted(values.items())}
         self.records.append(record)
-        append_text(self.path, _line(record))
+        if self._writes:
+            append_text(self.path, _line(record))
         return record
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from ntt_sparse.training.mesh import (
     replicated,
     spread_examples,
 )
+from ntt_sparse.training.processes import place
 from ntt_sparse.training.state import Member, TrainState, num_members
 from ntt_sparse.training.step import StepFn
 
@@ -97,13 +98,17 @@ def make_program(
             return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
 
         shapes = jax.eval_shape(jax.vmap(logs_of), members)
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        never = jnp.full(num_members(members), -1, jnp.int32)
-        bad_step = dict.fromkeys([*shapes, *_STATE], never)
-        since = jnp.zeros_like(never)
-        state = TrainState(jnp.int32(step), members, sums, since, bad_step)
-        # A copy: chunks donate the state, and the caller keeps the members.
-        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(state)
+
+        def start(members):
+            # A copy: chunks donate the state, and the caller keeps the members.
+            members = jax.tree.map(jnp.copy, members)
+            sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            never = jnp.full(num_members(members), -1, jnp.int32)
+            bad_step = dict.fromkeys([*shapes, *_STATE], never)
+            return TrainState(jnp.int32(step), members, sums, jnp.zeros_like(never), bad_step)
+
+        placed = place(members, member_sharding(mesh))
+        return jax.jit(start, out_shardings=shardings)(placed)
 
     def permutations(state, epoch, data):
         n = jax.tree.leaves(data)[0].shape[0]

@@ -1,5 +1,7 @@
 """Meshes are divided without a remainder, and asked for in vain in one line."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,3 +41,9 @@ def test_convolutions_run_one_after_another_on_cpu():
 def test_spreading_outside_a_mesh_changes_nothing():
     batch = {"x": jnp.ones((4, 2))}
     assert meshes.spread_examples(batch) is batch
+
+
+def test_a_process_without_a_device_in_the_mesh_raises():
+    devices = [SimpleNamespace(process_index=index // 2) for index in range(4)]
+    with pytest.raises(ValueError, match=r"2 of 4 devices, and none of process 1"):
+        meshes.auto_mesh(2, 5, devices=devices)

@@ -1,0 +1,71 @@
+"""Two processes, joined by JAX's own detection over the loopback, run one study as one does."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import ROOT, environment
+
+from ntt_sparse.training.metrics import MetricsLog
+
+SECONDS = 240
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("processes")
+
+
+def test_two_processes_end_where_one_does(tmp_path, finished_smoke, processes):
+    """By one set of files; `benchmarks/processes.py` kills one of them, and goes on."""
+    workdir = tmp_path / "w"
+    settings = [
+        argument.replace("=ntt,dense,random", "=random")
+        for argument in finished_smoke.arguments
+        if "checkpoint_seconds" not in argument
+    ]
+    assert processes.finish(processes.start(workdir, settings)) == [0, 0], logs(workdir)
+    one, two = (
+        MetricsLog(path / "supervised.jsonl", "supervised").records
+        for path in (finished_smoke.workdir, workdir)
+    )
+    assert [record["step"] for record in two] == [record["step"] for record in one]
+    for a, b in zip(one, two, strict=True):
+        for name in {"validation/loss", "test/loss", "train/loss"} & a.keys():
+            # Of the six networks there, these two are the last.
+            np.testing.assert_allclose(b[name], a[name][-2:], rtol=1e-3, err_msg=name)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert [row["method"] for row in summary["supervised"]] == ["random"]
+    assert len(list((workdir / "networks").iterdir())) == 2
+    assert len(json.loads((workdir / "provenance.json").read_text())["runs"]) == 1
+
+
+def logs(workdir: Path) -> str:
+    return "".join(path.read_text()[-3000:] for path in workdir.parent.glob("w.*.log"))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("dam_graph", "error: dam_graph runs in one process: leave out --distributed"),
+        ("ntt", "error: --distributed found no job to join"),
+    ],
+)
+def test_processes_that_cannot_be_joined_are_one_line(tmp_path, module, message):
+    result = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", "--distributed", f"--workdir={tmp_path}/w"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith(message)
+    assert not list(tmp_path.iterdir())
