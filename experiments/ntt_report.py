@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures
+from experiments import diverged, figures
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
 from experiments.published import of_settings
 from experiments.statistics import spread
@@ -28,6 +28,8 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         "config": json.loads(json.dumps(config.to_dict())),
         "supervised": _supervised_summary(supervised, runs),
     }
+    if gone := diverged.rows(supervised, member_names(runs)):
+        summary["diverged"] = gone
     transfer = None
     if "ntt" in config.methods.split(","):
         transfer = MetricsLog(workdir / "transfer.jsonl", "transfer")
@@ -78,7 +80,7 @@ def _supervised_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]
             "best_validation_step": steps[best[members]].tolist(),
             "train_accuracy_since_last_record": spread(train[-1, members]),
         }
-        for (method, density), members in _groups(runs).items()
+        for (method, density), members in diverged.left(_groups(runs), log.diverged()).items()
     ]
 
 
@@ -109,7 +111,10 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
     for row in summary["supervised"]:
         last, best = row["test_accuracy_last"], row["test_accuracy_best_validation"]
         label = METHODS[row["method"]].label
-        lines.append(f"| {label} | {row['density']!r} | {percent(last)} | {percent(best)} |")
+        fewer = diverged.of_seeds(last, config.seeds)
+        lines.append(
+            f"| {label} | {row['density']!r} | {percent(last)}{fewer} | {percent(best)}{fewer} |"
+        )
     if "transfer" in summary:
         lines += [
             "",
@@ -133,6 +138,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         if "loss_before" in row:
             parts.append(f"loss {row['loss_before']} → {row['loss_after']}")
         lines += ["", f'Published (wrt="all") at density {row["density"]:g}: {", ".join(parts)}.']
+    lines += diverged.lines(summary.get("diverged", ()))
     return "\n".join(lines) + "\n"
 
 
@@ -152,9 +158,12 @@ def _draw(
         for method in config.methods.split(",")
     }
     dense = METHODS["dense"].label
+    # Without methods of which every member diverged.
+    curves = {label: points for label, points in curves.items() if points}
     figures.accuracy_against_density(directory / "accuracy_against_density", curves, dense)
     steps, accuracy = supervised.column("test/accuracy")
-    groups = _groups(runs)
+    gone = supervised.diverged()
+    groups = diverged.left(_groups(runs), gone)
     for density in asked_densities(config):
         lines = {
             METHODS[method].label: accuracy[:, members]
@@ -182,7 +191,9 @@ def _draw(
                         ("NTT student", "ntt", density),
                         ("random sparse", "random", density),
                     )
-                    if Run(method, d, seed) in runs
+                    if Run(method, d, seed) in runs and runs.index(Run(method, d, seed)) not in gone
                 }
+                if not shown:
+                    continue
                 path = directory / f"output_evolution_d{density!r}_s{seed}"
                 figures.output_evolution(path, steps, shown)

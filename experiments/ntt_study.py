@@ -34,6 +34,7 @@ from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import processes
 from ntt_sparse.training.loop import Plan
+from ntt_sparse.training.metrics import MetricsLog
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import make_step
 from ntt_sparse.training.stopping import EarlyStopping
@@ -77,7 +78,8 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         if "ntt" in config.methods.split(","):
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
-        save_networks(claimed / "networks", member_names(supervised_runs(config)), trained)
+        gone = MetricsLog(claimed / "supervised.jsonl", "supervised").diverged()
+        save_networks(claimed / "networks", member_names(supervised_runs(config)), trained, gone)
         return ntt_report.write(config, claimed) if processes.is_first() else {}
 
 
@@ -170,7 +172,7 @@ def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | No
     return fit_stage(
         config, workdir, "supervised", member_names(runs), members, step_fn, setup.supervised_plan,
         tuple(data.train), evaluate, evaluation_data, mode, batch_size=config.supervised.batch_size,
-        stopping=early_stopping(config.supervised.patience),
+        stopping=early_stopping(config.supervised.patience), freeze=True,
     )  # fmt: skip
 
 

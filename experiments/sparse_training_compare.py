@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, figures, provenance
+from experiments import cli, diverged, figures, provenance
 from experiments.sparse_training_report import label
 from experiments.sparse_training_stages import BASELINE
 from experiments.statistics import correct
@@ -123,6 +123,7 @@ def _markdown(compared: dict[str, Any]) -> str:
     methods = compared["methods"]
     densities = sorted({row["density"] for rows in methods.values() for row in rows}, reverse=True)
     variants = list(dict.fromkeys(label(row) for rows in methods.values() for row in rows))
+    seeds = compared["shared"]["seeds"]
     head = f"| method | {' | '.join(f'{density!r}' for density in densities)} |"
     lines = [
         "# Methods of sparse training",
@@ -140,19 +141,25 @@ def _markdown(compared: dict[str, Any]) -> str:
             shown = {row["density"]: row for row in rows if label(row) == variant}
             if shown:
                 write = _gain if regularised else _accuracy
-                cells = [write(shown[d]) if d in shown else "" for d in densities]
+                cells = [write(shown[d], seeds) if d in shown else "" for d in densities]
                 lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _accuracy(row: dict[str, Any]) -> str:
-    return percent(row["test_accuracy_last"]) + ("*" if row["empty_layers"] else "")
+def _accuracy(row: dict[str, Any], seeds: Sequence[int]) -> str:
+    value = row["test_accuracy_last"]
+    return percent(value) + ("*" if row["empty_layers"] else "") + diverged.of_seeds(value, seeds)
 
 
-def _gain(row: dict[str, Any]) -> str:
-    gain = row["less_baseline_last"]
+def _gain(row: dict[str, Any], seeds: Sequence[int]) -> str:
+    gain = row.get("less_baseline_last")
+    if gain is None:
+        # Of no seed there are both: the others diverged.
+        return ""
     text = f"{100 * gain['mean']:+.2f}"
-    return text if gain["p_value"] is None else f"{text} ({gain['p_value_holm']:.2g})"
+    if gain["p_value"] is not None:
+        text += f" ({gain['p_value_holm']:.2g})"
+    return text + ("" if gain["n"] == len(seeds) else f" (n = {gain['n']})")
 
 
 def _draw(directory: Path, methods: dict[str, list[dict[str, Any]]]) -> None:
@@ -169,7 +176,7 @@ def _draw(directory: Path, methods: dict[str, list[dict[str, Any]]]) -> None:
     variants = {label(row) for rows in methods.values() for row in rows}
     for method, rows in methods.items():
         for row in rows:
-            if row["regulariser"] != BASELINE:
+            if "less_baseline_last" in row:
                 # With one regulariser there is nothing to tell apart.
                 name = method if len(variants) == 2 else f"{method}, {label(row)}"
                 point = (row["density"], row["less_baseline_last"])

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import figures
+from experiments import diverged, figures
 from experiments.published import of_settings
 from experiments.sparse_training_l0 import summarise
 from experiments.sparse_training_lottery import logs_of
@@ -18,6 +18,7 @@ from experiments.statistics import correct, paired, spread
 from experiments.study import asked_densities
 from experiments.tables import difference, percent
 from ntt_sparse.data.text import is_text
+from ntt_sparse.training.divergence import Divergence
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -42,6 +43,15 @@ def published(config: Any) -> list[dict[str, Any]]:
     ]
 
 
+def gone(config: Any, workdir: Path) -> dict[int, Divergence]:
+    """Where members of the last stage diverged, by index.
+
+    Of several stages, one for each density, none: they do not go on without a member.
+    """
+    path = logs_of(config, workdir)[0]
+    return MetricsLog(path, path.stem).diverged()
+
+
 def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     """Writes everything from metrics and measurements alone, so that it can be repeated.
 
@@ -54,7 +64,9 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         The summary.
     """
     logs = [MetricsLog(path, path.stem) for path in logs_of(config, workdir)]
-    rows = _rows(logs, runs_of(config), text=is_text(config.data.name))
+    runs = runs_of(config)
+    left_out = gone(config, workdir)
+    rows = _rows(logs, runs, left_out, text=is_text(config.data.name))
     for row in rows:
         row["empty_layers"] = _empty(row["kept"], list(layers))
     summary = {
@@ -64,19 +76,23 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         "chosen_by_validation": _chosen(rows),
         "published": published(config),
     }
+    if left_out:
+        summary["diverged"] = diverged.rows(logs[0], member_names(runs))
     if gates := summarise(config, workdir):
         summary["gates"] = gates
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, summary))
-    _draw(config, workdir, rows)
+    _draw(config, workdir, rows, left_out)
     return summary
 
 
-def _rows(logs: list[MetricsLog], runs: list[Run], *, text: bool) -> list[dict[str, Any]]:
+def _rows(
+    logs: list[MetricsLog], runs: list[Run], gone: Collection[int], *, text: bool
+) -> list[dict[str, Any]]:
     """One entry per regulariser, coefficient and density, compared with none at that density.
 
-    The members of the logs together are the runs. Of a text there are also the bits that each byte
-    takes, the mean loss by logarithms of two.
+    The members of the logs together are the runs; those that are gone are in no entry. Of a text
+    there are also the bits that each byte takes, the mean loss by logarithms of two.
     """
 
     def column(name: str) -> Any:
@@ -100,6 +116,7 @@ def _rows(logs: list[MetricsLog], runs: list[Run], *, text: bool) -> list[dict[s
     groups: dict[tuple[str, float, float], list[int]] = {}
     for index, run in enumerate(runs):
         groups.setdefault((run.regulariser, run.coefficient, run.density), []).append(index)
+    groups = diverged.left(groups, gone)
     rows = []
     for (regulariser, coefficient, density), members in groups.items():
         row: dict[str, Any] = {
@@ -118,10 +135,13 @@ def _rows(logs: list[MetricsLog], runs: list[Run], *, text: bool) -> list[dict[s
         if bits is not None:
             row["test_bits_last"] = spread(bits[members])
             compared["bits"] = bits
-        if regulariser != BASELINE:
-            reference = groups[BASELINE, 0.0, density]
+        reference = {runs[i].seed: i for i in groups.get((BASELINE, 0.0, density), ())}
+        # Of seeds that both have.
+        pairs = [(i, reference[runs[i].seed]) for i in members if runs[i].seed in reference]
+        if regulariser != BASELINE and pairs:
+            ours, theirs = (list(indices) for indices in zip(*pairs, strict=True))
             for name, values in compared.items():
-                row[f"less_baseline_{name}"] = paired(values[members], values[reference])
+                row[f"less_baseline_{name}"] = paired(values[ours], values[theirs])
         rows.append(row)
     for name in ("less_baseline_last", "less_baseline_best_validation", "less_baseline_bits"):
         correct([row[name] for row in rows if name in row])
@@ -182,7 +202,8 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         cells = (
             f"{row['density']!r}",
             label(row),
-            percent(row["test_accuracy_last"]),
+            percent(row["test_accuracy_last"])
+            + diverged.of_seeds(row["test_accuracy_last"], config.seeds),
             difference(row.get("less_baseline_last")),
             percent(row["test_accuracy_best_validation"]),
             f"{row['similarity/cka']['mean']:.3f} / {row['similarity/cka_debiased']['mean']:.3f}",
@@ -229,10 +250,11 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
         lines.append(
             f"- density {row['density']!r}: {label(row)}: {100 * row['test_accuracy']:.2f}"
         )
+    lines += diverged.lines(summary.get("diverged", ()))
     return "\n".join(lines) + "\n"
 
 
-def _draw(config: Any, workdir: Path, rows: list[dict[str, Any]]) -> None:
+def _draw(config: Any, workdir: Path, rows: list[dict[str, Any]], gone: Collection[int]) -> None:
     directory = workdir / "figures"
     _draw_differences(directory, config, rows)
     with np.load(workdir / "measurements.npz", allow_pickle=False) as file:
@@ -240,13 +262,13 @@ def _draw(config: Any, workdir: Path, rows: list[dict[str, Any]]) -> None:
     index = {name: i for i, name in enumerate(member_names(runs_of(config)))}
     seed = config.seeds[0]
     for density in asked_densities(config):
-        shown = {
-            label(row): index[
-                member_names([Run(row["regulariser"], row["coefficient"], density, seed)])[0]
-            ]
-            for row in rows
-            if row["density"] == density
-        }
+        shown = {}
+        for row in rows:
+            member = Run(row["regulariser"], row["coefficient"], row["density"], seed)
+            if row["density"] == density and index[member_names([member])[0]] not in gone:
+                shown[label(row)] = index[member_names([member])[0]]
+        if not shown:
+            continue
         for name in ("cka", "cka_debiased"):
             figures.heat_maps(
                 directory / f"{name}_d{density!r}_s{seed}",
@@ -263,14 +285,14 @@ def _draw_differences(directory: Path, config: Any, rows: Iterable[dict[str, Any
     """The gain of each regulariser and coefficient, against density."""
     curves: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for row in rows:
-        if row["regulariser"] != BASELINE:
+        if "less_baseline_last" in row:
             point = (row["density"], row["less_baseline_last"])
             curves.setdefault(label(row), []).append(point)
     figures.paired_differences(directory / "less_baseline_against_density", curves)
     for density in asked_densities(config):
         lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         for row in rows:
-            if row["regulariser"] != BASELINE and row["density"] == density:
+            if "less_baseline_last" in row and row["density"] == density:
                 point = (row["coefficient"], row["less_baseline_last"])
                 lines.setdefault(REGULARISERS[row["regulariser"]].label, []).append(point)
         name = f"less_baseline_against_coefficient_d{density!r}"

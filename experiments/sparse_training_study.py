@@ -1,7 +1,7 @@
 """Sparse training: prepare, train all networks as one program, measure, report."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,8 +81,9 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         setup = prepare(config, data_dir)
     with claim_workdir(workdir, config.to_dict()) as claimed:
         members = train(config, setup, claimed)
-        save_networks(claimed / "networks", member_names(runs_of(config)), members)
-        save_measurements(claimed / "measurements.npz", config, setup, members)
+        gone = sparse_training_report.gone(config, claimed)
+        save_networks(claimed / "networks", member_names(runs_of(config)), members, gone)
+        save_measurements(claimed / "measurements.npz", config, setup, members, gone)
         layers = {name: leaf[0].size for name, leaf in named_leaves(members.masks).items()}
         return sparse_training_report.write(config, claimed, layers)
 
@@ -142,11 +143,12 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     def fit(
         stage: str, runs: list[Run], members: Member, plan: Plan, *, step_fn: Any = step_fn,
         batch_size: int = config.supervised.batch_size, evaluate: Any = evaluate,
+        freeze: bool = False,
     ) -> Member:  # fmt: skip
         return fit_stage(
             config, workdir, stage, member_names(runs), members, step_fn, plan,
             train_data, evaluate, evaluation_data, mode,
-            batch_size=batch_size,
+            batch_size=batch_size, freeze=freeze,
         )  # fmt: skip
 
     def init(key: Any) -> Any:
@@ -178,7 +180,8 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
             config, len(data.train.y), functools.partial(fit, runs=runs), members, forward,
             evaluate, augment, optimizer,
         )  # fmt: skip
-    return fit("supervised", runs_of(config), members, setup.plan)
+    # The last stage: nothing else needs a member.
+    return fit("supervised", runs_of(config), members, setup.plan, freeze=True)
 
 
 def train_gates(
@@ -226,11 +229,14 @@ def probe_of(config: Any, setup: Setup) -> Any:
     return jnp.asarray(setup.data.validation.x[: config.probe])
 
 
-def save_measurements(path: Path, config: Any, setup: Setup, members: Member) -> None:
+def save_measurements(
+    path: Path, config: Any, setup: Setup, members: Member, gone: Collection[int] = ()
+) -> None:
     """Writes heat maps and histograms of all members after the last step.
 
     `cka` and `cka_debiased` are `(M, L, L)`; `counts` `(M, bins)` are the surviving weights
-    of each member between the `edges`, the same for all members.
+    of each member between the `edges`, the same for all members. Of members that are gone there
+    is NaN, and no weight.
     """
     measure = jax.jit(
         functools.partial(
@@ -240,13 +246,17 @@ def save_measurements(path: Path, config: Any, setup: Setup, members: Member) ->
             ),
         )
     )
-    arrays = {name: np.asarray(value) for name, value in measure(members).items()}
+    arrays = {name: np.array(value) for name, value in measure(members).items()}
+    left = [index not in gone for index in range(len(runs_of(config)))]
+    for value in arrays.values():
+        value[np.logical_not(left)] = np.nan
     masks = named_leaves(members.masks)
     params = {name: np.asarray(named_leaves(members.params)[name]) for name in masks}
-    largest = max(float(np.max(np.abs(leaf))) for leaf in params.values())
+    largest = max(float(np.max(np.abs(leaf[left]))) for leaf in params.values())
     edges = np.linspace(-largest, largest, _BINS + 1)
     counts = np.zeros((len(runs_of(config)), _BINS), int)
     for name, mask in masks.items():
         for index, kept in enumerate(np.asarray(mask)):
-            counts[index] += np.histogram(params[name][index][kept], edges)[0]
+            if left[index]:
+                counts[index] += np.histogram(params[name][index][kept], edges)[0]
     write_npz(path, {"edges": edges, "counts": counts, **arrays})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,6 +143,7 @@ def fit_stage(
     stopping: EarlyStopping | None = None,
     pick: Callable[..., Any] = gather,
     made: bool = False,
+    freeze: bool = False,
 ) -> Member:
     """Runs one stage over whatever devices there are, or goes on with it.
 
@@ -164,9 +165,14 @@ def fit_stage(
         pick: How a step gets its batch, see `make_program`.
         made: The data follow from the settings. They are then not compared with those of a
             checkpoint, as their last digits differ between machines and numbers of cores.
+        freeze: A member that diverges stays as it was and the others go on, for stages whose
+            report knows of it, see `experiments.diverged`; by default it ends the study.
 
     Returns:
         The members at the end.
+
+    Raises:
+        DivergenceError: A member diverged, or with `freeze` every one.
     """
     mesh = meshes.auto_mesh(len(names), batch_size)
     streamed = isinstance(train_data, Stream)
@@ -183,6 +189,8 @@ def fit_stage(
         batch_size,
         pick,
         stopping is not None and stopping.alone,
+        # Where one is all there is, nothing would go on.
+        freeze and len(names) > 1,
     )
     _logger.info(
         "%s: %d members, %d steps, mesh %s, %s", stage, len(names), plan.total_steps,
@@ -228,11 +236,12 @@ def _compiled(
     batch_size: int,
     pick: Callable[..., Any],
     stop_alone: bool,
+    freeze: bool,
 ) -> tuple[Program, Callable[..., Any]]:
     """The steps of a stage, and its evaluation over members."""
     program = make_program(
         step_fn, batch_size=batch_size, mesh=mesh, mode=mode, pick=pick,
-        active=is_active if stop_alone else None,
+        active=is_active if stop_alone else None, freeze=freeze,
     )  # fmt: skip
     return program, jax.jit(meshes.map_members(evaluate, mesh, num_shared=num_shared, mode=mode))
 
@@ -270,12 +279,23 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def save_networks(directory: Path, names: Sequence[str], members: Member) -> None:
-    """Writes each trained network, as it was after the last step, under its name."""
+def save_networks(
+    directory: Path, names: Sequence[str], members: Member, gone: Collection[int] = ()
+) -> None:
+    """Writes each trained network, as it was after the last step, under its name.
+
+    Args:
+        directory: Where to; made if it is not there.
+        names: One for each member.
+        members: With a leading member axis.
+        gone: Indices of those that diverged, which are not written.
+    """
     if not processes.is_first():
         return
     directory.mkdir(exist_ok=True)
     trees = jax.device_get((members.params, members.masks, members.model_state))
     for index, name in enumerate(names):
+        if index in gone:
+            continue
         params, masks, state = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), trees)
         save_network(directory / f"{name}.safetensors", params, masks, state)

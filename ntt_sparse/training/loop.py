@@ -22,11 +22,14 @@ from jaxtyping import Array
 
 from ntt_sparse.data.stream import StreamError
 from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
+from ntt_sparse.training.divergence import DivergenceError, Watch
 from ntt_sparse.training.feed import Feed
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
 from ntt_sparse.training.processes import Decision, decide, fetch, is_first
 from ntt_sparse.training.program import Program
 from ntt_sparse.training.state import Member, TrainState
+
+__all__ = ["DivergenceError", "Interrupted", "Plan", "fit"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,11 +37,6 @@ _logger = logging.getLogger(__name__)
 # that the host costs nothing.
 _CHUNK_SECONDS = 1.0
 _MOST_STEPS = 2**31 - 1
-_REMEDY = "lower the learning rate or the weight of that term, in a directory of its own"
-
-
-class DivergenceError(FloatingPointError):
-    """The loss of a member stopped being finite."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -123,7 +121,9 @@ def fit(
 
     Raises:
         DivergenceError: A term of the loss, the parameters or a value that `evaluate`
-            returned stopped being finite; the newest checkpoint is from before that.
+            returned stopped being finite; the newest checkpoint is from before that. Of a
+            program that freezes members: of every member. One that is frozen is a warning, it
+            is in `"diverged"` of each record from then on, and its values there are null.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
         StreamError: Data of the next steps could not be read; a checkpoint of the step before is
             on disk.
@@ -132,7 +132,7 @@ def fit(
     """
 
     def record(state: TrainState) -> TrainState:
-        state = _record(state, log, evaluate, tensorboard, member_names)
+        state = _record(state, log, evaluate, tensorboard, watch)
         return revise(state, log.records)
 
     def save(state: TrainState) -> None:
@@ -143,6 +143,10 @@ def fit(
     with _interruption() as interrupted:
         feed = Feed(program, data, plan.steps_per_epoch, plan.total_steps)
         state = _restore(program.init(members, feed.example, plan.start), log, checkpoints)
+        watch = Watch(
+            log.stage, member_names, freeze=program.freeze,
+            found=log.diverged(),
+        )  # fmt: skip
         if not log.records:
             state = record(state)
         step, length = int(state.step), 1
@@ -157,7 +161,7 @@ def fit(
                 stop = min(plan.next_stop(step), step + length, fed.stop)
                 began = time.monotonic()
                 state = program.chunk(state, fed.data, fed.permutations, np.int32(stop))
-                loss = _check_finite(state, member_names, log.stage)
+                loss = watch.look(state)
                 # A clock may be too coarse to see a chunk.
                 per_step = max(time.monotonic() - began, 1e-9) / (stop - step)
                 length = int(np.clip(_CHUNK_SECONDS / per_step, 1, min(4 * length, _MOST_STEPS)))
@@ -189,23 +193,18 @@ def _record(
     log: MetricsLog,
     evaluate: Callable[[Member], Mapping[str, Array]] | None,
     tensorboard: TensorBoard | None,
-    member_names: Sequence[str],
+    watch: Watch,
 ) -> TrainState:
     """Writes what was measured since the last record; the state with its sums cleared."""
     values = {} if evaluate is None else fetch(dict(evaluate(state.members)))
-    for name, value in values.items():
-        bad = np.flatnonzero(~np.isfinite(value).reshape(len(member_names), -1).all(1))
-        if bad.size:
-            raise DivergenceError(
-                f"stage {log.stage!r}: {name!r} of member {member_names[bad[0]]!r} is not finite "
-                f"at step {int(state.step)}: {_REMEDY}"
-            )
+    state = watch.evaluated(state, values)
     sums, since = fetch((state.sums, state.since))
     if np.any(since):
         # Of a member that has stopped there is no loss.
         steps = np.where(since, since, np.nan)
         values |= {f"train/{name}": total / steps for name, total in sums.items()}
-    log.write(int(state.step), values)
+    values = watch.without(values)
+    log.write(int(state.step), values, diverged=watch.found)
     if tensorboard is not None:
         tensorboard.write(log.stage, int(state.step), values)
     # Subtraction keeps the sharding, so that the next chunk does not compile again.
@@ -231,24 +230,6 @@ def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> Tr
         )
     _logger.info("stage %s goes on from step %d", log.stage, int(state.step))
     return state
-
-
-def _check_finite(state: TrainState, member_names: Sequence[str], stage: str) -> float:
-    """Raises with step, term and member if anything logged was not finite; the mean loss."""
-    bad_step, sums, since = fetch((state.bad_step, state.sums, state.since))
-    # By step; at one step a term before what it makes bad too: the sum of all, and the member.
-    found = [
-        (steps[member], name in ("loss", "params", "model_state"), name, member)
-        for name, steps in bad_step.items()
-        for member in np.flatnonzero(steps >= 0).tolist()
-    ]
-    if found:
-        step, _, name, member = min(found)
-        raise DivergenceError(
-            f"stage {stage!r}: {name!r} of member {member_names[member]!r} is not finite at step "
-            f"{step}: {_REMEDY}"
-        )
-    return float(np.mean(sums["loss"][since > 0] / since[since > 0]))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Metrics of a run: JSON lines that survive a kill, and TensorBoard event files.
 
 A record is one line: `{"stage": ..., "step": ..., name: [one value per member], ...}`.
-Values that are not finite are written as `null`, so that every line is strict JSON.
+Values that are not finite are written as `null`, so that every line is strict JSON. Where members
+have diverged there is `"diverged"` too: for each member null, or its step and term.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from ntt_sparse.training.divergence import Divergence
 from ntt_sparse.training.files import append_text, naming, write_text
 
 _logger = logging.getLogger(__name__)
@@ -56,22 +58,36 @@ class MetricsLog:
         if self._writes:
             write_text(self.path, "".join(_line(record) for record in self.records))
 
-    def write(self, step: int, values: Mapping[str, Any]) -> Record:
+    def write(
+        self, step: int, values: Mapping[str, Any], *, diverged: Mapping[int, Divergence] = {}
+    ) -> Record:
         """Appends a record and flushes it.
 
         Args:
             step: Steps done.
             values: Arrays with a leading member axis, by name.
+            diverged: Of members that take no further part, by index.
 
         Returns:
             The record as it reads back from the file.
         """
         record: Record = {"stage": self.stage, "step": int(step)}
         record |= {name: _plain(np.asarray(value)) for name, value in sorted(values.items())}
+        if diverged:
+            count = len(next(iter(values.values())))
+            record["diverged"] = [
+                diverged[member]._asdict() if member in diverged else None
+                for member in range(count)
+            ]
         self.records.append(record)
         if self._writes:
             append_text(self.path, _line(record))
         return record
+
+    def diverged(self) -> dict[int, Divergence]:
+        """Where members have diverged by the last record, by index."""
+        last = self.records[-1].get("diverged", []) if self.records else []
+        return {member: Divergence(**found) for member, found in enumerate(last) if found}
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps `(r,)` and values `(r, members, ...)` of a metric, over the records that have it.

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ntt_sparse.data.batches import batch_indices, epoch_permutation
+from ntt_sparse.training.divergence import WHOLE
 from ntt_sparse.training.mesh import (
     MemberMode,
     map_members,
@@ -23,9 +24,6 @@ from ntt_sparse.training.step import StepFn
 # Folded from a member's key; other streams are those of `step`.
 _DATA_STREAM = 0
 
-# What must be finite of a member, beside what it logs.
-_STATE = ("params", "model_state")
-
 
 class Program(NamedTuple):
     """The compiled functions of a run.
@@ -38,6 +36,7 @@ class Program(NamedTuple):
             serves every length.
         batch_size: Examples per step and member.
         mesh: Where it runs.
+        freeze: Whether members that stop being finite stay as they were before.
     """
 
     init: Callable[..., TrainState]
@@ -45,6 +44,7 @@ class Program(NamedTuple):
     chunk: Callable[..., TrainState]
     batch_size: int
     mesh: Mesh
+    freeze: bool = False
 
 
 class _Carry(NamedTuple):
@@ -70,6 +70,7 @@ def make_program(
     mode: MemberMode = "vmap",
     pick: Callable[[Member, Any, Array], Any] = gather,
     active: Callable[[Member], Any] | None = None,
+    freeze: bool = False,
 ) -> Program:
     """Compiles a step into chunks over all members.
 
@@ -85,9 +86,12 @@ def make_program(
         active: `member -> bool`, asked at the start of each chunk: whether it takes part. Others
             stay as they are. Where members ride one after another nothing is computed for them;
             on a batched axis it is, and thrown away.
+        freeze: A member stays as it was before the first step after which it, or what the step
+            logs, is not finite, and takes no further part; `fit` goes on with the others. By
+            default `fit` raises, for which steps need not look at the parameters.
     """
     shardings = state_shardings(mesh)
-    advance = _advance(step_fn, batch_size, pick)
+    advance = _advance(step_fn, batch_size, pick, freeze)
     chunks = _dispatched if mode == "dispatch" and mesh.size == 1 else _compiled
 
     def init(members, data, step=0):
@@ -104,7 +108,7 @@ def make_program(
             members = jax.tree.map(jnp.copy, members)
             sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             never = jnp.full(num_members(members), -1, jnp.int32)
-            bad_step = dict.fromkeys([*shapes, *_STATE], never)
+            bad_step = dict.fromkeys([*shapes, *WHOLE], never)
             return TrainState(jnp.int32(step), members, sums, jnp.zeros_like(never), bad_step)
 
         placed = place(members, member_sharding(mesh))
@@ -118,14 +122,15 @@ def make_program(
     return Program(
         init=init,
         permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
-        chunk=chunks(advance, mesh, mode, active),
+        chunk=chunks(advance, mesh, mode, active, freeze),
         batch_size=batch_size,
         mesh=mesh,
+        freeze=freeze,
     )
 
 
 def _advance(
-    step_fn: StepFn, batch_size: int, pick: Callable[..., Any]
+    step_fn: StepFn, batch_size: int, pick: Callable[..., Any], freeze: bool
 ) -> Callable[[_Carry, Array, Any], _Carry]:
     """One step of one member: `(carry, step, data) -> carry`."""
 
@@ -138,20 +143,44 @@ def _advance(
             bad = bad_step[name]
             bad_step[name] = jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad)
         sums = jax.tree.map(jnp.add, carry.sums, logs)
+        if freeze:
+            # In the step, as where chunks end depends on the clock.
+            was_fine, bad_step = _all_fine(carry.bad_step), _mark(bad_step, member, step)
+            bad_step = {
+                name: jnp.where(was_fine, steps, carry.bad_step[name])
+                for name, steps in bad_step.items()
+            }
+            fine = _all_fine(bad_step)
+            member, sums = jax.tree.map(
+                lambda new, old: new if new is old else jnp.where(fine, new, old),
+                (member, sums),
+                (carry.member, carry.sums),
+            )
         return _Carry(member, sums, bad_step, carry.permutation)
 
     return advance
 
 
-def _finish(carry: _Carry, stop: Array) -> tuple[Member, Any, Any]:
-    """Without the permutation; the last update of a chunk is in no loss yet."""
-    bad_step = dict(carry.bad_step)
-    for name in _STATE:
-        leaves = jax.tree.leaves(getattr(carry.member, name))
+def _all_fine(bad_step: Any) -> Array:
+    """Whether a member has been finite so far; of all members with a leading axis."""
+    return jnp.all(jnp.stack([steps < 0 for steps in bad_step.values()]), axis=0)
+
+
+def _mark(bad_step: Any, member: Member, step: Any) -> dict[str, Any]:
+    """The bad steps, where the parts of a member that are not finite are so since this one."""
+    bad_step = dict(bad_step)
+    for name in WHOLE:
+        leaves = jax.tree.leaves(getattr(member, name))
         leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
         bad = ~jnp.all(jnp.stack(finite)) if finite else False
-        bad_step[name] = jnp.where((bad_step[name] < 0) & bad, stop - 1, bad_step[name])
+        bad_step[name] = jnp.where((bad_step[name] < 0) & bad, step, bad_step[name])
+    return bad_step
+
+
+def _finish(carry: _Carry, stop: Array) -> tuple[Member, Any, Any]:
+    """Without the permutation; the last update of a chunk is in no loss yet."""
+    bad_step = _mark(carry.bad_step, carry.member, stop - 1)
     return carry.member, carry.sums, bad_step
 
 
@@ -164,12 +193,27 @@ def _ended(
     finished: tuple[Member, Any, Any],
     stop: Array,
     active: Callable[[Member], Any] | None,
+    freeze: bool,
 ) -> TrainState:
     members, sums, bad_step = finished
     steps = stop - state.step
     if active is not None:
         steps = jnp.where(jax.vmap(active)(state.members), steps, 0)
+    if freeze:
+        steps = jnp.where(_all_fine(bad_step), steps, 0)
     return TrainState(stop, members, sums, state.since + steps, bad_step)
+
+
+def _trains(active: Callable[[Member], Any] | None, freeze: bool) -> Callable[[_Carry], Any] | None:
+    """Whether a member takes part in a chunk; `None` where all do."""
+    if not freeze:
+        return None if active is None else lambda carry: active(carry.member)
+
+    def trains(carry):
+        fine = _all_fine(carry.bad_step)
+        return fine if active is None else fine & active(carry.member)
+
+    return trains
 
 
 def _compiled(
@@ -177,6 +221,7 @@ def _compiled(
     mesh: Mesh,
     mode: MemberMode,
     active: Callable[[Member], Any] | None,
+    freeze: bool,
 ) -> Callable[..., Any]:
     """All steps of a chunk in one program."""
 
@@ -184,17 +229,19 @@ def _compiled(
         def steps(carry):
             return jax.lax.fori_loop(start, stop, lambda i, c: advance(c, i, data), carry)
 
-        if active is None:
+        # On a batched axis there is nothing to save: the steps themselves leave frozen ones alone.
+        trains = _trains(active, freeze and mode != "vmap")
+        if trains is None:
             carry = steps(carry)
         else:
-            carry = jax.lax.cond(active(carry.member), steps, lambda carry: carry, carry)
+            carry = jax.lax.cond(trains(carry), steps, lambda carry: carry, carry)
         return _finish(carry, stop)
 
     mapped = map_members(chunk_one, mesh, num_shared=3, mode=mode)
 
     def chunk(state, data, permutations, stop):
         finished = mapped(_carries(state, permutations), state.step, stop, data)
-        return _ended(state, finished, stop, active)
+        return _ended(state, finished, stop, active, freeze)
 
     return jax.jit(chunk, donate_argnums=0, out_shardings=state_shardings(mesh))
 
@@ -204,16 +251,18 @@ def _dispatched(
     mesh: Mesh,
     mode: MemberMode,
     active: Callable[[Member], Any] | None,
+    freeze: bool,
 ) -> Callable[..., Any]:
     """Each step of each member as a call of its own, see `MemberMode`."""
     del mode
+    trains = _trains(active, freeze)
     pick = jax.jit(lambda carries, index: jax.tree.map(lambda leaf: leaf[index], carries))
     one_step = jax.jit(advance, donate_argnums=0)
     finish = jax.jit(_finish)
 
     def join(state, finished, stop):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *finished)
-        return _ended(state, stacked, stop, active)
+        return _ended(state, stacked, stop, active, freeze)
 
     joined = jax.jit(join, out_shardings=state_shardings(mesh))
 
@@ -221,7 +270,7 @@ def _dispatched(
         carries, finished = _carries(state, permutations), []
         for index in range(num_members(state.members)):
             carry = pick(carries, index)
-            takes_part = active is None or bool(active(carry.member))
+            takes_part = trains is None or bool(trains(carry))
             for step in range(int(state.step), int(stop) if takes_part else 0):
                 carry = one_step(carry, jnp.int32(step), data)
             finished.append(finish(carry, stop))

@@ -66,7 +66,11 @@ def step_fn() -> step.StepFn:
     return step.make_step(loss, optimizer)
 
 
-def program(mesh: Any = None, mode: meshes.MemberMode = "vmap", fn: Any = None) -> programs.Program:
+def program(
+    mesh: Any = None, mode: meshes.MemberMode = "vmap", fn: Any = None, **options: Any
+) -> programs.Program:
     """The compiled problem."""
     mesh = meshes.make_mesh() if mesh is None else mesh
-    return programs.make_program(fn or step_fn(), batch_size=BATCH_SIZE, mesh=mesh, mode=mode)
+    return programs.make_program(
+        fn or step_fn(), batch_size=BATCH_SIZE, mesh=mesh, mode=mode, **options
+    )
