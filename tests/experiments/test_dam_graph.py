@@ -198,8 +198,8 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("graph") / "w"
     write = MetricsLog.write
 
-    def stopping(log, step, values):
-        record = write(log, step, values)
+    def stopping(log, step, values, **kwargs):
+        record = write(log, step, values, **kwargs)
         if log.stage == "gae3" and step == 10:
             raise KeyboardInterrupt
         return record

@@ -209,8 +209,8 @@ def test_another_machine_goes_on(tmp_path, monkeypatch):
     config = get_config(checkpoint_seconds=0.0)
     write, steps = MetricsLog.write, []
 
-    def stopping(log, step, values):
-        record = write(log, step, values)
+    def stopping(log, step, values, **kwargs):
+        record = write(log, step, values, **kwargs)
         steps.append(step)
         if len(steps) == 2:
             raise KeyboardInterrupt
