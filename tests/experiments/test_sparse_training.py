@@ -100,7 +100,9 @@ def test_rounds_and_densities_by_layer():
             assert report[name].kept == round(fraction * report[name].total)
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "gradual"])
+@pytest.mark.parametrize(
+    "method", ["rigl", *(pytest.param(each, marks=pytest.mark.slow) for each in ("set", "gradual"))]
+)
 def test_masks_change_in_training(tmp_path, method):
     """Counts stay (set, rigl) or fall to the ones asked for (gradual), and stay to the end."""
     config = get_config(
@@ -363,6 +365,7 @@ def test_bad_settings(tmp_path, name, fields, message):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_images_of_a_folder(tmp_path):
     """The same study with files that are read when they are needed."""
     rng = np.random.default_rng(0)

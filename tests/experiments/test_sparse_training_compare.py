@@ -68,6 +68,7 @@ def test_tables(runs, tmp_path):
     assert {"accuracy_against_density.png", "less_baseline_against_density.png"} <= names
 
 
+@pytest.mark.slow
 def test_studies_themselves_on_the_command_line(tmp_path):
     """Of the two methods that differ least: their studies are what is read."""
     folders = [tmp_path / name for name in ("a", "b")]

@@ -15,7 +15,13 @@ from experiments.configs import sparse_training as configs
 from ntt_sparse.training.metrics import MetricsLog
 
 
-@pytest.mark.parametrize("restore", ["weights", "learning_rate", "random"])
+@pytest.mark.parametrize(
+    "restore",
+    [
+        "weights",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("learning_rate", "random")),
+    ],
+)
 def test_lottery_tickets(tmp_path, monkeypatch, restore):
     """Each level has the largest weights of the one before and goes back to the step asked for;
     the dense level is the dense run, bit for bit."""
@@ -180,6 +186,7 @@ def test_gates_are_trained_before_weights_are_cut(tmp_path, monkeypatch):
     assert "What gates alone kept" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_lottery_that_was_stopped_goes_on(tmp_path):
     """Killed between two levels, the same command ends with the same networks."""
     config = get_config("mnist_lth", density=(0.5, 0.1), seeds=(1,))
@@ -229,6 +236,7 @@ def test_levels_as_published():
     assert np.all((kept > 0.76) & (kept < 0.83))
 
 
+@pytest.mark.slow
 def test_levels_between_are_trained_but_not_reported(tmp_path):
     config = get_config(
         "mnist_lth", density=(0.5, 0.1), seeds=(1,), coefficients=(0.1,), **{"lth.prune": 0.5}
