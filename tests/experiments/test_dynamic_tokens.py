@@ -182,7 +182,7 @@ def test_what_decays():
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     assert {name for name, leaf in updates.items() if np.any(leaf)} == {"kernel"}
-    np.testing.assert_allclose(updates["kernel"], -0.5 * 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(updates["kernel"], -0.5 * settings.learning_rate, rtol=1e-5)
 
 
 def test_what_moves(tiny):
