@@ -164,6 +164,8 @@ def _guard(main: Callable[[], None]) -> None:
         _exit(3 if isinstance(error, BusyError) else 1, f"error: {error}")
     except OSError as error:
         if error.errno not in _OF_DISKS:
+            if cluster.is_joined():
+                cluster.leave_after_error()
             raise
         _exit(
             1,

@@ -176,6 +176,12 @@ def label(row: dict[str, Any]) -> str:
     return f"{REGULARISERS[row['regulariser']].label}, {coefficient}"
 
 
+def _difference(value: dict[str, Any] | None, seeds: Collection[int]) -> str:
+    """A comparison, with the number of its pairs where some are missing."""
+    few = "" if value is None or value["n"] == len(seeds) else f" (n = {value['n']})"
+    return difference(value) + few
+
+
 def _markdown(config: Any, summary: dict[str, Any]) -> str:
     epsilons = ", ".join(f"{epsilon:g}" for epsilon in EPSILONS)
     samples = config.samples or "all"
@@ -204,7 +210,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
             label(row),
             percent(row["test_accuracy_last"])
             + diverged.of_seeds(row["test_accuracy_last"], config.seeds),
-            difference(row.get("less_baseline_last")),
+            _difference(row.get("less_baseline_last"), config.seeds),
             percent(row["test_accuracy_best_validation"]),
             f"{row['similarity/cka']['mean']:.3f} / {row['similarity/cka_debiased']['mean']:.3f}",
             small,
@@ -214,7 +220,8 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
     if texts:
         lines += ["", "Bits of a byte of the test text; less none in hundredths of a bit:", ""]
     for row in texts:
-        bits, less = row["test_bits_last"], difference(row.get("less_baseline_bits"))
+        bits = row["test_bits_last"]
+        less = _difference(row.get("less_baseline_bits"), config.seeds)
         deviation = "" if bits["std"] is None else f" ± {bits['std']:.4f}"
         lines.append(
             f"- density {row['density']!r}, {label(row)}: {bits['mean']:.4f}{deviation}"

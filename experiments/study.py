@@ -256,7 +256,9 @@ def _timed(workdir: Path, stage: str, checkpoints: Checkpoints, start: int) -> I
         steps = max(checkpoints.steps(), default=start) - first
         if steps > 0 and processes.is_first():
             took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
-            append_text(workdir / _SECONDS, json.dumps(took) + "\n")
+            # It must not hide what ended the stage.
+            with contextlib.suppress(OSError):
+                append_text(workdir / _SECONDS, json.dumps(took) + "\n")
 
 
 def seconds_per_step(workdir: Path, stage: str) -> float:

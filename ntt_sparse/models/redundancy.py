@@ -123,8 +123,9 @@ def adjusted(
     score = remaining(log_probs, likeness, redundancy)
     if redundancy.scale == "logarithm":
         return jnp.stack([jax.nn.log_sigmoid(score), jax.nn.log_sigmoid(-score)], axis=-1)
-    held = jnp.clip(score, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
-    chance = score + jax.lax.stop_gradient(held - score)
+    held = jax.lax.stop_gradient(jnp.clip(score, _LEAST_CHANCE, 1 - _LEAST_CHANCE))
+    # In this order the difference is zero, however large the score.
+    chance = held + (score - jax.lax.stop_gradient(score))
     return jnp.log(jnp.stack([chance, 1 - chance], axis=-1))
 
 

@@ -153,12 +153,15 @@ class Checkpoints:
                 self._checkpointer.save(step, content)
                 return
             except TimeoutError:
-                # Orbax waits for its own threads by the time of day, which may have jumped.
-                if not attempts_left:
+                # Orbax waits for its own threads by the time of day, which may have jumped. (One of
+                # several processes cannot try again alone.)
+                if not attempts_left or jax.process_count() > 1:
                     raise
                 with contextlib.suppress(Exception):
                     self.close()
                 self._checkpointer = self._open()
+                if step in self.steps():
+                    return
 
     def restore(self, like: _State) -> tuple[_State, int] | None:
         """The newest checkpoint that is whole.

@@ -43,7 +43,12 @@ class Feed:
             data: Pytree of arrays `(n, ...)` on the devices, or a stream.
             steps_per_epoch: Steps in a pass.
             total_steps: Of the stage.
+
+        Raises:
+            ValueError: A stream is given to one of several processes.
         """
+        if isinstance(data, Stream) and jax.process_count() > 1:
+            raise ValueError("a stream is read by one process alone, expected arrays")
         self._program, self._data = program, data
         self._epoch_steps, self._total = steps_per_epoch, total_steps
         self._epoch = -1

@@ -86,9 +86,10 @@ def make_program(
         active: `member -> bool`, asked at the start of each chunk: whether it takes part. Others
             stay as they are. Where members ride one after another nothing is computed for them;
             on a batched axis it is, and thrown away.
-        freeze: A member stays as it was before the first step after which it, or what the step
-            logs, is not finite, and takes no further part; `fit` goes on with the others. By
-            default `fit` raises, for which steps need not look at the parameters.
+        freeze: A member stays as it was before the first step after which its parameters, its
+            model state or what the step logs is not finite, and takes no further part; `fit` goes
+            on with the others. (The state of the optimiser is not looked at.) By default `fit`
+            raises, for which steps need not look at the parameters.
     """
     shardings = state_shardings(mesh)
     advance = _advance(step_fn, batch_size, pick, freeze)

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -102,3 +104,25 @@ def test_num_classes_must_be_a_positive_integer(tmp_path, count):
     np.savez(tmp_path / "set.npz", num_classes=np.array(count), **content)
     with pytest.raises(ValueError, match="num_classes is"):
         npz.read(tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': ('<f4', 'shape': (2,",
+        b"(" * 3000,
+        b"{[]: 1}",
+        b"{'descr': '<f4', 1: 2}",
+        b" {'descr':\n 1}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}",
+    ],
+)
+def test_headers_by_hand(tmp_path, header):
+    """What NumPy raises of a header that was not written by it is one line of ours."""
+    array = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as file:
+        for key in npz.KEYS:
+            file.writestr(f"{key}.npy", array)
+    with pytest.raises(ValueError, match=r"cannot be read as an \.npz image set") as found:
+        npz.read(tmp_path / "set.npz")
+    assert "\n" not in str(found.value)

@@ -1,5 +1,6 @@
 """The command line: every mistake is one line, comes before any work, and changes nothing."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import ntt_study
+from experiments import cli, ntt_study
 from experiments.cli import UserError, claim_workdir
 from experiments.configs import ntt as configs
 from ntt_sparse.training.metrics import MetricsLog
@@ -327,3 +328,17 @@ def test_a_finished_study_is_only_drawn_again(finished_smoke):
     assert (finished_smoke.workdir / "summary.json").read_bytes() == before
     assert "summary.json: " in result.stdout and "figures: " in result.stdout
     assert json.loads(before)["supervised"][0]["test_accuracy_last"]["values"]
+
+
+def test_an_error_of_files_ends_one_of_several_processes_at_once(monkeypatch):
+    """In the ordinary way it would wait for the others, which wait for it."""
+    left = []
+    monkeypatch.setattr(cli.cluster, "is_joined", lambda: True)
+    monkeypatch.setattr(cli.cluster, "leave_after_error", lambda: left.append(True))
+
+    def main():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(OSError, match="Stale"):
+        cli._guard(main)
+    assert left == [True]

@@ -125,6 +125,9 @@ def test_tokens_without_a_chance_come_back():
     def kept(chance, x):
         return jnp.sum(draw_decisions(jax.random.key(0), adjusted(chance, x), policy))
 
+    # Also where a weight is so large that a number near one is lost beside it.
+    huge = less(jnp.log(jnp.full((2, 6, 2), 0.5)), x, policy, Redundancy(1e9, "sum"))
+    np.testing.assert_allclose(jnp.exp(huge), [[[0.01, 0.99]] * 6] * 2, rtol=1e-4)
     by_chance, by_token = jax.grad(kept, (0, 1))(chance, x)
     assert np.all(by_chance > 0) and np.all(by_chance < 30)
     # Similarities have none.
