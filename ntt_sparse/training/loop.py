@@ -25,7 +25,7 @@ from ntt_sparse.training.checkpoint import CheckpointError, Checkpoints
 from ntt_sparse.training.divergence import DivergenceError, Watch
 from ntt_sparse.training.feed import Feed
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
-from ntt_sparse.training.processes import Decision, decide, fetch, is_first
+from ntt_sparse.training.processes import Decision, decide, fetch, is_first, meet
 from ntt_sparse.training.program import Program
 from ntt_sparse.training.state import Member, TrainState
 
@@ -176,6 +176,7 @@ def fit(
                     save(state)
                     saved_at = time.monotonic()
                 if stopping:
+                    meet("stopped")
                     raise Interrupted(
                         f"stopped at step {step} of {plan.total_steps} of stage {log.stage!r}; "
                         "the same command goes on from here"
@@ -184,6 +185,7 @@ def fit(
         if step < plan.total_steps:
             _logger.info("stage %s stopped early, at step %d", log.stage, step)
         if decide(Decision(1, False, interrupted())).stop:
+            meet("stopped")
             raise Interrupted(f"stage {log.stage!r} is done; the same command goes on from here")
     return state
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cli import ROOT, environment
 
+from ntt_sparse.training.export import save_network
 from ntt_sparse.training.metrics import MetricsLog
 
 SECONDS = 240
@@ -69,3 +71,16 @@ def test_processes_that_cannot_be_joined_are_one_line(tmp_path, module, message)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith(message)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_benchmark_calls_the_same_bits(tmp_path, processes):
+    for run, weight in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / run / "networks").mkdir(parents=True)
+        (tmp_path / run / "supervised.jsonl").write_text('{"step": 0}\n')
+        params = {"kernel": jnp.full((1, 2), weight)}
+        masks = {"kernel": jnp.ones((1, 2), bool)}
+        save_network(tmp_path / run / "networks" / "n.safetensors", params, masks)
+    assert processes.same_bits(tmp_path / "a", tmp_path / "b")
+    assert not processes.same_bits(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "b" / "supervised.jsonl").write_text('{"step": 1}\n')
+    assert not processes.same_bits(tmp_path / "a", tmp_path / "b")
