@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ntt_sparse.training.processes import fetch, place
+from ntt_sparse.training.processes import fetch, is_first, place
 from ntt_sparse.training.state import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Watch:
         return state._replace(bad_step={**state.bad_step, "params": placed})
 
     def without(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a record, NaN for members that are frozen."""
+        """Values by member, NaN for those that are frozen."""
         if not self.found:
             return dict(values)
         out = np.isin(np.arange(len(self._names)), list(self.found))
@@ -123,7 +123,8 @@ class Watch:
             raise DivergenceError(f"{line}: {_REMEDY}")
         if len(self.found) == len(self._names):
             raise _none_left(self._stage, self._names, self.found)
-        _logger.warning("%s: it stays as it was before, the others go on", line)
+        if is_first():
+            _logger.warning("%s: it stays as it was before, the others go on", line)
 
 
 def _none_left(

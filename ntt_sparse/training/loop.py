@@ -205,10 +205,9 @@ def _record(
         # Of a member that has stopped there is no loss.
         steps = np.where(since, since, np.nan)
         values |= {f"train/{name}": total / steps for name, total in sums.items()}
-    values = watch.without(values)
     log.write(int(state.step), values, diverged=watch.found)
     if tensorboard is not None:
-        tensorboard.write(log.stage, int(state.step), values)
+        tensorboard.write(log.stage, int(state.step), watch.without(values))
     # Subtraction keeps the sharding, so that the next chunk does not compile again.
     cleared = jax.tree.map(lambda leaf: leaf - leaf, state.sums)
     return state._replace(sums=cleared, since=state.since - state.since)

@@ -66,13 +66,18 @@ class MetricsLog:
         Args:
             step: Steps done.
             values: Arrays with a leading member axis, by name.
-            diverged: Of members that take no further part, by index.
+            diverged: Of members that take no further part, by index. Their values are null, those
+                of others as they would be without them.
 
         Returns:
             The record as it reads back from the file.
         """
         record: Record = {"stage": self.stage, "step": int(step)}
-        record |= {name: _plain(np.asarray(value)) for name, value in sorted(values.items())}
+        for name, value in sorted(values.items()):
+            record[name] = [
+                _null(each) if member in diverged else each
+                for member, each in enumerate(_plain(np.asarray(value)))
+            ]
         if diverged:
             count = len(next(iter(values.values())))
             record["diverged"] = [
@@ -115,6 +120,11 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     number = value.item()
     return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _null(plain: Any) -> Any:
+    """Nothing, in lists of the same lengths."""
+    return [_null(part) for part in plain] if isinstance(plain, list) else None
 
 
 def _read_lines(path: Path) -> Iterable[Record]:

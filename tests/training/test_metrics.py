@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from ntt_sparse.training.divergence import Divergence
 from ntt_sparse.training.metrics import MetricsLog, TensorBoard
 
 
@@ -91,6 +92,20 @@ def test_writing_event_files_imports_no_tensorflow(tmp_path):
         "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_members_that_diverged_are_null_and_others_as_they_were(tmp_path):
+    """Whole numbers stay whole, and what is nested keeps its lengths."""
+    log = MetricsLog(tmp_path / "m.jsonl", "s")
+    values = {"kept": np.array([3, 4]), "rates": np.array([[0.5, 1.0], [2.0, np.nan]])}
+    log.write(7, values, diverged={1: Divergence(5, "loss")})
+    (line,) = (tmp_path / "m.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "stage": "s", "step": 7, "kept": [3, None], "rates": [[0.5, 1.0], [None, None]],
+        "diverged": [None, {"step": 5, "term": "loss"}],
+    }  # fmt: skip
+    assert '"kept": [3, null]' in line
+    np.testing.assert_array_equal(log.column("rates")[1][0], [[0.5, 1.0], [np.nan, np.nan]])
 
 
 def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
