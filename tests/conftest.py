@@ -9,9 +9,12 @@ of a session share what they compile.
 """
 
 import atexit
+import importlib
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")
@@ -33,3 +36,15 @@ def x64():
     """Runs a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch):
+    """A module of `benchmarks/` by name, which may be that of other modules too."""
+
+    def load(name):
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load

@@ -2,33 +2,29 @@
 
 A handful of examples of each here; to look further:
 
-    NTT_SPARSE_FUZZ=2000 python -m pytest tests/test_untrusted_files.py
+    NTT_SPARSE_FUZZ=2000 python -m pytest tests/test_untrusted_*.py
 """
 
 import io
 import json
-import os
-import pickle
 import struct
 import sys
 import tracemalloc
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
-import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fuzzing import CHANGES, damaged, damages, fuzzed, replaced, written
 from PIL import Image
 
 from experiments import provenance
-from experiments.report import pages
-from experiments.report_build import answers, build
-from experiments.report_gather import gather
-from experiments.report_short import short
 from ntt_sparse.data import folders, images, npz, planetoid, ratings, text
 from ntt_sparse.gates.l1 import L1
 from ntt_sparse.models import _published
@@ -40,74 +36,9 @@ from ntt_sparse.training.metrics import MetricsLog
 sys.path += [str(Path(__file__).parent / "data")]
 import planetoid_files
 
-EXAMPLES = int(os.environ.get("NTT_SPARSE_FUZZ", 12))
-RESULTS = Path(__file__).parents[1] / "results"
 MOST_BYTES = 200 * 2**20
 PARAMS = {"Dense_0": {"kernel": jnp.ones((5, 4)), "bias": jnp.zeros(4)}}
 MASKS = {"Dense_0": {"kernel": jnp.ones((5, 4), bool), "bias": None}}
-
-
-def fuzzed(strategy):
-    """A test of examples of a strategy."""
-    settings = hypothesis.settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    return lambda test: settings(hypothesis.given(strategy)(test))
-
-
-@st.composite
-def damages(draw):
-    """What is done to the bytes of a file: cut, changed, doubled, or other bytes in their place."""
-
-    def place():
-        return draw(st.floats(0, 1, exclude_max=True))
-
-    numbers = st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1])
-    steps = []
-    for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["cut", "flip", "drop", "double", "number", "bytes", "digit"]))
-        if kind == "number":
-            size = draw(st.sampled_from("<I >I <Q >Q".split()))
-            value = draw(numbers) % 2 ** (32 if size[1] == "I" else 64)
-            steps.append(("bytes", place(), struct.pack(size, value)))
-        elif kind == "bytes":
-            steps.append((kind, place(), draw(st.binary(max_size=8))))
-        elif kind == "flip":
-            steps.append((kind, place(), draw(st.integers(0, 7))))
-        else:
-            steps.append((kind, place(), draw(st.integers(1, 40))))
-    whole = [b"", b"\0" * 64, b"PK\x03\x04", pickle.dumps({"a": [1]}), pickle.dumps(np.ones(3))]
-    return draw(st.one_of(st.just(steps), st.just(steps), st.sampled_from(whole)))
-
-
-def damaged(content, how):
-    if isinstance(how, bytes):
-        return how
-    for kind, where, value in how:
-        at = int(where * len(content))
-        if kind == "cut":
-            content = content[:at]
-        elif kind == "flip":
-            content = (
-                content[:at]
-                + bytes(b ^ 1 << value for b in content[at : at + 1])
-                + content[at + 1 :]
-            )
-        elif kind == "drop":
-            content = content[:at] + content[at + value :]
-        elif kind == "double":
-            content = content[: at + value] + content[at:]
-        elif kind == "bytes":
-            content = content[:at] + value + content[at + len(value) :]
-        else:
-            # A digit of a text becomes many.
-            digits = [i for i in range(at, len(content)) if chr(content[i]).isdigit()][:1]
-            for i in digits:
-                content = content[:i] + b"9" * value + content[i + 1 :]
-    return content
 
 
 class Loader(NamedTuple):
@@ -295,15 +226,6 @@ def made(tmp_path_factory):
     return files
 
 
-def written(root, files):
-    """A new folder with files."""
-    folder = root / str(len(list(root.iterdir())))
-    for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    return folder
-
-
 def check(loader, folder):
     """Reads, or refuses in one line that says where; never takes much memory."""
     tracemalloc.start()
@@ -332,36 +254,6 @@ def test_damaged_bytes(name, made, tmp_path):
         check(LOADERS[name], written(tmp_path, changed))
 
     test()
-
-
-NUMBERS = st.one_of(st.integers(-3, 10), st.sampled_from([2**31, 2**53, 2**63, 10**30]))
-VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-
-
-def replaced(tree, where, value):
-    """A tree of JSON with another value at some place, or without what is there."""
-    where = list(where)
-    while isinstance(tree, dict | list) and tree:
-        keys = sorted(tree) if isinstance(tree, dict) else range(len(tree))
-        key = keys[where[0] % len(tree)]
-        if len(where) == 1 or not isinstance(tree[key], dict | list) or not tree[key]:
-            if value is ...:
-                del tree[key]
-            else:
-                tree[key] = value
-            return
-        tree, where = tree[key], where[1:]
-
-
-CHANGES = st.tuples(
-    st.lists(st.integers(0, 2**16), min_size=1, max_size=7), st.one_of(VALUES, st.just(...))
-)
 
 
 @pytest.mark.parametrize("name", ["network", "gates", "compacted", "published weights"])
@@ -424,8 +316,6 @@ def test_a_set_that_claims_to_be_huge_takes_no_memory(tmp_path):
             arrays = dict(file)
         del arrays["x_train"]
         np.savez(folder / "set.npz", **arrays)
-        import zipfile
-
         with zipfile.ZipFile(folder / "set.npz", "a") as archive:
             archive.writestr("x_train.npy", buffer.getvalue() + b"\0" * 50)
         with pytest.raises(ValueError, match=r"set\.npz cannot be read"):
@@ -446,8 +336,6 @@ def test_ratings_and_images_that_claim_to_be_huge_take_no_memory(tmp_path):
     content = bytearray(path.read_bytes())
     # Width and height of the header, and its checksum.
     content[16:24] = struct.pack(">II", 12_000, 9_000)
-    import zlib
-
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.png is no image that can be read"):
@@ -455,43 +343,3 @@ def test_ratings_and_images_that_claim_to_be_huge_take_no_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MOST_BYTES
-
-
-SUMMARIES = (
-    "ntt/mnist_lenet300_all_ntt",
-    "dam/linear",
-    "dam/mnist_rivals/dam_5",
-    "recommenders/flixster",
-    "cka/cifar10_resnet20_30_steps",
-)
-
-
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_summaries_that_say_something_else_are_one_line_or_a_report(name, tmp_path):
-    known = (RESULTS / name / "summary.json").read_text()
-
-    @fuzzed(st.lists(CHANGES, min_size=1, max_size=2))
-    def test(changes):
-        summary = json.loads(known)
-        for where, value in changes:
-            replaced(summary, where, value)
-        folder = written(tmp_path, {"run/summary.json": json.dumps(summary).encode()})
-        gathered = gather(folder)
-        assert len(gathered.runs) + len(gathered.problems) == 1
-        for line in gathered.problems:
-            assert "\n" not in line and len(line) < 1500 and str(folder) in line
-        pages(build(gathered, short(answers(gathered))))
-
-    test()
-
-
-@fuzzed(damages())
-def test_summaries_of_damaged_bytes_are_one_line_or_a_report(how):
-    import tempfile
-
-    known = (RESULTS / "dam" / "linear" / "summary.json").read_bytes()
-    with tempfile.TemporaryDirectory() as root:
-        folder = written(Path(root), {"run/summary.json": damaged(known, how)})
-        gathered = gather(folder)
-        assert len(gathered.runs) + len(gathered.problems) == 1
-        assert all("\n" not in line for line in gathered.problems)

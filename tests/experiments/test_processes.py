@@ -1,6 +1,5 @@
 """Two processes, joined by JAX's own detection over the loopback, run one study as one does."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -18,9 +17,8 @@ SECONDS = 240
 
 
 @pytest.fixture
-def processes(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("processes")
+def processes(load_benchmark):
+    return load_benchmark("processes")
 
 
 def test_two_processes_end_where_one_does(tmp_path, finished_smoke, processes):

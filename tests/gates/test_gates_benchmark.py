@@ -1,16 +1,13 @@
 """`benchmarks/gates.py` on two examples: every candidate runs, and the base is the base."""
 
-import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("gates")
+def benchmark(load_benchmark):
+    return load_benchmark("gates")
 
 
 def test_every_candidate_is_timed(benchmark, capsys):

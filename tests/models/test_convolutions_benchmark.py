@@ -1,8 +1,6 @@
 """`benchmarks/convolutions.py` on two examples: every way runs, and ours is the base."""
 
-import importlib
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,9 +8,8 @@ import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("convolutions")
+def benchmark(load_benchmark):
+    return load_benchmark("convolutions")
 
 
 def test_every_way_is_timed(benchmark, capsys, tmp_path):

@@ -1,16 +1,13 @@
 """`benchmarks/graphs.py` on the made graph: every candidate runs, and ours is the base."""
 
-import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("graphs")
+def benchmark(load_benchmark):
+    return load_benchmark("graphs")
 
 
 def test_every_candidate_is_timed(benchmark, capsys):

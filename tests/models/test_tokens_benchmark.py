@@ -1,9 +1,6 @@
 """`benchmarks/tokens.py` on two small images: every candidate runs, and the base is the base."""
 
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +9,8 @@ from ntt_sparse.models.vit import VisionTransformer
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    # The name is that of other modules too.
-    monkeypatch.delitem(sys.modules, "tokens", raising=False)
-    module = importlib.import_module("tokens")
-    monkeypatch.delitem(sys.modules, "tokens")
-    return module
+def benchmark(load_benchmark):
+    return load_benchmark("tokens")
 
 
 def test_every_candidate_is_timed(benchmark, capsys, monkeypatch):

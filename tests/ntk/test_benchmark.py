@@ -1,8 +1,5 @@
 """The flags of `benchmarks/ntk.py`: faults in one line, before any work."""
 
-import importlib
-from pathlib import Path
-
 import jax
 import pytest
 
@@ -10,9 +7,8 @@ from ntt_sparse import models
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("ntk")
+def benchmark(load_benchmark):
+    return load_benchmark("ntk")
 
 
 @pytest.mark.parametrize(

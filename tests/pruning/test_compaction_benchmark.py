@@ -1,16 +1,13 @@
 """`benchmarks/compaction.py` on two examples: what it prints is of the networks it names."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("compaction")
+def benchmark(load_benchmark):
+    return load_benchmark("compaction")
 
 
 def test_each_kind_is_pruned_and_measured(benchmark, capsys, tmp_path):

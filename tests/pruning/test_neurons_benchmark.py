@@ -1,16 +1,12 @@
 """`benchmarks/neurons.py` on a few neurons: its references agree with each other and with ours."""
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("neurons")
+def benchmark(load_benchmark):
+    return load_benchmark("neurons")
 
 
 def test_orders_are_those_of_both_references(benchmark, capsys):

@@ -1,21 +1,13 @@
 """`benchmarks/selection.py` on few scores: every candidate runs, the base is the base."""
 
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    # The name is that of other modules too.
-    monkeypatch.delitem(sys.modules, "selection", raising=False)
-    module = importlib.import_module("selection")
-    monkeypatch.delitem(sys.modules, "selection")
-    return module
+def benchmark(load_benchmark):
+    return load_benchmark("selection")
 
 
 def test_every_candidate_is_timed(benchmark, capsys):

@@ -1,16 +1,13 @@
 """`benchmarks/cka.py` on a few small maps: all candidates have the value of the definition."""
 
-import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    module = importlib.import_module("cka")
+def benchmark(monkeypatch, load_benchmark):
+    module = load_benchmark("cka")
     monkeypatch.setattr(module, "_SHAPES", ((2, 3, 3), (4, 2, 2), (5, 1, 1)))
     return module
 

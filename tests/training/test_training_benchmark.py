@@ -1,8 +1,6 @@
 """`benchmarks/training.py` on two examples: both loops train the same network the same way."""
 
-import importlib
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,9 +8,8 @@ import pytest
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("training")
+def benchmark(load_benchmark):
+    return load_benchmark("training")
 
 
 def test_both_loops_are_timed(benchmark, capsys, tmp_path):
