@@ -112,6 +112,8 @@ def start(
         if together.value:
             with user_errors():
                 cluster.join()
+        # Which import this one.
+        importlib.import_module("experiments.waves").memory_limit()
         module = importlib.import_module(f"experiments.{study or name}_study")
         # A name is one folder, whatever is in it.
         folder = re.sub(r"[^\w.-]", "-", f"{name}-{chosen.name}")

@@ -22,7 +22,8 @@ from experiments.dam_autoencoder_members import (
     runs_of,
     start_members,
 )
-from experiments.study import fit_stage, make_plan, save_networks
+from experiments.stage import fit_stage
+from experiments.study import make_plan, save_networks
 from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.loop import Plan

@@ -26,7 +26,8 @@ from experiments.dam_graph_members import (
     plain_sizes,
     start_members,
 )
-from experiments.study import fit_stage, save_networks
+from experiments.stage import fit_stage
+from experiments.study import save_networks
 from ntt_sparse.data.links import sample_unlinked
 from ntt_sparse.models.graph import (
     NOISE,

@@ -11,8 +11,8 @@ from experiments import figures
 from experiments.dam_pruning_members import runs_of
 from experiments.dam_pruning_published import Published, published, similarities
 from experiments.dam_pruning_stages import Stage
+from experiments.stage import seconds_per_step
 from experiments.statistics import correct, paired, spread
-from experiments.study import seconds_per_step
 from experiments.tables import difference, percent
 from ntt_sparse.gates.channels import Counts
 from ntt_sparse.training.files import write_text

@@ -24,7 +24,8 @@ from experiments.dam_pruning_members import (
     start_members,
 )
 from experiments.sparse_training_stages import all_patterns, stage_patterns
-from experiments.study import augment_images, fit_stage, make_plan
+from experiments.stage import fit_stage
+from experiments.study import augment_images, make_plan
 from ntt_sparse.data import images
 from ntt_sparse.gates import budget as budgets
 from ntt_sparse.gates import channels, chipnet, hard_concrete, layer, slimming

@@ -29,7 +29,8 @@ from experiments.dam_recommender_members import (
     start_members,
 )
 from experiments.dam_recommender_use import chunks, predictions, save_levels
-from experiments.study import fit_stage, save_networks
+from experiments.stage import fit_stage
+from experiments.study import save_networks
 from ntt_sparse.data import ratings, subgraphs
 from ntt_sparse.data.batches import steps_per_epoch
 from ntt_sparse.data.subgraphs import Sizes

@@ -20,7 +20,8 @@ from experiments.dam_representation_members import (
     runs_of,
     start_members,
 )
-from experiments.study import fit_stage, save_networks
+from experiments.stage import fit_stage
+from experiments.study import save_networks
 from ntt_sparse.gates.layer import Kind
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member

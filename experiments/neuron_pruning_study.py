@@ -29,7 +29,8 @@ from experiments.neuron_pruning_members import (
     without,
 )
 from experiments.neuron_pruning_orders import Decision, activation_fn, decide
-from experiments.study import fit_stage, hold_out, make_plan, save_networks, unit_pixels
+from experiments.stage import fit_stage
+from experiments.study import hold_out, make_plan, save_networks, unit_pixels
 from ntt_sparse.data import images
 from ntt_sparse.data.images import ImageData, Split
 from ntt_sparse.models.lenet import LeNet

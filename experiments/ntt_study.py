@@ -27,7 +27,8 @@ from experiments.ntt_stages import (
     transfer_evaluation,
     transfer_terms,
 )
-from experiments.study import fit_stage, hold_out, make_plan, save_networks
+from experiments.stage import fit_stage
+from experiments.study import hold_out, make_plan, save_networks
 from ntt_sparse import models
 from ntt_sparse._types import ApplyFn
 from ntt_sparse.data import images

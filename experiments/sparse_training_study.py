@@ -35,7 +35,8 @@ from experiments.sparse_training_stages import (
     training_terms,
     whole_optimizer,
 )
-from experiments.study import fit_stage, hold_out, make_plan, save_networks, training_input
+from experiments.stage import fit_stage
+from experiments.study import hold_out, make_plan, save_networks, training_input
 from ntt_sparse import models
 from ntt_sparse.data import images, text
 from ntt_sparse.data.images import ImageData

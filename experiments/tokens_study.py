@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from experiments import tokens_report
 from experiments.cli import claim_workdir, user_errors
-from experiments.study import fit_stage, hold_out, make_plan, save_networks, training_input
+from experiments.stage import fit_stage
+from experiments.study import hold_out, make_plan, save_networks, training_input
 from experiments.tokens_checks import check_config, check_sizes
 from experiments.tokens_members import (
     PRETRAIN,

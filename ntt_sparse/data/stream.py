@@ -98,7 +98,7 @@ class Stream:
         shared = {zlib.crc32(order.tobytes()): order for order in orders}
         keys = list(shared)
         place = np.array([keys.index(zlib.crc32(order.tobytes())) for order in orders])
-        steps = self._steps(len(keys) * batch_size)
+        steps = self.window_steps(len(keys) * batch_size)
         rows = steps * batch_size
         begin = start - start % steps
         count = -(-(stop - begin) // steps)
@@ -133,7 +133,7 @@ class Stream:
                 raise StreamError(cause[0]) from error
             yield Window(min(end, stop), data, table.astype(np.int32))
 
-    def _steps(self, examples: int) -> int:
+    def window_steps(self, examples: int) -> int:
         """Steps of a window, where each needs so many examples."""
         each = sum(leaf.nbytes for leaf in jax.tree.leaves(self.example()))
         return int(np.clip(self._memory // max(examples * each, 1), 1, _MOST_STEPS))

@@ -44,6 +44,7 @@ class Watch:
         *,
         freeze: bool,
         found: Mapping[int, Divergence] | None = None,
+        all_may: bool = False,
     ):
         """Begins with what earlier records hold.
 
@@ -52,10 +53,11 @@ class Watch:
             names: One for each member.
             freeze: Whether members are frozen, by a program that does so.
             found: Of members that were frozen before, by index.
+            all_may: Whether it is no error that every member is frozen.
         """
         self.found = dict(found or {})
         self._stage, self._names = stage, names
-        self._freeze = freeze
+        self._freeze, self._all_may = freeze, all_may
 
     def look(self, state: TrainState) -> float:
         """Raises, or warns, with step, term and member. The mean loss of all that train.
@@ -121,15 +123,13 @@ class Watch:
         )
         if not self._freeze:
             raise DivergenceError(f"{line}: {_REMEDY}")
-        if len(self.found) == len(self._names):
-            raise _none_left(self._stage, self._names, self.found)
+        if len(self.found) == len(self._names) and not self._all_may:
+            raise none_left(self._stage, self._names, self.found)
         if is_first():
             _logger.warning("%s: it stays as it was before, the others go on", line)
 
 
-def _none_left(
-    stage: str, names: Sequence[str], found: Mapping[int, Divergence]
-) -> DivergenceError:
+def none_left(stage: str, names: Sequence[str], found: Mapping[int, Divergence]) -> DivergenceError:
     """The error where every member of a stage has diverged; it names the first."""
     step, term, member = min((*divergence, member) for member, divergence in found.items())
     return DivergenceError(

@@ -99,6 +99,7 @@ def fit(
     should_stop: Callable[[list[Record]], bool] = lambda records: False,
     revise: Callable[[TrainState, list[Record]], TrainState] = lambda state, records: state,
     tensorboard: TensorBoard | None = None,
+    all_may_diverge: bool = False,
 ) -> TrainState:
     """Runs a stage to its end, from its newest checkpoint if there is one.
 
@@ -115,6 +116,8 @@ def fit(
         revise: Changes the state after a record, by all records up to it, for example to stop
             single members; the same shapes, dtypes and shardings.
         tensorboard: A second sink for the scalars of the records.
+        all_may_diverge: Of a program that freezes members: none need be left, as others train
+            elsewhere.
 
     Returns:
         The final state, which is checkpointed.
@@ -122,8 +125,9 @@ def fit(
     Raises:
         DivergenceError: A term of the loss, the parameters or a value that `evaluate`
             returned stopped being finite; the newest checkpoint is from before that. Of a
-            program that freezes members: of every member. One that is frozen is a warning, it
-            is in `"diverged"` of each record from then on, and its values there are null.
+            program that freezes members: of every member, unless all may. One that is frozen is
+            a warning, it is in `"diverged"` of each record from then on, and its values there are
+            null.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
         StreamError: Data of the next steps could not be read; a checkpoint of the step before is
             on disk.
@@ -145,7 +149,7 @@ def fit(
         state = _restore(program.init(members, feed.example, plan.start), log, checkpoints)
         watch = Watch(
             log.stage, member_names, freeze=program.freeze,
-            found=log.diverged(),
+            found=log.diverged(), all_may=all_may_diverge,
         )  # fmt: skip
         if not log.records:
             state = record(state)

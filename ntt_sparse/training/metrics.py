@@ -54,7 +54,11 @@ class MetricsLog:
                 f"{self.path} holds {len(self.records)} records where its checkpoint had {count}: "
                 "put the file back, or delete the stage's checkpoints to start it again"
             )
-        self.records = self.records[:count]
+        self.replace(self.records[:count])
+
+    def replace(self, records: Sequence[Record]) -> None:
+        """Holds these records, on disk too."""
+        self.records = list(records)
         if self._writes:
             write_text(self.path, "".join(_line(record) for record in self.records))
 

@@ -5,6 +5,7 @@ all; what is decided by a clock or a signal is decided together; the first one a
 one process all of this is what `jax.device_put` and `jax.device_get` do.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,22 @@ def on_all(fact: bool) -> bool:
     if jax.process_count() == 1:
         return fact
     return bool(_utils().process_allgather(np.array(fact)).all())
+
+
+def least(number: int) -> int:
+    """The least of the numbers of all processes."""
+    if jax.process_count() == 1:
+        return number
+    return int(_utils().process_allgather(np.array(number, np.int64)).min())
+
+
+def of_first(numbers: Sequence[int], count: int) -> list[int]:
+    """The numbers of the first process, on all; at most so many, 0 or more each."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    padded = np.full(count, -1, np.int32)
+    padded[: len(numbers)] = numbers
+    return [number for number in _utils().broadcast_one_to_all(padded).tolist() if number >= 0]
 
 
 def decide(own: Decision) -> Decision:

@@ -1,15 +1,18 @@
 """Many steps of many members as compiled calls."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ntt_sparse.data.batches import batch_indices, epoch_permutation
 from ntt_sparse.training.divergence import WHOLE
+from ntt_sparse.training.memory import compiled_bytes, local_bytes, with_sharding
 from ntt_sparse.training.mesh import (
     MemberMode,
     map_members,
@@ -30,18 +33,24 @@ class Program(NamedTuple):
 
     Attributes:
         init: `(members, data, step=0) -> TrainState` at a step.
+        shapes: `(members, data) -> TrainState` of the shapes and shardings that `init` returns,
+            of arrays or of their shapes.
         permutations: `(state, epoch, data) -> (M, n)` data order of every member.
         chunk: `(state, data, permutations, stop) -> state` runs the steps up to `stop`,
             which must lie in the same epoch; the state may be donated. One compilation
             serves every length.
+        working_bytes: `(state, data, permutations) -> bytes` that a chunk takes on each device
+            beside these, of arrays or of their shapes. It compiles what `chunk` then runs.
         batch_size: Examples per step and member.
         mesh: Where it runs.
         freeze: Whether members that stop being finite stay as they were before.
     """
 
     init: Callable[..., TrainState]
+    shapes: Callable[..., TrainState]
     permutations: Callable[..., Array]
     chunk: Callable[..., TrainState]
+    working_bytes: Callable[..., int]
     batch_size: int
     mesh: Mesh
     freeze: bool = False
@@ -95,35 +104,41 @@ def make_program(
     advance = _advance(step_fn, batch_size, pick, freeze)
     chunks = _dispatched if mode == "dispatch" and mesh.size == 1 else _compiled
 
+    def logs_of(member, data):
+        # Shapes and dtypes alone: the batch is never gathered.
+        batch = pick(member, data, jnp.zeros(batch_size, jnp.int32))
+        return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def start(members, data, step):
+        # A copy: chunks donate the state, and the caller keeps the members.
+        members = jax.tree.map(jnp.copy, members)
+        logs = jax.eval_shape(jax.vmap(logs_of, (0, None)), members, data)
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), logs)
+        never = jnp.full(num_members(members), -1, jnp.int32)
+        bad_step = dict.fromkeys([*logs, *WHOLE], never)
+        return TrainState(step, members, sums, jnp.zeros_like(never), bad_step)
+
     def init(members, data, step=0):
-        def logs_of(member):
-            # Shapes and dtypes alone: the batch is never gathered.
-            arrays = jax.tree.map(jnp.asarray, data)
-            batch = pick(member, arrays, jnp.zeros(batch_size, jnp.int32))
-            return step_fn(member, batch, jnp.zeros((), jnp.int32))[1]
-
-        shapes = jax.eval_shape(jax.vmap(logs_of), members)
-
-        def start(members):
-            # A copy: chunks donate the state, and the caller keeps the members.
-            members = jax.tree.map(jnp.copy, members)
-            sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            never = jnp.full(num_members(members), -1, jnp.int32)
-            bad_step = dict.fromkeys([*shapes, *WHOLE], never)
-            return TrainState(jnp.int32(step), members, sums, jnp.zeros_like(never), bad_step)
-
         placed = place(members, member_sharding(mesh))
-        return jax.jit(start, out_shardings=shardings)(placed)
+        return start(placed, data, jnp.int32(step))
+
+    def shapes(members, data):
+        state = start.eval_shape(members, data, jnp.int32(0))
+        return jax.tree.map(with_sharding, state_shardings(mesh), state)
 
     def permutations(state, epoch, data):
         n = jax.tree.leaves(data)[0].shape[0]
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.members.key, _DATA_STREAM)
         return jax.vmap(epoch_permutation, (0, None, None))(keys, epoch, n)
 
+    chunk, working_bytes = chunks(advance, mesh, mode, active, freeze)
     return Program(
         init=init,
+        shapes=shapes,
         permutations=jax.jit(permutations, out_shardings=member_sharding(mesh)),
-        chunk=chunks(advance, mesh, mode, active, freeze),
+        chunk=chunk,
+        working_bytes=working_bytes,
         batch_size=batch_size,
         mesh=mesh,
         freeze=freeze,
@@ -223,8 +238,8 @@ def _compiled(
     mode: MemberMode,
     active: Callable[[Member], Any] | None,
     freeze: bool,
-) -> Callable[..., Any]:
-    """All steps of a chunk in one program."""
+) -> tuple[Callable[..., TrainState], Callable[..., int]]:
+    """All steps of a chunk in one program; the chunk and its `working_bytes`."""
 
     def chunk_one(carry, start, stop, data):
         def steps(carry):
@@ -240,11 +255,15 @@ def _compiled(
 
     mapped = map_members(chunk_one, mesh, num_shared=3, mode=mode)
 
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=state_shardings(mesh))
     def chunk(state, data, permutations, stop):
         finished = mapped(_carries(state, permutations), state.step, stop, data)
         return _ended(state, finished, stop, active, freeze)
 
-    return jax.jit(chunk, donate_argnums=0, out_shardings=state_shardings(mesh))
+    def working_bytes(state, data, permutations):
+        return compiled_bytes(chunk, state, data, permutations, np.int32(1))
+
+    return chunk, working_bytes
 
 
 def _dispatched(
@@ -253,12 +272,16 @@ def _dispatched(
     mode: MemberMode,
     active: Callable[[Member], Any] | None,
     freeze: bool,
-) -> Callable[..., Any]:
-    """Each step of each member as a call of its own, see `MemberMode`."""
+) -> tuple[Callable[..., TrainState], Callable[..., int]]:
+    """Each step of each member as a call of its own, see `MemberMode`; as `_compiled`."""
     del mode
     trains = _trains(active, freeze)
-    pick = jax.jit(lambda carries, index: jax.tree.map(lambda leaf: leaf[index], carries))
-    one_step = jax.jit(advance, donate_argnums=0)
+    everywhere = replicated(mesh)
+    pick = jax.jit(
+        lambda carries, index: jax.tree.map(lambda leaf: leaf[index], carries),
+        out_shardings=everywhere,
+    )
+    one_step = jax.jit(advance, donate_argnums=0, out_shardings=everywhere)
     finish = jax.jit(_finish)
 
     def join(state, finished, stop):
@@ -277,7 +300,14 @@ def _dispatched(
             finished.append(finish(carry, stop))
         return joined(state, finished, stop)
 
-    return chunk
+    def working_bytes(state, data, permutations):
+        carries = jax.eval_shape(_carries, state, permutations)
+        carry = with_sharding(everywhere, pick.eval_shape(carries, 0))
+        # What members end with, one by one and joined, beside one on its way.
+        copies = 2 * local_bytes(state) + local_bytes(carry)
+        return copies + compiled_bytes(one_step, carry, jnp.int32(0), data)
+
+    return chunk, working_bytes
 
 
 def state_shardings(mesh: Mesh) -> TrainState:

@@ -94,7 +94,7 @@ def train_by_program(**fields):
     setup = sparse_training_study.Setup(tiny_mlp(jnp.float64), data, Plan(4, 2, 4))
     handed = {}
 
-    def fit_stage(*arguments, batch_size):
+    def fit_stage(*arguments, **options):
         members, step_fn, _, train_data = arguments[4:8]
         handed.update(members=members, step_fn=step_fn, data=train_data)
         return members

@@ -1,0 +1,235 @@
+"""Members in waves: as many as fit the memory, and the numbers of a stage in one piece."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import problems
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import stage, waves
+from experiments.cli import UserError
+from ntt_sparse.training import loop, mesh, step, terms
+from ntt_sparse.training.divergence import DivergenceError
+from ntt_sparse.training.metrics import MetricsLog
+from ntt_sparse.training.stopping import ACTIVE, EarlyStopping
+
+NAMES = ["a", "b", "c", "d", "e"]
+NEVER = 1000
+SUPERVISED = terms.supervised(problems.apply_fn)
+
+
+def _ends(inputs):
+    return jnp.where(inputs.step >= inputs.context["ends"], jnp.nan, 0.0), {}
+
+
+STEP = step.make_step({"task": SUPERVISED, "ends": _ends}, problems.optimizer)
+
+
+def evaluate(member, x, y):
+    """Of a member whose value gets better until a step of its own."""
+    rises = jnp.minimum(member.opt_state[0].count, member.context["best"])
+    accuracy = jnp.mean(jnp.argmax(problems.apply_fn(member.params, x), -1) == y)
+    return {"rises": rises.astype(jnp.float32), "accuracy": accuracy}
+
+
+def fit(workdir, mode="loop", ends=(NEVER,) * 5, best=(NEVER,) * 5, steps=12, **options):
+    workdir.mkdir(exist_ok=True)
+    x, y = problems.data()
+    context = {"ends": jnp.array(ends), "best": jnp.array(best), ACTIVE: jnp.ones(5, bool)}
+    members = problems.members(range(5))._replace(context=context)
+    plan = loop.Plan(steps, steps_per_epoch=6, record_every=3, checkpoint_seconds=0.0)
+    return stage.fit_stage(
+        ml_collections.ConfigDict(), workdir, "made", NAMES, members, STEP, plan, (x, y), evaluate,
+        (x[:8], y[:8]), mode, batch_size=16, freeze=True, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As on most machines; on several, waves have meshes of their own."""
+    auto = mesh.auto_mesh
+    monkeypatch.setattr(mesh, "auto_mesh", lambda *args: auto(*args, devices=jax.devices()[:1]))
+    return auto
+
+
+def cut_into(monkeypatch, *members):
+    monkeypatch.setattr(waves, "sizes", lambda *args: list(members))
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "made.jsonl").read_text().splitlines()]
+
+
+def assert_same(ours, theirs, **tolerances):
+    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        if jnp.issubdtype(our.dtype, jax.dtypes.prng_key):
+            our, their = jax.random.key_data(our), jax.random.key_data(their)
+        np.testing.assert_allclose(our, their, **(tolerances or {"rtol": 0, "atol": 0}))
+
+
+@given(st.integers(1, 60), st.integers(0, 50), st.integers(1, 20), st.integers(0, 900))
+def test_the_fewest_waves_that_fit(count, shared, each, limit):
+    asked = []
+
+    def bytes_of(size):
+        asked.append(size)
+        return shared + each * size
+
+    found = waves.sizes(count, limit, bytes_of)
+    assert sum(found) == count and max(found) - min(found) <= 1 and sorted(found)[::-1] == found
+    assert shared + each * found[0] <= limit or found[0] == 1
+    # One wave less would be too large, and it was not tried for long: asking compiles.
+    fewer = len(found) - 1
+    assert fewer == 0 or shared + each * -(-count // fewer) > limit
+    assert len(asked) <= 4 and len(set(asked)) == len(asked)
+
+
+def test_where_nothing_tells_all_train_together():
+    assert waves.sizes(7, None, lambda size: 1 / 0) == [7]
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch", "eight devices"])
+def test_waves_end_as_the_stage_in_one_piece(tmp_path, monkeypatch, mode, one_device):
+    """With a member that diverges: in its wave and in others."""
+    if mode in ("loop", "dispatch"):
+        rounding = {"rtol": 0, "atol": 0}
+    else:
+        rounding = {"rtol": 1e-5, "atol": 1e-6}
+    if mode == "eight devices":
+        monkeypatch.setattr(mesh, "auto_mesh", one_device)
+        mode = "vmap"
+    ends = (NEVER, 7, NEVER, NEVER, NEVER)
+    whole = fit(tmp_path / "whole", mode, ends)
+    cut_into(monkeypatch, 2, 2, 1)
+    in_waves = fit(tmp_path / "waves", mode, ends)
+    assert_same(in_waves, whole, **rounding)
+    ours, theirs = records(tmp_path / "waves"), records(tmp_path / "whole")
+    assert [record["step"] for record in ours] == [0, 3, 6, 9, 12]
+    assert ours[3]["diverged"] == [None, {"step": 7, "term": "ends"}, None, None, None]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.keys() == their.keys()
+        assert our.get("diverged") == their.get("diverged")
+        for name in our.keys() - {"stage", "step", "diverged"}:
+            np.testing.assert_allclose(
+                np.array(our[name], float), np.array(their[name], float), **rounding
+            )
+    checkpoints = sorted(path.name for path in (tmp_path / "waves" / "checkpoints").iterdir())
+    assert checkpoints == ["made-1-of-3", "made-2-of-3", "made-3-of-3"]
+
+
+def test_a_wave_may_diverge_whole_but_not_all(tmp_path, monkeypatch, caplog):
+    cut_into(monkeypatch, 2, 3)
+    members = fit(tmp_path / "one", ends=(7, 4, NEVER, NEVER, NEVER))
+    assert "'ends' of member 'b' is not finite at step 4" in caplog.text
+    last = records(tmp_path / "one")[-1]
+    assert last["diverged"][:2] == [{"step": 7, "term": "ends"}, {"step": 4, "term": "ends"}]
+    assert last["train/loss"][:2] == [None, None] and None not in last["train/loss"][2:]
+    assert last["diverged"][2:] == [None] * 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(members.params))
+    for _ in range(2):
+        with pytest.raises(DivergenceError, match=r"of member 'b' .* at step 4, and none of the 5"):
+            fit(tmp_path / "all", ends=(7, 4, 5, 6, 7))
+
+
+@pytest.mark.parametrize("killed", [2, 7])
+def test_a_run_that_was_stopped_in_any_wave_goes_on_the_same(tmp_path, monkeypatch, killed):
+    """Also where less memory is free then: as it was begun."""
+    cut_into(monkeypatch, 3, 2)
+    unbroken = fit(tmp_path / "whole")
+    calls, write = [], MetricsLog.write
+
+    def stopping(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == killed:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stopping)
+        with pytest.raises(loop.Interrupted):
+            fit(tmp_path / "stopped")
+    cut_into(monkeypatch, 1, 1, 1, 1, 1)
+    assert_same(fit(tmp_path / "stopped"), unbroken)
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    # Once more when all is done.
+    assert_same(fit(tmp_path / "stopped"), unbroken)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_early_stops_are_those_of_the_stage_in_one_piece(tmp_path, monkeypatch, alone):
+    """Each member by itself, or when none has a new best value: the last is at step 9."""
+    best = (3, 9, 3, 3, 6)
+    stopping = EarlyStopping("rises", patience=2, higher=True, alone=alone)
+    whole = fit(tmp_path / "whole", best=best, steps=60, stopping=stopping)
+    cut_into(monkeypatch, 2, 2, 1)
+    in_waves = fit(tmp_path / "waves", best=best, steps=60, stopping=stopping)
+    assert_same(in_waves, whole)
+    assert records(tmp_path / "waves") == records(tmp_path / "whole")
+    assert records(tmp_path / "waves")[-1]["step"] == 15
+    trained = in_waves.opt_state[0].count.tolist()
+    assert trained == ([9, 15, 9, 9, 12] if alone else [15] * 5)
+    again = fit(tmp_path / "waves", best=best, steps=60, stopping=stopping)
+    assert_same(again, whole)
+
+
+def test_a_stage_that_was_begun_in_one_piece_stays_so(tmp_path, monkeypatch):
+    whole = fit(tmp_path)
+    cut_into(monkeypatch, 2, 2, 1)
+    assert_same(fit(tmp_path), whole)
+    assert not (tmp_path / "waves").exists()
+
+
+@pytest.mark.parametrize("text", ['{"members": [2, 2]}', '{"members": [5, 0]}', "[]", '{"mem'])
+def test_waves_of_other_members_are_refused(tmp_path, text):
+    (tmp_path / "waves").mkdir()
+    (tmp_path / "waves" / "made.json").write_text(text)
+    with pytest.raises(UserError, match=r"made.json does not cut 5 members into waves: delete it"):
+        fit(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
+def test_what_a_wave_takes_is_asked_without_compiling_more(tmp_path, monkeypatch, mode):
+    """The programs that are compiled for their memory are those which run."""
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs.get("fun_name", event))
+
+    taken, bytes_taken = [], stage._bytes_taken
+    monkeypatch.setattr(
+        stage, "_bytes_taken", lambda *args: taken.append(bytes_taken(*args)) or taken[-1]
+    )
+    # Of tests before.
+    stage._compiled.cache_clear()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        monkeypatch.setenv(waves.MEMORY, "64")
+        fit(tmp_path / "asked", mode)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(taken) == 1
+    main = "jit(advance)" if mode == "dispatch" else "jit(chunk)"
+    assert [compiled.count(name) for name in (main, "jit(start)")] == [1, 1], compiled
+    # The state of five members, twice, their data, and not much more.
+    x, _ = problems.data()
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(problems.members(range(5)))) + x.nbytes
+    assert own < taken[0] < 8 * own
+
+
+def test_the_environment_says_what_a_stage_may_take(tmp_path, monkeypatch, caplog):
+    with caplog.at_level("INFO"):
+        monkeypatch.setenv(waves.MEMORY, "0.01")
+        fit(tmp_path)
+    assert "made: 5 members in 5 waves, 12 steps" in caplog.text
+    monkeypatch.setenv(waves.MEMORY, "plenty")
+    with pytest.raises(UserError, match="NTT_SPARSE_MEMORY in the environment: 'plenty' is no"):
+        waves.memory_limit()
