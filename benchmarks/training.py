@@ -36,7 +36,7 @@ from ntt_sparse.training.program import make_program
 from ntt_sparse.training.state import create_member
 from ntt_sparse.training.step import make_step
 
-_SHAPES = {
+SHAPES = {
     "lenet_300_100": (28, 28, 1), "lenet5_caffe": (28, 28, 1), "resnet20": (32, 32, 3),
     "preresnet20": (32, 32, 3), "vit_nano_patch4": (28, 28, 1),
 }  # fmt: skip
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--network", nargs="+", choices=_SHAPES, default=list(_SHAPES))
+    add("--network", nargs="+", choices=SHAPES, default=list(SHAPES))
     add("--batch", type=int, default=64, help="examples (default 64)")
     add("--steps", type=int, default=16, help="batches of an epoch (default 16)")
     add("--rounds", type=int, default=9, help="turns (default 9)")
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(network: str, batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """Measures and prints the training of one network."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(batch * steps, *_SHAPES[network])).astype(np.float32)
+    x = rng.normal(size=(batch * steps, *SHAPES[network])).astype(np.float32)
     y = rng.integers(0, 10, batch * steps).astype(np.int32)
     candidates = {
-        "ours": _ours(network, x, y, batch, steps),
+        "ours": ours(network, x, y, batch, steps),
         "by hand": _by_hand(network, x, y, batch, steps),
         **_torch(network, x[:batch], y[:batch].astype(np.int64), steps),
     }
@@ -96,7 +96,17 @@ def start(network: str, shape: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
     return module, masks.apply(params, drawn), drawn, state
 
 
-def _ours(network: str, x: Any, y: Any, batch: int, steps: int) -> Callable[[], Any]:
+def ours(
+    network: str,
+    x: Any,
+    y: Any,
+    batch: int,
+    steps: int,
+    *,
+    members: int = 1,
+    mode: meshes.MemberMode | None = None,
+) -> Callable[[], Any]:
+    """Trains an epoch with each call and returns the state; members differ in their order."""
     module, params, drawn, model_state = start(network, x.shape[1:])
     optimizer = keep_masked(optax.sgd(0.05, momentum=0.9))
     step = make_step(
@@ -104,11 +114,13 @@ def _ours(network: str, x: Any, y: Any, batch: int, steps: int) -> Callable[[], 
         optimizer,
         forward=terms.masked_forward(terms.without_features(module)),
     )
-    member = create_member(params, drawn, optimizer, jax.random.key(2), (), model_state)
-    mode = meshes.default_member_mode(params)
-    program = make_program(step, batch_size=batch, mesh=meshes.make_mesh(), mode=mode)
-    data = jax.device_put((x, y))
-    state = program.init(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], member), data)
+    keys = jax.random.split(jax.random.key(2), members)
+    together = jax.vmap(lambda key: create_member(params, drawn, optimizer, key, (), model_state))
+    mode = mode or meshes.default_member_mode(params)
+    mesh = meshes.make_mesh()
+    program = make_program(step, batch_size=batch, mesh=mesh, mode=mode)
+    data = jax.device_put((x, y), meshes.replicated(mesh))
+    state = program.init(together(keys), data)
 
     def epoch() -> Any:
         nonlocal state

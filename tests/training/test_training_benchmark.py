@@ -26,7 +26,7 @@ def test_both_loops_train_alike(benchmark):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 28, 28, 1)).astype(np.float32)
     y = np.array([0, 1, 2, 3], np.int32)
-    ours = benchmark._ours("lenet_300_100", x, y, 4, 1)
+    ours = benchmark.ours("lenet_300_100", x, y, 4, 1)
     by_hand = benchmark._by_hand("lenet_300_100", x, y, 4, 1)
     start = benchmark.start("lenet_300_100", (28, 28, 1))[1]
     for _ in range(3):
