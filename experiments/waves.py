@@ -1,6 +1,7 @@
 """Members that do not fit the memory together: waves, and their records as those of one stage."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ MEMORY = "NTT_SPARSE_MEMORY"
 """In the environment: MiB that a stage may take of each device, by default most of what is free."""
 
 _FOLDER = "waves"
+_logger = logging.getLogger(__name__)
 
 
 class Wave(NamedTuple):
@@ -58,17 +60,22 @@ def sizes(count: int, limit: int | None, bytes_of: Callable[[int], int]) -> list
         bytes_of: What a wave of so many takes of a device. It may have to compile.
     """
     size, smaller = count, None
-    while size > 1 and limit is not None:
+    while limit is not None and count > 1:
         taken = bytes_of(size)
         if taken <= limit:
+            break
+        if size == 1:
+            _logger.warning(
+                "a member alone takes about %d MiB of a device that has %d free: one by one",
+                taken >> 20, limit >> 20,
+            )  # fmt: skip
             break
         # It grows with the members, beside what they share; the first guess is that they share
         # nothing, and so too many.
         slope = (smaller[1] - taken) / (smaller[0] - size) if smaller else taken / size
         smaller = (size, taken)
-        if slope > 0:
-            size = min(size - 1, int(size - (taken - limit) / slope))
-        size = _rounded(count, max(1, size))
+        most = int(size - (taken - limit) / slope) if slope > 0 else size
+        size = _rounded(count, max(1, min(size - 1, most)))
     waves = -(-count // size)
     least, more = divmod(count, waves)
     return [least + 1] * more + [least] * (waves - more)
