@@ -20,7 +20,7 @@ from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import processes
 from ntt_sparse.training.checkpoint import Checkpoints, digest
 from ntt_sparse.training.divergence import none_left
-from ntt_sparse.training.files import append_text
+from ntt_sparse.training.files import append_line
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.memory import compiled_bytes, local_bytes, with_sharding
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
@@ -287,7 +287,7 @@ def _timed(
             took = {"stage": stage, "steps": steps, "seconds": time.monotonic() - began}
             # It must not hide what ended the stage.
             with contextlib.suppress(OSError):
-                append_text(workdir / _SECONDS, json.dumps(took) + "\n")
+                append_line(workdir / _SECONDS, json.dumps(took))
 
 
 def seconds_per_step(workdir: Path, stage: str) -> float:

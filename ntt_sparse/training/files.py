@@ -42,6 +42,20 @@ def append_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line, also after one that a kill or a full disk cut short.
+
+    Raises:
+        OSError: It cannot be written; it names the file.
+    """
+    with naming(path), path.open("ab+") as file:
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                line = f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Lets errors of writing name the file: of a full disk the system does not say it."""

@@ -237,3 +237,15 @@ def test_the_environment_says_what_a_stage_may_take(tmp_path, monkeypatch, caplo
     monkeypatch.setenv(waves.MEMORY, "plenty")
     with pytest.raises(UserError, match="NTT_SPARSE_MEMORY in the environment: 'plenty' is no"):
         waves.memory_limit()
+
+
+def test_a_step_of_all_is_one_of_each_wave(tmp_path, monkeypatch):
+    """What waves took adds up, also after a line that was cut short."""
+    (tmp_path / "seconds.jsonl").write_text('{"stage": "made", "steps": 12, "sec')
+    cut_into(monkeypatch, 2, 2, 1)
+    fit(tmp_path)
+    _, *rows = (tmp_path / "seconds.jsonl").read_text().splitlines()
+    rows = [json.loads(row) for row in rows]
+    assert [row["steps"] for row in rows] == [4, 4, 4]
+    expected = sum(row["seconds"] for row in rows) / 12
+    assert stage.seconds_per_step(tmp_path, "made") == pytest.approx(expected)
