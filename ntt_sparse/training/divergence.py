@@ -103,6 +103,10 @@ class Watch:
         placed = place(jnp.asarray(steps), sharding)
         return state._replace(bad_step={**state.bad_step, "params": placed})
 
+    def by_member(self) -> list[Divergence | None]:
+        """One for each member, `None` for those that train; an empty list where all do."""
+        return [self.found.get(member) for member in range(len(self._names))] if self.found else []
+
     def without(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values by member, NaN for those that are frozen."""
         if not self.found:

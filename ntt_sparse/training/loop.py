@@ -209,7 +209,7 @@ def _record(
         # Of a member that has stopped there is no loss.
         steps = np.where(since, since, np.nan)
         values |= {f"train/{name}": total / steps for name, total in sums.items()}
-    log.write(int(state.step), values, diverged=watch.found)
+    log.write(int(state.step), values, diverged=watch.by_member())
     if tensorboard is not None:
         tensorboard.write(log.stage, int(state.step), watch.without(values))
     # Subtraction keeps the sharding, so that the next chunk does not compile again.

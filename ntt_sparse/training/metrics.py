@@ -63,31 +63,32 @@ class MetricsLog:
             write_text(self.path, "".join(_line(record) for record in self.records))
 
     def write(
-        self, step: int, values: Mapping[str, Any], *, diverged: Mapping[int, Divergence] = {}
+        self, step: int, values: Mapping[str, Any], *, diverged: Sequence[Divergence | None] = ()
     ) -> Record:
         """Appends a record and flushes it.
 
         Args:
             step: Steps done.
             values: Arrays with a leading member axis, by name.
-            diverged: Of members that take no further part, by index. Their values are null, those
-                of others as they would be without them.
+            diverged: One for each member, of those that take no further part; none where all do.
+                Their values are null, those of others as they would be without them.
 
         Returns:
             The record as it reads back from the file.
         """
         record: Record = {"stage": self.stage, "step": int(step)}
         for name, value in sorted(values.items()):
-            record[name] = [
-                _null(each) if member in diverged else each
-                for member, each in enumerate(_plain(np.asarray(value)))
-            ]
+            plain = _plain(np.asarray(value))
+            record[name] = (
+                [
+                    each if found is None else _null(each)
+                    for each, found in zip(plain, diverged, strict=True)
+                ]
+                if diverged
+                else plain
+            )
         if diverged:
-            count = len(next(iter(values.values())))
-            record["diverged"] = [
-                diverged[member]._asdict() if member in diverged else None
-                for member in range(count)
-            ]
+            record["diverged"] = [found and found._asdict() for found in diverged]
         self.records.append(record)
         if self._writes:
             append_text(self.path, _line(record))

@@ -37,7 +37,8 @@ def test_a_report_of_ntt_leaves_out_who_diverged(tmp_path):
         if step:
             for column in values.values():
                 column[gone] = np.nan
-        log.write(step, values, diverged={gone: Divergence(5, "task")} if step else {})
+        found = [Divergence(5, "task") if member == gone else None for member in range(len(runs))]
+        log.write(step, values, diverged=found if step else ())
     summary = ntt_report.write(config, tmp_path)
     rows = {row["method"]: row for row in summary["supervised"]}
     assert rows["random"]["seeds"] == [1, 3] and rows["dense"]["seeds"] == [1, 2, 3]

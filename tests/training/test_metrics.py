@@ -98,7 +98,7 @@ def test_members_that_diverged_are_null_and_others_as_they_were(tmp_path):
     """Whole numbers stay whole, and what is nested keeps its lengths."""
     log = MetricsLog(tmp_path / "m.jsonl", "s")
     values = {"kept": np.array([3, 4]), "rates": np.array([[0.5, 1.0], [2.0, np.nan]])}
-    log.write(7, values, diverged={1: Divergence(5, "loss")})
+    log.write(7, values, diverged=[None, Divergence(5, "loss")])
     (line,) = (tmp_path / "m.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "stage": "s", "step": 7, "kept": [3, None], "rates": [[0.5, 1.0], [None, None]],
@@ -106,6 +106,10 @@ def test_members_that_diverged_are_null_and_others_as_they_were(tmp_path):
     }  # fmt: skip
     assert '"kept": [3, null]' in line
     np.testing.assert_array_equal(log.column("rates")[1][0], [[0.5, 1.0], [np.nan, np.nan]])
+    # Where nothing else is recorded, too.
+    assert log.write(8, {}, diverged=[Divergence(8, "loss")])["diverged"] == [
+        {"step": 8, "term": "loss"}
+    ]
 
 
 def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
