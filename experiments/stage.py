@@ -98,6 +98,7 @@ def fit_stage(
     )  # fmt: skip
 
     def bytes_of(size: int) -> int:
+        _logger.info("%s: compiling for %d members", stage, size)
         program, mapped = compiled(meshes.auto_mesh(size, batch_size))
         data = train_data if streamed else arrays
         return _bytes_taken(program, mapped, members, size, data, evaluation_data)
