@@ -220,7 +220,7 @@ def test_every_array_has_its_place():
     arrays = made(module)
     variables = torchvision.from_arrays(arrays, module)
     assert jax.tree.structure(variables) == jax.tree.structure(
-        dict(module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+        dict(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     )
     flat = traverse_util.flatten_dict(variables, sep="/")
     np.testing.assert_array_equal(
