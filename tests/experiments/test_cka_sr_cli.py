@@ -50,7 +50,13 @@ def test_configs_fit_images_of_their_sets(name, monkeypatch):
     assert len(setup.data.validation.y) == 260
 
 
-@pytest.mark.parametrize(("name", "n"), [("mnist_lenet300", 60_000), ("cifar10_resnet20", 50_000)])
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("mnist_lenet300", 60_000),
+        pytest.param("cifar10_resnet20", 50_000, marks=pytest.mark.slow),
+    ],
+)
 def test_configs_fit_real_images(name, n, monkeypatch):
     config = configs.get_config(name)
     try:

@@ -109,7 +109,8 @@ def test_what_training_minimises(tiny):
     module = members.dynamic(config, tiny, members.Variant(0.75, "both"))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 1)), jnp.float32)
     y = jnp.asarray([0, 1, 2, 3, 4, 5])
-    params, teacher = (module.init(jax.random.key(seed), x)["params"] for seed in (1, 2))
+    init = jax.jit(module.init)
+    params, teacher = (init(jax.random.key(seed), x)["params"] for seed in (1, 2))
     # So large that student and teacher differ.
     params, teacher = (jax.tree.map(lambda leaf: 5 * leaf, tree) for tree in (params, teacher))
     key = jax.random.key(3)

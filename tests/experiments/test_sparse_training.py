@@ -267,7 +267,14 @@ def test_every_config_is_valid(name):
         assert transform.plan(smoke, 1000).total_steps < 60
 
 
-@pytest.mark.parametrize("network", configs._SMALL_IMAGES)
+@pytest.mark.parametrize(
+    "network",
+    [
+        # Of the kind of ResNet-32.
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "resnet56"))
+        for name in configs._SMALL_IMAGES
+    ],
+)
 def test_every_network_has_the_layers_that_are_compared(network):
     """By shapes alone: on images of CIFAR, with more than one map in each stage."""
     blank = Split(np.zeros((300, 32, 32, 3), np.float32), np.zeros(300, np.int32))

@@ -91,14 +91,14 @@ def test_snip_of_a_text_by_hand(tmp_path):
     config = get_config(tmp_path, "text_snip", **{"score_batch_size": 6, "density": (0.25,)})
     setup = study.prepare(config, None)
     x, y = (leaf[:6] for leaf in setup.data.train)
-    params = setup.module.init(jax.random.key(5), x)["params"]
+    params = jax.jit(setup.module.init)(jax.random.key(5), x)["params"]
 
     def loss(params):
         logits = setup.module.apply({"params": params}, x)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), y[..., None], -1)
         return -jnp.mean(chosen)
 
-    gradients = jax.grad(loss)(params)
+    gradients = jax.jit(jax.grad(loss))(params)
     scores = {
         name: np.abs(np.asarray(leaf, float) * np.asarray(masks.named_leaves(gradients)[name]))
         for name, leaf in masks.named_leaves(params).items() if name.endswith("kernel")

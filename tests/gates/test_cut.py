@@ -39,7 +39,7 @@ def by_hand(scores, at_least):
         yield {path: mask.copy() for path, mask in open_.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**16), st.booleans(), st.integers(0, 3), st.integers(-1, 60))
 def test_as_many_as_fit_stay(seed, ties, at_least, target):
     """Weights of the channels make the cost; the first cut that fits is the one."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import every_pair
 from jax import export
 
 from ntt_sparse import _program, models, ntk
@@ -40,15 +41,18 @@ def same(found, expected, tolerance):
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6)])
 @pytest.mark.parametrize(
-    ("stride", "padding"), [(1, "VALID"), (1, (1, 1)), (2, "SAME"), (3, (0, 0)), (2, (2, 1))]
+    ("kernel", "strides", "dtype"),
+    every_pair(
+        KERNELS,
+        [(1, "VALID"), (1, (1, 1)), (2, "SAME"), (3, (0, 0)), (2, (2, 1))],
+        ["float64", "float32"],
+    ),
 )
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_values_and_derivatives_are_those_of_the_convolution(
-    kernel, stride, padding, dtype, tolerance
-):
+def test_values_and_derivatives_are_those_of_the_convolution(kernel, strides, dtype):
     """Forward and reverse mode, by images and kernels, and one within the other."""
+    stride, padding = strides
+    tolerance = {"float64": 1e-12, "float32": 2e-6}[dtype]
     with jax.enable_x64(dtype == "float64"):
         args = operands(*kernel, dtype=dtype)
         rng = np.random.default_rng(1)

@@ -51,8 +51,15 @@ def test_published_multiply_adds():
     assert channels.whole(fifty).multiply_adds == 4_089_184_256
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize(
+    ("stem", "bottleneck"),
+    [
+        ("cifar", True),
+        ("imagenet", False),
+        pytest.param("cifar", False, marks=pytest.mark.slow),
+        pytest.param("imagenet", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_description_is_the_network(stem, bottleneck):
     module, shape = small(bottleneck, stem), (17, 22, 3)
     x = jax.random.normal(jax.random.key(0), (3, *shape))
@@ -71,8 +78,17 @@ def test_the_description_is_the_network(stem, bottleneck):
         )
 
 
-@pytest.mark.parametrize("kind", [Dam(), Slimming(), ChipNet()])
-@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "bottleneck"),
+    [
+        (Dam(), True),
+        (Slimming(), False),
+        (ChipNet(), True),
+        pytest.param(Dam(), False, marks=pytest.mark.slow),
+        pytest.param(Slimming(), True, marks=pytest.mark.slow),
+        pytest.param(ChipNet(), False, marks=pytest.mark.slow),
+    ],
+)
 def test_gated_and_made_small(kind, bottleneck):
     module, shape = small(bottleneck, kind=kind), (16, 16, 3)
     x = jax.random.normal(jax.random.key(0), (3, *shape))
@@ -204,7 +220,7 @@ def test_every_array_has_its_place():
     arrays = made(module)
     variables = torchvision.from_arrays(arrays, module)
     assert jax.tree.structure(variables) == jax.tree.structure(
-        dict(module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+        dict(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     )
     flat = traverse_util.flatten_dict(variables, sep="/")
     np.testing.assert_array_equal(

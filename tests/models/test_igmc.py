@@ -99,8 +99,17 @@ def start():
     return found
 
 
-@pytest.mark.parametrize("num_levels", [2, 40])
-@pytest.mark.parametrize("beta", [1.0, -2.0, None])
+@pytest.mark.parametrize(
+    ("beta", "num_levels"),
+    [
+        (1.0, 2),
+        (-2.0, 40),
+        (None, 2),
+        pytest.param(1.0, 40, marks=pytest.mark.slow),
+        pytest.param(-2.0, 2, marks=pytest.mark.slow),
+        pytest.param(None, 40, marks=pytest.mark.slow),
+    ],
+)
 def test_ratings_by_hand(x64, start, num_levels, beta):
     params = double(start[num_levels])
     graphs = made(num_levels)

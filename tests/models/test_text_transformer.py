@@ -19,7 +19,8 @@ def small(**fields):
 
 
 def drawn(module):
-    leaves, structure = jax.tree.flatten(module.init(jax.random.key(0), TOKENS))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
     draws = [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves]
     return jax.tree.unflatten(structure, draws)

@@ -62,8 +62,9 @@ def test_deit_small_at_seven_tenths():
 REDUNDANCIES = [
     None,
     Redundancy(0.5),
-    Redundancy(0.5, "mean", scale="logarithm"),
-    Redundancy(0.01, "sum"),
+    # By hand in `test_redundancy`.
+    pytest.param(Redundancy(0.5, "mean", scale="logarithm"), marks=pytest.mark.slow),
+    pytest.param(Redundancy(0.01, "sum"), marks=pytest.mark.slow),
     Redundancy(0.5, rows="batch"),
 ]
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import every_pair
 
 from ntt_sparse.ntk import difference, empirical_ntk
 from ntt_sparse.ntk.difference import squared_difference
@@ -55,15 +56,21 @@ def by_definition(params, masks, other, x1, x2, counted, wrt):
     return jnp.sum(counted[:, None, None, None] * delta**2)
 
 
+# Compiled once for all.
+definition_and_grad = jax.jit(jax.value_and_grad(by_definition), static_argnums=6)
+
+
 # Bytes held whole: everything, one row of pairs at a time (four columns of five outputs), two
 # rows (the seventh is left over), three.
 ROW = 4 * 5 * 5 * 8
 
 
-@pytest.mark.parametrize("whole", [2**24, 0, 2 * ROW, 3 * ROW + 1])
-@pytest.mark.parametrize("wrt", ["masked", "all"])
-@pytest.mark.parametrize("given", ["params", "kernel"])
-@pytest.mark.parametrize("limit", [2**30, 3000])
+@pytest.mark.parametrize(
+    ("whole", "wrt", "given", "limit"),
+    every_pair(
+        [2**24, 0, 2 * ROW, 3 * ROW + 1], ["masked", "all"], ["params", "kernel"], [2**30, 3000]
+    ),
+)
 def test_equals_its_definition(x64, monkeypatch, whole, wrt, given, limit):
     monkeypatch.setattr(difference, "_WHOLE", whole)
     params, masks, other, x1, x2, counted = problem()
@@ -73,17 +80,14 @@ def test_equals_its_definition(x64, monkeypatch, whole, wrt, given, limit):
     else:
         how["other_kernel"] = empirical_ntk(net, other, x1, x2, method="jacobian")
 
-    @jax.jit
     def ours(params):
         result = squared_difference(net, params, x1, x2, counted, **how)
         return result.squares, result
 
-    (value, result), grads = jax.value_and_grad(ours, has_aux=True)(params)
-    expected, expected_grads = jax.value_and_grad(by_definition)(
-        params, masks, other, x1, x2, counted, wrt
-    )
+    (value, result), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    expected, expected_grads = definition_and_grad(params, masks, other, x1, x2, counted, wrt)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
-    np.testing.assert_allclose(ours(params)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(ours)(params)[0], expected, rtol=1e-12)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, expected_grads[name], rtol=1e-9, atol=1e-9 * expected)
     x = jnp.concatenate([x1, x2])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import every_pair
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -78,9 +79,9 @@ def gram_kernel(params, masks, x1, x2, wrt):
     return total
 
 
-@pytest.mark.parametrize("output", ["full", "trace"])
-@pytest.mark.parametrize("wrt", ["masked", "all"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "wrt", "output"), every_pair(METHODS, ["masked", "all"], ["full", "trace"])
+)
 def test_equals_gram_form_of_mlp(x64, method, wrt, output):
     params, masks, x1, x2 = problem()
     expected = gram_kernel(params, masks, x1, x2, wrt)
@@ -179,7 +180,7 @@ def odd_network(params, x):
     return jax.nn.log_softmax(x @ (params["left"] @ params["right"]))
 
 
-@pytest.mark.parametrize("wrt", ["masked", "all"])
+@pytest.mark.parametrize("wrt", ["masked", pytest.param("all", marks=pytest.mark.slow)])
 def test_methods_agree_on_any_function(x64, wrt):
     rng = np.random.default_rng(4)
     shapes = {"conv": (3, 3, 1, 2), "scale": (8,), "tied": (8, 5), "left": (8, 2), "right": (2, 3)}

@@ -100,7 +100,11 @@ def assert_close(actual, expected):
 @installed
 @pytest.mark.parametrize(
     ("network", "wrt"),
-    [*((name, "masked") for name in NETWORKS), ("mlp", "all"), ("shared", "all")],
+    [
+        *((name, "masked") for name in NETWORKS),
+        ("shared", "all"),
+        pytest.param("mlp", "all", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_agree(x64, network, wrt):
     fn, params, masks, x1, x2 = problem(network)

@@ -30,7 +30,14 @@ def small_cnn(w, x):
 LIMITS = structured.MEMORY_LIMIT, 60_000
 
 
-@pytest.mark.parametrize(("output", "limits"), [("full", LIMITS), ("trace", LIMITS[1:])])
+@pytest.mark.parametrize(
+    ("output", "limits"),
+    [
+        ("full", LIMITS[:1]),
+        ("trace", LIMITS[1:]),
+        pytest.param("full", LIMITS[1:], marks=pytest.mark.slow),
+    ],
+)
 def test_deep_convolutions_in_blocks(x64, output, limits):
     rng = np.random.default_rng(8)
     # Drawn smaller where more channels come in.
@@ -134,7 +141,14 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+# Whose options the others have too.
+COVERED = ("same", "valid", "channels_first")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in COVERED)) for name in CONVOLUTIONS],
+)
 def test_convolutions(x64, name):
     options = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     options |= CONVOLUTIONS[name]
@@ -188,18 +202,27 @@ def tied(w, x):
     return jnp.tanh(jnp.take(w["table"], x, axis=0)).mean(1) @ w["table"].T
 
 
-@pytest.mark.parametrize("output", ["full", "trace"])
+RULES = {
+    looked_up: "shared", indexed: "dense", clipped: "shared", columns: "direct", tied: "direct"
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("network", "rule"),
+    ("network", "output"),
     [
-        (looked_up, "shared"),
-        (indexed, "dense"),
-        (clipped, "shared"),
-        (columns, "direct"),
-        (tied, "direct"),
+        (looked_up, "full"),
+        (indexed, "trace"),
+        (clipped, "trace"),
+        (columns, "full"),
+        (tied, "trace"),
+        pytest.param(looked_up, "trace", marks=pytest.mark.slow),
+        pytest.param(indexed, "full", marks=pytest.mark.slow),
+        pytest.param(clipped, "full", marks=pytest.mark.slow),
+        pytest.param(columns, "trace", marks=pytest.mark.slow),
+        pytest.param(tied, "full", marks=pytest.mark.slow),
     ],
 )
-def test_embeddings(x64, network, rule, output):
+def test_embeddings(x64, network, output):
     rng = np.random.default_rng(11)
     shapes = {"table": (7, 3), "stack": (7, 2, 3), "dense": (3, 2)}
     weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
@@ -207,7 +230,7 @@ def test_embeddings(x64, network, rule, output):
     layout = structured.plan(as_flat(network, weights), [*weights.values()], x1)
     leaf = 1 if network is indexed else 0
     rules = ("dense", "shared", "direct", "rest")
-    assert [name for name in rules if leaf in getattr(layout, name)] == [rule]
+    assert [name for name in rules if leaf in getattr(layout, name)] == [RULES[network]]
     assert_equals_jacobian_method(network, weights, x1, x2, output=output)
 
 

@@ -89,7 +89,7 @@ def apply_narrow(variables, x):
     return GATED["narrow"][0].apply(variables, x)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0, 1.0))
 def test_any_gates(seed, closed):
     """Residual networks with a padded 3x3 convolution, layers closed whole among them."""

@@ -48,9 +48,14 @@ def reference_debiased(x, y):
     return reference_hsic1(x, y) / np.sqrt(reference_hsic1(x, x) * reference_hsic1(y, y))
 
 
-@pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize(
-    ("first", "second"), [*itertools.combinations_with_replacement(SHAPES, 2)], ids=str
+    ("first", "second", "debiased"),
+    [
+        pytest.param(*pair, bool(which), marks=[pytest.mark.slow] * ((index + which) % 2))
+        for index, pair in enumerate(itertools.combinations_with_replacement(SHAPES, 2))
+        for which in (0, 1)
+    ],
+    ids=str,
 )
 def test_definition(x64, first, second, debiased):
     x, y = normal(*first) + 3, normal(*second, seed=1) - 1
