@@ -27,11 +27,12 @@ def finished_smoke(tmp_path_factory):
         "methods": "ntt,dense,random",
         "density": (0.05,),
         "checkpoint_seconds": 0.0,
-        "transfer.max_steps": 40,
+        "transfer.max_steps": 12,
         "transfer.refresh_every": 3,
-        "transfer.record_every": 10,
-        "supervised.max_steps": 200,
-        "supervised.record_every": 50,
+        "transfer.record_every": 6,
+        "transfer.batch_size": 16,
+        "supervised.max_steps": 60,
+        "supervised.record_every": 20,
     }
     arguments = (
         f"--config={CONFIG}:digits_lenet300,smoke",
