@@ -171,8 +171,8 @@ def _fit_all(
     if stopping is None or stopping.alone or len(parts) == 1:
         should_stop = stopping.all_stopped if stopping else lambda records: False
         return [fit_wave(index, should_stop) for index in range(len(parts))]
-    # Earlier records had their say in an earlier run.
-    count = max(2, min(len(log.records) for log in logs))
+    # So many records are needed to stop, and earlier ones had their say in an earlier run.
+    count = max(stopping.patience + 1, min(len(log.records) for log in logs))
     while True:
         reached = functools.partial(_are, count)
         states = [fit_wave(index, reached) for index in range(len(parts))]
@@ -225,7 +225,9 @@ def _bytes_taken(
     mesh, count = program.mesh, num_members(members)
     by_member, everywhere = meshes.member_sharding(mesh), meshes.replicated(mesh)
     if isinstance(train_data, Stream):
-        orders = len({key.tobytes() for key in np.asarray(jax.random.key_data(members.key))})
+        # Of the first wave: members of one key share an order.
+        keys = np.asarray(jax.random.key_data(members.key[:size]))
+        orders = len({key.tobytes() for key in keys})
         steps = train_data.window_steps(orders * program.batch_size)
         length, n = orders * steps * program.batch_size, steps * program.batch_size
         train_data = jax.tree.map(
@@ -292,8 +294,9 @@ def _timed(
 
 
 def seconds_per_step(workdir: Path, stage: str) -> float:
-    """What a step of a stage took, of all members together, compiling and records included.
+    """What a step of a stage took, of all members together, records included.
 
+    Compiling is included where the stage was not compiled before, to ask for its memory.
     From what was measured of each run of the study; NaN if nothing was.
     """
     path = workdir / _SECONDS

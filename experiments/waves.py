@@ -61,7 +61,11 @@ def sizes(count: int, limit: int | None, bytes_of: Callable[[int], int]) -> list
     """
     size, smaller = count, None
     while limit is not None and count > 1:
-        taken = bytes_of(size)
+        found = _equal(count, size)
+        taken = bytes_of(found[0])
+        if taken <= limit and found[-1] < found[0]:
+            # Over several devices it may take more: 8 members are one on each of 8, 7 are not.
+            taken = bytes_of(found[-1])
         if taken <= limit:
             break
         if size == 1:
@@ -75,10 +79,8 @@ def sizes(count: int, limit: int | None, bytes_of: Callable[[int], int]) -> list
         slope = (smaller[1] - taken) / (smaller[0] - size) if smaller else taken / size
         smaller = (size, taken)
         most = int(size - (taken - limit) / slope) if slope > 0 else size
-        size = _rounded(count, max(1, min(size - 1, most)))
-    waves = -(-count // size)
-    least, more = divmod(count, waves)
-    return [least + 1] * more + [least] * (waves - more)
+        size = _equal(count, max(1, min(size - 1, most)))[0]
+    return _equal(count, size)
 
 
 def cut(workdir: Path, stage: str, count: int, bytes_of: Callable[[int], int]) -> list[Wave]:
@@ -104,7 +106,8 @@ def cut(workdir: Path, stage: str, count: int, bytes_of: Callable[[int], int]) -
             begun = [count]
     found = processes.of_first(begun, count)
     if not found:
-        found = sizes(count, memory_limit(), bytes_of)
+        # Their compilers may differ in what a program takes.
+        found = processes.of_first(sizes(count, memory_limit(), bytes_of), count)
         if len(found) > 1 and processes.is_first():
             path.parent.mkdir(exist_ok=True)
             write_text(path, json.dumps({"members": found}) + "\n")
@@ -139,9 +142,11 @@ def join(waves: Sequence[Wave], logs: Sequence[MetricsLog]) -> list[Record]:
     return joined
 
 
-def _rounded(count: int, most: int) -> int:
-    """The largest wave if all are nearly equal and none is larger than this."""
-    return -(-count // -(-count // most))
+def _equal(count: int, most: int) -> list[int]:
+    """The fewest waves, equal but for one, of which none is larger than this."""
+    waves = -(-count // most)
+    least, more = divmod(count, waves)
+    return [least + 1] * more + [least] * (waves - more)
 
 
 def _read(path: Path, count: int) -> list[int]:

@@ -1,6 +1,8 @@
 """Members in waves: as many as fit the memory, and the numbers of a stage in one piece."""
 
+import contextlib
 import json
+import math
 import os
 import signal
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from experiments import stage, waves
 from experiments.cli import UserError
+from ntt_sparse.data.stream import Stream
 from ntt_sparse.training import loop, mesh, step, terms
 from ntt_sparse.training.divergence import DivergenceError
 from ntt_sparse.training.metrics import MetricsLog
@@ -39,7 +42,9 @@ def evaluate(member, x, y):
     return {"rises": rises.astype(jnp.float32), "accuracy": accuracy}
 
 
-def fit(workdir, mode="loop", ends=(NEVER,) * 5, best=(NEVER,) * 5, steps=12, **options):
+def fit(
+    workdir, mode="loop", ends=(NEVER,) * 5, best=(NEVER,) * 5, steps=12, train=None, **options
+):
     workdir.mkdir(exist_ok=True)
     x, y = problems.data()
     # Of a type that is weak, as what studies make of Python's numbers.
@@ -49,8 +54,8 @@ def fit(workdir, mode="loop", ends=(NEVER,) * 5, best=(NEVER,) * 5, steps=12, **
     members = problems.members(range(5))._replace(context=context)
     plan = loop.Plan(steps, steps_per_epoch=6, record_every=3, checkpoint_seconds=0.0)
     return stage.fit_stage(
-        ml_collections.ConfigDict(), workdir, "made", NAMES, members, STEP, plan, (x, y), evaluate,
-        (x[:8], y[:8]), mode, batch_size=16, freeze=True, **options,
+        ml_collections.ConfigDict(), workdir, "made", NAMES, members, STEP, plan, train or (x, y),
+        evaluate, (x[:8], y[:8]), mode, batch_size=16, freeze=True, **options,
     )  # fmt: skip
 
 
@@ -64,6 +69,24 @@ def one_device(monkeypatch):
 
 def cut_into(monkeypatch, *members):
     monkeypatch.setattr(waves, "sizes", lambda *args: list(members))
+
+
+@contextlib.contextmanager
+def compilations():
+    """The names of what is compiled while the block runs, without programs of tests before."""
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs.get("fun_name", event))
+
+    stage._compiled.cache_clear()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def records(workdir):
@@ -91,7 +114,26 @@ def test_the_fewest_waves_that_fit(count, shared, each, limit):
     # One wave less would be too large, and it was not tried for long: asking compiles.
     fewer = len(found) - 1
     assert fewer == 0 or shared + each * -(-count // fewer) > limit
-    assert len(asked) <= 5 and len(set(asked)) == len(asked)
+    assert len(asked) <= 6 and len(set(asked)) == len(asked)
+
+
+def test_no_wave_takes_more_than_there_is_where_smaller_ones_do():
+    """Over eight devices 8 members are one on each, 7 all on every one."""
+
+    def bytes_of(size):
+        return 10 + size // math.gcd(size, 8)
+
+    found = waves.sizes(15, 14, bytes_of)
+    assert sum(found) == 15 and max(map(bytes_of, found)) <= 14
+
+
+def test_processes_cut_as_the_first_does(tmp_path, monkeypatch):
+    """Also where their compilers say that programs take more, or less."""
+    cut_into(monkeypatch, 3, 2)
+    monkeypatch.setattr(waves.processes, "of_first", lambda own, count: own and [4, 1])
+    found = waves.cut(tmp_path, "made", 5, lambda size: 0)
+    assert [wave.stop - wave.first for wave in found] == [4, 1]
+    assert json.loads((tmp_path / "waves" / "made.json").read_text()) == {"members": [4, 1]}
 
 
 def test_where_nothing_tells_all_train_together():
@@ -182,6 +224,17 @@ def test_early_stops_are_those_of_the_stage_in_one_piece(tmp_path, monkeypatch, 
     assert_same(again, whole)
 
 
+def test_waves_are_not_asked_before_they_can_stop(tmp_path, monkeypatch):
+    """Each round opens checkpoints of every wave."""
+    calls, whole = [], stage.fit
+    monkeypatch.setattr(stage, "fit", lambda *args, **kw: calls.append(1) or whole(*args, **kw))
+    cut_into(monkeypatch, 3, 2)
+    stopping = EarlyStopping("rises", patience=4, higher=True, alone=False)
+    fit(tmp_path, best=(0,) * 5, steps=60, stopping=stopping)
+    # Four records after the first, and with the one before training.
+    assert len(records(tmp_path)) == 6 and len(calls) == 2 * 2
+
+
 def test_a_stage_that_was_begun_in_one_piece_stays_so(tmp_path, monkeypatch):
     whole = fit(tmp_path)
     cut_into(monkeypatch, 2, 2, 1)
@@ -200,25 +253,13 @@ def test_waves_of_other_members_are_refused(tmp_path, text):
 @pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
 def test_what_a_wave_takes_is_asked_without_compiling_more(tmp_path, monkeypatch, mode):
     """The programs that are compiled for their memory are those which run."""
-    compiled = []
-
-    def listen(event, duration, **kwargs):
-        del duration
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(kwargs.get("fun_name", event))
-
     taken, bytes_taken = [], stage._bytes_taken
     monkeypatch.setattr(
         stage, "_bytes_taken", lambda *args: taken.append(bytes_taken(*args)) or taken[-1]
     )
-    # Of tests before.
-    stage._compiled.cache_clear()
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        monkeypatch.setenv(waves.MEMORY, "64")
+    monkeypatch.setenv(waves.MEMORY, "64")
+    with compilations() as compiled:
         fit(tmp_path / "asked", mode)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert len(taken) == 1
     main = "jit(advance)" if mode == "dispatch" else "jit(chunk)"
     assert [compiled.count(name) for name in (main, "jit(start)")] == [1, 1], compiled
@@ -226,6 +267,22 @@ def test_what_a_wave_takes_is_asked_without_compiling_more(tmp_path, monkeypatch
     x, _ = problems.data()
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(problems.members(range(5)))) + x.nbytes
     assert own < taken[0] < 8 * own
+
+
+def test_the_window_of_a_wave_is_what_it_is_compiled_for(tmp_path, monkeypatch):
+    """Of the orders of its own members, not of all."""
+
+    def asked(count, limit, bytes_of):
+        bytes_of(2)
+        return [2, 2, 1]
+
+    x, y = problems.data()
+    data = Stream(lambda index, rng: (x[index], y[index]), len(y), identity="made", threads=2)
+    monkeypatch.setattr(waves, "sizes", asked)
+    with compilations() as compiled:
+        fit(tmp_path, train=data)
+    # For two members and for one.
+    assert compiled.count("jit(chunk)") == 2, compiled
 
 
 def test_the_environment_says_what_a_stage_may_take(tmp_path, monkeypatch, caplog):
