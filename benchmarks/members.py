@@ -6,8 +6,9 @@
 Every way (a batched axis, one after another inside the program, each step a call of its own) trains
 the same masked network with some numbers of members, all in turn in one process. Printed are the
 median time of a step of all members, absolute and relative to as many runs of one member in the way
-that is the default, and how many programs of steps were compiled, with the seconds that took. The
-last line of a network says which way is the fastest.
+that is the default, and how many programs of steps were compiled, with the seconds that took (or
+that finding them took, where JAX keeps what it compiles). The last line of a network says which way
+is the fastest.
 """
 
 import argparse

@@ -98,12 +98,21 @@ def fit_stage(
     )  # fmt: skip
 
     def bytes_of(size: int) -> int:
-        _logger.info("%s: compiling for %d members", stage, size)
+        _logger.info("%s: compiling for %d member%s", stage, size, "" if size == 1 else "s")
         program, mapped = compiled(meshes.auto_mesh(size, batch_size))
         data = train_data if streamed else arrays
         return _bytes_taken(program, mapped, members, size, data, evaluation_data)
 
-    parts = waves.cut(workdir, stage, len(names), bytes_of)
+    def devices_of(size: int) -> int | None:
+        try:
+            return meshes.auto_mesh(size, batch_size).shape["member"]
+        except ValueError:
+            # Of several processes, one would have nothing to do. Of all members that is an error.
+            if size == len(names):
+                raise
+            return None
+
+    parts = waves.cut(workdir, stage, len(names), bytes_of, devices_of)
     mesh = meshes.auto_mesh(parts[0].stop, batch_size)
     _logger.info(
         "%s: %d members%s, %d steps, mesh %s, %s", stage, len(names),
@@ -148,6 +157,9 @@ def fit_stage(
                 )
 
     states = _fit_all(fit_wave, parts, logs, stopping)
+    step = max(int(state.step) for state in states)
+    if step < plan.total_steps:
+        _logger.info("stage %s stopped early, at step %d", stage, step)
     for board in boards:
         board.close()
     if len(parts) > 1:
@@ -198,6 +210,8 @@ def _join_records(
     """Writes the records of all waves as those of the stage; raises if every member diverged."""
     log = MetricsLog(workdir / f"{stage}.jsonl", stage, writes=processes.is_first())
     log.replace(waves.join(parts, logs))
+    # Before another reads what the first has written.
+    processes.meet(f"{stage} joined")
     if len(log.diverged()) == len(names):
         raise none_left(stage, names, log.diverged())
 

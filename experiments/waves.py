@@ -48,42 +48,64 @@ def memory_limit() -> int | None:
         raise UserError(f"{MEMORY} in the environment: {error}") from error
     # Processes may be on machines of different sizes.
     known = processes.on_all(limit is not None)
-    return processes.least((limit or 0) >> 20) << 20 if known else None
+    # In KiB, as what they exchange are numbers of 32 bits.
+    return processes.least((limit or 0) >> 10) << 10 if known else None
 
 
-def sizes(count: int, limit: int | None, bytes_of: Callable[[int], int]) -> list[int]:
-    """The members of the fewest waves that fit, equal but for one; one by one if none fit.
+def sizes(
+    count: int,
+    limit: int | None,
+    bytes_of: Callable[[int], int],
+    devices_of: Callable[[int], int | None] = lambda size: 1,
+) -> list[int]:
+    """The members of the fewest equal waves that fit; one by one if none do.
+
+    Equal, so that one program runs them all.
 
     Args:
         count: Members.
         limit: Bytes of a device; `None` where nothing tells, for all at once.
         bytes_of: What a wave of so many takes of a device. It may have to compile.
+        devices_of: Over how many devices the members of a wave are spread; `None` where such a
+            wave cannot run.
     """
-    size, smaller = count, None
-    while limit is not None and count > 1:
-        found = _equal(count, size)
-        taken = bytes_of(found[0])
-        if taken <= limit and found[-1] < found[0]:
-            # Over several devices it may take more: 8 members are one on each of 8, 7 are not.
-            taken = bytes_of(found[-1])
+    if limit is None or count == 1:
+        return [count]
+    # Of waves with as many members on each device, the largest.
+    on_each: dict[int, int] = {}
+    for size in range(1, count + 1):
+        if count % size == 0 and (devices := devices_of(size)):
+            on_each[size // devices] = size
+    candidates = sorted(on_each.items(), reverse=True) or [(count, count)]
+    larger = None
+    while True:
+        each, size = candidates[0]
+        taken = bytes_of(size)
         if taken <= limit:
             break
-        if size == 1:
+        if len(candidates) == 1:
             _logger.warning(
-                "a member alone takes about %d MiB of a device that has %d free: one by one",
-                taken >> 20, limit >> 20,
+                "%d at once take about %.2f MiB of a device, of which a stage may take %.2f",
+                size, taken / 2**20, limit / 2**20,
             )  # fmt: skip
             break
         # It grows with the members, beside what they share; the first guess is that they share
         # nothing, and so too many.
-        slope = (smaller[1] - taken) / (smaller[0] - size) if smaller else taken / size
-        smaller = (size, taken)
-        most = int(size - (taken - limit) / slope) if slope > 0 else size
-        size = _equal(count, max(1, min(size - 1, most)))[0]
-    return _equal(count, size)
+        slope = (larger[1] - taken) / (larger[0] - each) if larger else taken / each
+        larger = (each, taken)
+        most = each - (taken - limit) / slope if slope > 0 else each
+        # Rounding must not skip one that fits.
+        candidates = [one for one in candidates[1:] if one[0] <= most + 1e-6] or candidates[-1:]
+    return [size] * (count // size)
 
 
-def cut(workdir: Path, stage: str, count: int, bytes_of: Callable[[int], int]) -> list[Wave]:
+def cut(
+    workdir: Path,
+    stage: str,
+    count: int,
+    bytes_of: Callable[[int], int],
+    devices_of: Callable[[int], int | None] = lambda size: 1,
+) -> list[Wave]:
     """The waves of a stage: those of an earlier run, else as they fit now.
 
     What is free differs from run to run; a stage goes on as it was begun.
@@ -93,6 +115,7 @@ def cut(workdir: Path, stage: str, count: int, bytes_of: Callable[[int], int]) -
         stage: Name of the stage.
         count: Members.
         bytes_of: See `sizes`.
+        devices_of: See `sizes`.
 
     Raises:
         UserError: The waves of an earlier run are of other members.
@@ -107,7 +130,7 @@ def cut(workdir: Path, stage: str, count: int, bytes_of: Callable[[int], int]) -
     found = processes.of_first(begun, count)
     if not found:
         # Their compilers may differ in what a program takes.
-        found = processes.of_first(sizes(count, memory_limit(), bytes_of), count)
+        found = processes.of_first(sizes(count, memory_limit(), bytes_of, devices_of), count)
         if len(found) > 1 and processes.is_first():
             path.parent.mkdir(exist_ok=True)
             write_text(path, json.dumps({"members": found}) + "\n")
@@ -132,7 +155,9 @@ def join(waves: Sequence[Wave], logs: Sequence[MetricsLog]) -> list[Record]:
     for step in sorted(set().union(*by_step)):
         found = [each[step] if step in each else _stopped(each[max(each)]) for each in by_step]
         record: Record = {"stage": found[0]["stage"], "step": step}
-        for name in sorted(set().union(*found) - record.keys()):
+        names = set().union(*found) - record.keys()
+        # As one log writes them.
+        for name in sorted(names, key=lambda name: (name == "diverged", name)):
             record[name] = [
                 value
                 for wave, one in zip(waves, found, strict=True)
@@ -140,13 +165,6 @@ def join(waves: Sequence[Wave], logs: Sequence[MetricsLog]) -> list[Record]:
             ]
         joined.append(record)
     return joined
-
-
-def _equal(count: int, most: int) -> list[int]:
-    """The fewest waves, equal but for one, of which none is larger than this."""
-    waves = -(-count // most)
-    least, more = divmod(count, waves)
-    return [least + 1] * more + [least] * (waves - more)
 
 
 def _read(path: Path, count: int) -> list[int]:

@@ -39,6 +39,21 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests marked `variants(n)`, n cases spread over all are run by default."""
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("variants") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        (count,) = found[0].get_closest_marker("variants").args
+        usual = {round(i * (len(found) - 1) / max(count - 1, 1)) for i in range(count)}
+        for index, item in enumerate(found):
+            if index not in usual:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def x64():
     """Runs a test in float64."""

@@ -186,11 +186,12 @@ def fit(
                         "the same command goes on from here"
                     )
         save(state)
-        if step < plan.total_steps:
-            _logger.info("stage %s stopped early, at step %d", log.stage, step)
         if decide(Decision(1, False, interrupted())).stop:
             meet("stopped")
-            raise Interrupted(f"stage {log.stage!r} is done; the same command goes on from here")
+            raise Interrupted(
+                f"stopped after step {step} of stage {log.stage!r}; the same command goes on from "
+                "here"
+            )
     return state
 
 

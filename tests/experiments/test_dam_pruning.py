@@ -112,6 +112,7 @@ def test_a_random_order_closes_other_channels():
     assert members.orders(small(), sizes, 0) == {}
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("budget", ["parameters", "layers"])
 def test_budgets_are_met_to_within_a_channel(tmp_path, budget):
     """Whatever the kind, without its last channel the network would still be too large."""

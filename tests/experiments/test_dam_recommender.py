@@ -214,6 +214,7 @@ def finished(tmp_path_factory):
     return config, workdir, study.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_study_cut_into_parts_is_the_same_training(finished, tmp_path):
     """In one part, and without an interruption: the same networks to the last bit."""
     config, workdir, _ = finished

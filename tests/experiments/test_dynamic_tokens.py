@@ -153,6 +153,7 @@ def test_every_whole_transformer_starts_from_the_weights_of_a_file(monkeypatch, 
     )
 
 
+@pytest.mark.slow
 def test_images_of_a_folder(tmp_path):
     """What is larger than memory streams, whole and with tokens that are dropped."""
     rng = np.random.default_rng(0)

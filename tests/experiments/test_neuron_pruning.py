@@ -41,6 +41,7 @@ def whole_network(config, name, input_shape):
 # Networks that get smaller
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(("name", "shape"), [("9-7-5", (3, 3, 1)), ("lenet5_caffe", (16, 16, 1))])
 def test_without_neurons_a_network_is_the_one_whose_neurons_are_silent(name, shape):
     config = get_config(networks=name, seeds=(1,))
@@ -236,6 +237,7 @@ def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
     assert len(other["groups"]) == len(summary["groups"])
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("amount", ["total", "threshold"])
 def test_layers_can_share_a_similarity(amount, tmp_path):
     config = get_config(

@@ -208,6 +208,7 @@ def test_a_lottery_that_was_stopped_goes_on(tmp_path):
     assert again["supervised"] == whole["supervised"]
 
 
+@pytest.mark.slow
 def test_levels_may_be_written_as_integers(tmp_path):
     config = get_config("mnist_lth", density=(1, 0.5), seeds=(1,), coefficients=(0.1,))
     rows = study.run(config, tmp_path)["supervised"]

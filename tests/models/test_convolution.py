@@ -41,6 +41,7 @@ def same(found, expected, tolerance):
     )
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize(
     ("kernel", "strides", "dtype"),
     every_pair(
@@ -76,6 +77,7 @@ def test_values_and_derivatives_are_those_of_the_convolution(kernel, strides, dt
             same(each, wanted, tolerance)
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", [(1, 64, 4), (3, 7, 4), (5, 2, 4)])
 def test_half_precision_is_rounded_once(kernel, dtype):

@@ -177,6 +177,7 @@ def reference(variables, x, *, stages, train=False):
     return x.mean(axis=(1, 2)) @ dense["kernel"] + dense["bias"]
 
 
+@pytest.mark.variants(4)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("shortcut", "norm", "train", "dtype"),

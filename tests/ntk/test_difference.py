@@ -65,6 +65,7 @@ definition_and_grad = jax.jit(jax.value_and_grad(by_definition), static_argnums=
 ROW = 4 * 5 * 5 * 8
 
 
+@pytest.mark.variants(4)
 @pytest.mark.parametrize(
     ("whole", "wrt", "given", "limit"),
     every_pair(
@@ -142,6 +143,7 @@ def test_kernels_of_other_shapes_are_refused(x64, monkeypatch, whole):
         squared_difference(net, params, x1, x2, counted, masks=masks, other_kernel=wrong)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("whole", [2**24, 0, 2 * ROW])
 def test_the_other_network_is_constant_in_its_parameters_alone(x64, monkeypatch, whole):
     """By the examples, by arrays that the network closes over and by a kernel that is given."""
@@ -192,6 +194,7 @@ def test_a_second_derivative(x64, monkeypatch):
         np.testing.assert_allclose(curvature(whole), expected, rtol=1e-9)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_half_precision_sums_many_rows(monkeypatch, gradient):
     """A sum of bfloat16 comes to a halt after some hundred terms of one size."""

@@ -62,6 +62,7 @@ def mixer(w, x):
     return jnp.tanh(0.01 * jnp.einsum("nti,ij->ntj", x.reshape(-1, 2, 3), w["a"])).mean(1) @ w["b"]
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "int16", "bfloat16", "float16"])
 @pytest.mark.parametrize("network", [perceptron, mixer])
 def test_products_with_inputs_of_other_dtypes(network, dtype):
@@ -220,6 +221,7 @@ def test_the_dtype_of_the_kernel(x64, method):
             np.testing.assert_array_equal(kernel, np.broadcast_to(scale * factor, shape))
 
 
+@pytest.mark.variants(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("one", "two"), [("float32", "float64"), ("float64", "float32"), ("bfloat16", "float32")]

@@ -206,6 +206,7 @@ def test_methods_agree_on_any_function(x64, wrt):
             np.testing.assert_allclose(grad[name], expected_grad[name], rtol=0, atol=1e-11 * scale)
 
 
+@pytest.mark.variants(4)
 @pytest.mark.parametrize(
     ("wrt", "output"), [("masked", "full"), ("masked", "trace"), ("all", "full")]
 )
@@ -242,6 +243,7 @@ def test_gradient_equals_difference_quotients(x64, method, wrt, output):
         assert np.any(np.asarray(g["kernel"])[m["kernel"]] != 0)
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("wrt", ["masked", "all"])
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_agrees_with_float64(method, wrt):
@@ -253,6 +255,7 @@ def test_float32_agrees_with_float64(method, wrt):
     np.testing.assert_allclose(kernel, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("output", ["full", "trace"])
 @pytest.mark.parametrize("method", METHODS)
 def test_jit_and_members(x64, method, output):
@@ -270,6 +273,7 @@ def test_jit_and_members(x64, method, output):
     np.testing.assert_allclose(kernels(*stacked), np.stack(expected), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_split_over_devices(x64, method, check_vma):
@@ -288,6 +292,7 @@ def test_rows_split_over_devices(x64, method, check_vma):
     np.testing.assert_allclose(kernel, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_dead_layers_and_constant_inputs_stay_finite(method):
     params, masks, x1, _ = to_jax(*problem(dtype=np.float32))

@@ -97,6 +97,7 @@ def assert_close(actual, expected):
     )
 
 
+@pytest.mark.variants(3)
 @installed
 @pytest.mark.parametrize(
     ("network", "wrt"),

@@ -35,6 +35,7 @@ CASES = [
 ]
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize(("method", "limit"), CASES)
 def test_projections(x64, method, limit):
     """Against the full kernel, with other numbers of projections on the two sides."""
@@ -73,6 +74,7 @@ def shapes_in(jaxpr):
     return found
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize(("method", "limit"), CASES)
 def test_the_full_kernel_is_never_made(method, limit):
     """Nor k gradients of an example: 11 outputs, of which 1 and 2 combinations are asked for."""

@@ -126,6 +126,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.variants(9)
 @pytest.mark.parametrize(
     ("network", "dense", "shared", "other"),
     [

@@ -49,6 +49,7 @@ def pair_sum(features, samples, debiased):
 STAGES = [((6,), (4, 4, 2), (30,)), ((5, 5), (3,))]
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize("samples", [None, 8])
 def test_against_the_loop_over_pairs(x64, samples, debiased):
@@ -71,6 +72,7 @@ def test_identical_maps(count, similarity):
     assert float(total) == pytest.approx(2 * count * (count - 1), rel=1e-5)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"debiased": True}, {"samples": 5}, {"similarity": "cca"}],
@@ -131,6 +133,7 @@ def test_all_layers_dead():
     assert not any(np.any(grad) for grad in grads)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(("samples", "options"), [(None, {}), (3, {}), (12, {"similarity": "cca"})])
 def test_split_over_devices(x64, samples, options):
     """Value and gradient of the global batch and of its first samples."""

@@ -84,6 +84,7 @@ def reference_loss(student, masks, teacher, x, wrt="masked", kernel_weight=0.3, 
     return loss, (kernel_term, output_term, l2)
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize(("n", "wrt"), [(2, "masked"), (6, "all"), (7, "masked"), (7, "all")])
 @pytest.mark.parametrize("method", METHODS)
 def test_value_and_terms(x64, method, wrt, n):
@@ -95,6 +96,7 @@ def test_value_and_terms(x64, method, wrt, n):
     assert terms._fields == ("kernel", "output", "l2")
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("wrt", ["masked", "all"])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_equals_difference_quotients(x64, method, wrt):
@@ -247,6 +249,7 @@ def test_new_masks_do_not_recompile():
     assert len(traces) == 1
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize(
     ("wrap", "dtype", "local"),
     [
@@ -312,6 +315,7 @@ def test_targets_can_be_kept():
 
 
 # In float64 `test_value_and_terms` asks for more.
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_precision(method, dtype):
@@ -338,6 +342,7 @@ value_and_gradient_of_relu_net = jax.jit(
 )
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", ["empty_masks", "dead_layer", "constant_inputs", "same_network"])
 def test_degenerate_cases_stay_finite(case, method):

@@ -34,6 +34,7 @@ from ntt_sparse.pruning.compact import compact, compact_network
 
 
 # Those of one class with another are left out.
+@pytest.mark.variants(8)
 @pytest.mark.parametrize(
     "name", sorted((GATED | MASKED).keys() - {"vgg19", "preresnet20", "resnet20"})
 )
@@ -54,6 +55,7 @@ def test_descriptions_are_the_models(name):
     assert channels.whole(network).parameters == sum(map(np.prod, expected.values()))
 
 
+@pytest.mark.variants(5)
 @pytest.mark.parametrize("name", GATED)
 def test_gated_networks_keep_their_outputs(name):
     module, shape, _ = large(name)
@@ -70,6 +72,7 @@ def test_gated_networks_keep_their_outputs(name):
     assert small.after.parameters < small.before.parameters
 
 
+@pytest.mark.variants(4)
 @pytest.mark.parametrize("name", MASKED)
 def test_masked_networks_keep_their_outputs(name):
     module, shape, variables = large(name)

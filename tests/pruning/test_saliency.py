@@ -286,6 +286,7 @@ def scores_of(kind, params, batch, axis_name=None):
 each = pytest.mark.parametrize("kind", ["snip", "logit_snip", "grasp"])
 
 
+@pytest.mark.variants(3)
 @each
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -301,6 +302,7 @@ def test_shard_map_scores_the_global_batch(kind, check_vma):
     assert_close(jax.jit(spread)(params, batch), scores_of(kind, params, batch), rtol=1e-11)
 
 
+@pytest.mark.variants(3)
 @each
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])

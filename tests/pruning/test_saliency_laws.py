@@ -71,6 +71,7 @@ def test_no_prunable_leaf_raises(score):
         score(init(KEY), prunable=lambda path, leaf: False)
 
 
+@pytest.mark.variants(9)
 @every_saliency
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
@@ -89,6 +90,7 @@ def test_scores_are_not_all_equal_and_signed_for_grasp_alone(score):
     assert (min(leaf.min() for leaf in leaves) < 0) == (score is SALIENCIES["grasp"])
 
 
+@pytest.mark.variants(3)
 @every_saliency
 @pytest.mark.usefixtures("x64")
 def test_jit_equals_eager(score):
@@ -99,6 +101,7 @@ def test_jit_equals_eager(score):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.variants(3)
 @every_saliency
 def test_new_params_do_not_recompile(score, compilations):
     jitted = jax.jit(score)
@@ -109,6 +112,7 @@ def test_new_params_do_not_recompile(score, compilations):
     assert events == []
 
 
+@pytest.mark.variants(3)
 @every_saliency
 @pytest.mark.usefixtures("x64")
 def test_members_are_scored_apart(score):

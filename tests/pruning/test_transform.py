@@ -53,6 +53,7 @@ def train(optimiser, params, tree, steps=20):
     return jax.lax.scan(step, (params, optimiser.init(params)), length=steps)[1]
 
 
+@pytest.mark.variants(4)
 @every_optimiser
 @pytest.mark.usefixtures("x64")
 def test_pruned_weights_are_zero_and_survivors_train_as_if_alone(make):
@@ -81,6 +82,7 @@ def test_pruned_weights_are_zero_and_survivors_train_as_if_alone(make):
     assert np.all(np.abs(history["kernel"][-1][keep] - params["kernel"][keep]) > 1e-4)
 
 
+@pytest.mark.variants(4)
 @every_optimiser
 def test_masks_may_change_between_steps(make):
     optimiser, params = transform.keep_masked(make()), init()

@@ -316,6 +316,7 @@ def test_svcca_needs_three_examples():
 # Examples split over devices
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(
     ("measure", "options"),
     [

@@ -82,6 +82,7 @@ def of_independent(similarity, n, p):
     return np.asarray([compiled(x, y) for x, y in draws])
 
 
+@pytest.mark.variants(8)
 @pytest.mark.parametrize(("n", "p", "expected"), INDEPENDENT)
 def test_bias_of_independent_features(n, p, expected):
     values = of_independent(lambda x, y: cka.cka_matrix([x, y])[0, 1], n, p)
@@ -164,6 +165,7 @@ def test_matrix_of_all_pairs(x64, debiased, width):
     np.testing.assert_allclose(both, expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize(
     ("similarity", "p"),

@@ -98,6 +98,7 @@ def test_vmap_over_members(lift):
             np.testing.assert_allclose(found[name][i], expected[name], rtol=1e-12)
 
 
+@pytest.mark.variants(3)
 @lifts
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("spread", ["pmap", "shard_map"])

@@ -16,6 +16,7 @@ ridge_gradients = jax.jit(jax.value_and_grad(cca.ridge_cca, argnums=(0, 1)))
 sizes = pytest.mark.parametrize(("p1", "p2"), [(5, 7), (100, 80), (5, 100), (100, 5)])
 
 
+@pytest.mark.variants(10)
 @x64
 @precision
 @sizes
