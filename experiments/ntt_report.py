@@ -28,8 +28,9 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         "config": json.loads(json.dumps(config.to_dict())),
         "supervised": _supervised_summary(supervised, runs),
     }
-    if gone := diverged.rows(supervised, member_names(runs)):
-        summary["diverged"] = gone
+    gone = diverged.gone(workdir, "supervised", member_names(runs))
+    if gone:
+        summary["diverged"] = diverged.rows(gone)
     transfer = None
     if "ntt" in config.methods.split(","):
         transfer = MetricsLog(workdir / "transfer.jsonl", "transfer")

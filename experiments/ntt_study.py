@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from experiments import ntt_report
+from experiments import diverged, ntt_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.ntt_checks import check_config, check_sizes
 from experiments.ntt_members import (
@@ -35,7 +35,6 @@ from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import processes
 from ntt_sparse.training.loop import Plan
-from ntt_sparse.training.metrics import MetricsLog
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import make_step
 from ntt_sparse.training.stopping import EarlyStopping
@@ -79,8 +78,9 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         if "ntt" in config.methods.split(","):
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
-        gone = MetricsLog(claimed / "supervised.jsonl", "supervised").diverged()
-        save_networks(claimed / "networks", member_names(supervised_runs(config)), trained, gone)
+        names = member_names(supervised_runs(config))
+        gone = diverged.gone(claimed, "supervised", names)
+        save_networks(claimed / "networks", names, trained, gone)
         return ntt_report.write(config, claimed) if processes.is_first() else {}
 
 

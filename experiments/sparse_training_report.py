@@ -18,7 +18,6 @@ from experiments.statistics import correct, paired, spread
 from experiments.study import asked_densities
 from experiments.tables import difference, percent
 from ntt_sparse.data.text import is_text
-from ntt_sparse.training.divergence import Divergence
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -43,13 +42,13 @@ def published(config: Any) -> list[dict[str, Any]]:
     ]
 
 
-def gone(config: Any, workdir: Path) -> dict[int, Divergence]:
-    """Where members of the last stage diverged, by index.
+def gone(config: Any, workdir: Path) -> diverged.Gone:
+    """Members of the last stage that diverged.
 
     Of several stages, one for each density, none: they do not go on without a member.
     """
-    path = logs_of(config, workdir)[0]
-    return MetricsLog(path, path.stem).diverged()
+    stage = logs_of(config, workdir)[0].stem
+    return diverged.gone(workdir, stage, member_names(runs_of(config)))
 
 
 def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         "published": published(config),
     }
     if left_out:
-        summary["diverged"] = diverged.rows(logs[0], member_names(runs))
+        summary["diverged"] = diverged.rows(left_out)
     if gates := summarise(config, workdir):
         summary["gates"] = gates
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,58 @@
+"""Networks that diverge in any stage of a study: the others go on, and only they are reported."""
+
+import diverging
+import numpy as np
+import pytest
+
+from experiments import (
+    dam_graph_study,
+)
+from experiments.configs import dam_graph as graph_configs
+from experiments.statistics import paired, spread
+from ntt_sparse.data import graphs
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error:No artists:UserWarning")
+
+
+def settings(configs, name, fields):
+    config = configs.get_config(name)
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_graphs(tmp_path, monkeypatch):
+    """A coefficient of which one seed is left, one of which none is, and a plain network."""
+    fields = {
+        "seeds": (1, 2, 3), "coefficients": (0.01, 0.1, 0.2), "sizes": (16,),
+        "training.max_steps": 2, "training.record_every": 1, "model.hidden": 4,
+    }  # fmt: skip
+    config = settings(graph_configs, "blocks,smoke", fields)
+    graph = graphs.blocks(num_nodes=40, num_blocks=2, num_features=12, degree=6.0)
+    monkeypatch.setattr(dam_graph_study, "load_graph", lambda config, data_dir: graph)
+    bad = {
+        "dam": ["dam-c0.01-s1", *(f"dam-c0.1-s{seed}" for seed in (1, 2, 3))],
+        "gae16": ["gae-d16-s3"],
+    }
+    summary = diverging.run(dam_graph_study, config, tmp_path, bad)
+    expected = [(stage, name) for stage, names in bad.items() for name in names]
+    text = diverging.check(tmp_path, summary, expected)
+    rows = {(row["method"], row["size"], row["coefficient"]): row for row in summary["networks"]}
+    assert [key[2] for key in rows] == [0.01, 0.2, 0.0]
+    gated, plain = rows["dam", 16, 0.01], rows["gae", 16, 0.0]
+    assert gated["seeds"] == [2, 3] and plain["seeds"] == [1, 2]
+    aucs = diverging.last(tmp_path, "dam", "test_auc")
+    assert gated["test_auc"] == spread(aucs[[1, 2]])
+    assert "(n = 2)" in text and "| 0.1 |  |  |  |  |  |" in text
+    compared = next(
+        row for row in summary["comparisons"]
+        if (row["coefficient"], row["quantity"], row["baseline"]) == (0.01, "test_auc", "whole")
+    )  # fmt: skip
+    theirs = diverging.last(tmp_path, "gae16", "test_auc")
+    assert compared["seeds"] == [2]
+    assert compared["mean"] == paired(aucs[[1]], theirs[[1]])["mean"]
+    left = {f"dam-c{c}-s{s}" for c in (0.01, 0.2) for s in (1, 2, 3)} - {"dam-c0.01-s1"}
+    left |= {f"gae-d{d}-s{s}" for d in (16,) for s in (1, 2)}
+    assert diverging.networks(tmp_path) == left
+    assert {path.stem for path in (tmp_path / "embeddings").iterdir()} == left
+    assert np.isnan(aucs[[0, 3, 4, 5]]).all()
