@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from experiments import (
+    dam_autoencoder_study,
     dam_graph_study,
 )
+from experiments.configs import dam_autoencoder as autoencoder_configs
 from experiments.configs import dam_graph as graph_configs
 from experiments.statistics import paired, spread
 from ntt_sparse.data import graphs
@@ -56,3 +58,26 @@ def test_graphs(tmp_path, monkeypatch):
     assert diverging.networks(tmp_path) == left
     assert {path.stem for path in (tmp_path / "embeddings").iterdir()} == left
     assert np.isnan(aucs[[0, 3, 4, 5]]).all()
+
+
+def test_autoencoders(tmp_path):
+    """A coefficient of which one seed is left, and one of which none is."""
+    fields = {
+        "gates": "dam", "dam_coefficients": (0.01, 0.1, 0.2), "seeds": (1, 2),
+        "training.max_steps": 2, "training.record_every": 1, "model.hidden": (4,),
+        "model.bottleneck": 3, "downstream.examples": 20, "downstream.epochs": 1,
+    }  # fmt: skip
+    config = settings(autoencoder_configs, "digits,smoke", fields)
+    bad = {"dam": ["dam-c0.01-s1", "dam-c0.1-s1", "dam-c0.1-s2"]}
+    summary = diverging.run(dam_autoencoder_study, config, tmp_path, bad)
+    text = diverging.check(tmp_path, summary, [("dam", name) for name in bad["dam"]])
+    one, both = summary["networks"]
+    assert (one["coefficient"], one["seeds"]) == (0.01, [2])
+    assert (both["coefficient"], both["seeds"]) == (0.2, [1, 2])
+    errors = diverging.last(tmp_path, "dam", "reconstruction")
+    assert one["reconstruction"] == spread(errors[[1]])
+    assert both["reconstruction"] == spread(errors[[4, 5]])
+    assert "(n = 1)" in text and "| 0.1 |" not in text
+    left = {"dam-c0.01-s2", "dam-c0.2-s1", "dam-c0.2-s2"}
+    assert diverging.networks(tmp_path) == left
+    assert {path.stem for path in (tmp_path / "downstream").iterdir()} == left
