@@ -1,5 +1,7 @@
 """Networks that diverge in any stage of a study: the others go on, and only they are reported."""
 
+import itertools
+
 import diverging
 import numpy as np
 import pytest
@@ -7,11 +9,14 @@ import pytest
 from experiments import (
     dam_autoencoder_study,
     dam_graph_study,
+    dam_representation_study,
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
 from experiments.configs import dam_graph as graph_configs
+from experiments.configs import dam_representation as representation_configs
 from experiments.statistics import paired, spread
 from ntt_sparse.data import graphs
+from ntt_sparse.training.divergence import DivergenceError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error:No artists:UserWarning")
 
@@ -81,3 +86,39 @@ def test_autoencoders(tmp_path):
     left = {"dam-c0.01-s2", "dam-c0.2-s1", "dam-c0.2-s2"}
     assert diverging.networks(tmp_path) == left
     assert {path.stem for path in (tmp_path / "downstream").iterdir()} == left
+
+
+def test_representations(tmp_path):
+    """A map with an empty cell; the others are what they are without those that diverge."""
+    fields = {
+        "coefficients": (0.01, 0.1), "learning_rates": (0.01, 0.02), "ranks": (2, 3),
+        "training.max_steps": 2, "training.record_every": 1, "dimension": 6, "bottleneck": 4,
+        "examples": 10,
+    }  # fmt: skip
+    config = settings(representation_configs, "linear,smoke", fields)
+    names = [f"dam-r{r}-c{c}-l{rate}-b1.0-s{s}" for r, c, rate, s in itertools.product(
+        (2, 3), (0.01, 0.1), (0.01, 0.02), (1, 2)
+    )]  # fmt: skip
+    # Of rank 2 the first setting, and one seed of another.
+    bad = [names[0], names[1], names[2]]
+    whole = diverging.run(dam_representation_study, config, tmp_path / "whole", {})
+    assert "diverged" not in whole
+    workdir = tmp_path / "w"
+    summary = diverging.run(dam_representation_study, config, workdir, {"dam": bad})
+    text = diverging.check(workdir, summary, [("dam", name) for name in bad])
+    others = whole["networks"][2:]
+    assert len(whole["networks"]) == 8 and summary["networks"][1:] == others
+    assert summary["networks"][0]["seeds"] == [2] and "(n = 1)" in text
+    assert "of 13 networks" in text
+    found = diverging.last(workdir, "dam", "reconstruction")
+    expected = diverging.last(tmp_path / "whole", "dam", "reconstruction")
+    np.testing.assert_array_equal(found[3:], expected[3:])
+    assert np.isnan(found[:3]).all()
+    assert diverging.networks(workdir) == set(names) - set(bad)
+    for name in names[3:]:
+        saved = [
+            path / "networks" / f"{name}.safetensors" for path in (workdir, tmp_path / "whole")
+        ]
+        assert saved[0].read_bytes() == saved[1].read_bytes()
+    with pytest.raises(DivergenceError, match="none of the 16 members is left"):
+        diverging.run(dam_representation_study, config, tmp_path / "none", {"dam": names})
