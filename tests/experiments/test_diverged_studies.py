@@ -1,6 +1,7 @@
 """Networks that diverge in any stage of a study: the others go on, and only they are reported."""
 
 import itertools
+import json
 
 import diverging
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from experiments import (
     dam_autoencoder_study,
     dam_graph_study,
+    dam_recommender_study,
     dam_representation_study,
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
 from experiments.configs import dam_graph as graph_configs
+from experiments.configs import dam_recommender as recommender_configs
 from experiments.configs import dam_representation as representation_configs
 from experiments.statistics import paired, spread
 from ntt_sparse.data import graphs
@@ -122,3 +125,39 @@ def test_representations(tmp_path):
         assert saved[0].read_bytes() == saved[1].read_bytes()
     with pytest.raises(DivergenceError, match="none of the 16 members is left"):
         diverging.run(dam_representation_study, config, tmp_path / "none", {"dam": names})
+
+
+def test_recommenders(tmp_path):
+    """Gone in the first part of the training is gone in the second; also after a kill."""
+    fields = {
+        "dam_coefficients": (0.1, 0.5), "seeds": (1, 2, 3), "training.max_steps": 4,
+        "training.batch_size": 300, "training.record_every": 2, "model.widths": (3,),
+        "model.bases": 1, "model.code": 2,
+    }  # fmt: skip
+    config = settings(recommender_configs, "made,smoke", fields)
+    bad = {
+        "none-2": ["none-s3"],
+        "dam-2": ["dam-c0.1-s1"],
+        "dam-4": [f"dam-c0.5-s{seed}" for seed in (1, 2, 3)],
+    }
+    summary = diverging.run(
+        dam_recommender_study, config, tmp_path, bad, killed_at=("dam-4", 2)
+    )  # fmt: skip
+    expected = [(stage, name) for stage, names in bad.items() for name in names]
+    text = diverging.check(tmp_path, summary, expected)
+    assert {row["step"] for row in summary["diverged"][2:]} == {2}
+    plain, gated = summary["networks"]
+    assert (plain["seeds"], gated["coefficient"], gated["seeds"]) == ([1, 2], 0.1, [2, 3])
+    errors = {
+        gate: json.loads((tmp_path / f"test_{gate}.json").read_text())["rmse"]
+        for gate in ("none", "dam")
+    }
+    assert errors["dam"][0] is None and errors["dam"][3:] == [None] * 3
+    assert gated["rmse"] == spread(errors["dam"][1:3])
+    # Of the seeds that both have.
+    difference = paired([errors["dam"][1]], [errors["none"][1]])
+    assert gated["rmse_difference"]["mean"] == difference["mean"]
+    assert gated["rmse_difference"]["n"] == 1
+    assert "(n = 2)" in text
+    left = {"none-s1", "none-s2", "dam-c0.1-s2", "dam-c0.1-s3"}
+    assert diverging.networks(tmp_path) == left
