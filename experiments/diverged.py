@@ -41,6 +41,22 @@ def gone(
     return dict(sorted(entries.items()))
 
 
+def heirs(names: Sequence[str], sources: Sequence[int | None], before: Gone) -> Gone:
+    """Members that are gone as those are from which they start; the entry says of which.
+
+    Args:
+        names: One for each member.
+        sources: The index of what it starts from; `None` where that is nothing trained.
+        before: Those of the sources that are gone.
+    """
+    entries = {}
+    for index, (name, source) in enumerate(zip(names, sources, strict=True)):
+        if source is not None and source in before:
+            found = before[source]
+            entries[index] = found | {"member": name, "of": found.get("of", found["member"])}
+    return entries
+
+
 def rows(*found: Gone) -> list[dict[str, Any]]:
     """The entries of several stages, each once."""
     entries = [entry for each in found for entry in each.values()]
@@ -82,12 +98,14 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         "Diverged, and in no number here; means, intervals and tests are over the seeds that are "
         "left:",
         "",
-        *(
-            f"- {row['member']}: {row['term']!r} was not finite at step {row['step']} of stage "
-            f"{row['stage']!r}"
-            for row in found
-        ),
+        *(f"- {row['member']}: {_why(row)}" for row in found),
     ]
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    if "of" in row:
+        return f"starts from {row['of']}, which diverged"
+    return f"{row['term']!r} was not finite at step {row['step']} of stage {row['stage']!r}"
 
 
 def of_seeds(value: Mapping[str, Any], seeds: Sequence[int]) -> str:

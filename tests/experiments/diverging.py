@@ -1,6 +1,7 @@
 """Studies in which chosen networks diverge, and what must hold of all of them."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -54,10 +55,10 @@ def check(workdir, summary, expected):
     """What diverged is named, and there is no NaN: `expected` are pairs of stage and member."""
     workdir = Path(workdir)
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert "nan" not in json.dumps(summary).lower()
+    assert "NaN" not in json.dumps(summary)
     assert [(row["stage"], row["member"]) for row in summary["diverged"]] == expected
     text = (workdir / "report.md").read_text()
-    assert "nan" not in text.lower()
+    assert not re.search(r"\bnan\b", text)
     for row in summary["diverged"]:
         why = f"{row['term']!r} was not finite at step {row['step']} of stage {row['stage']!r}"
         if "of" in row:

@@ -12,13 +12,17 @@ from experiments import (
     dam_graph_study,
     dam_recommender_study,
     dam_representation_study,
+    tokens_study,
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
 from experiments.configs import dam_graph as graph_configs
 from experiments.configs import dam_recommender as recommender_configs
 from experiments.configs import dam_representation as representation_configs
+from experiments.configs import tokens as tokens_configs
 from experiments.statistics import paired, spread
+from ntt_sparse import models
 from ntt_sparse.data import graphs
+from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.training.divergence import DivergenceError
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error:No artists:UserWarning")
@@ -161,3 +165,36 @@ def test_recommenders(tmp_path):
     assert "(n = 2)" in text
     left = {"none-s1", "none-s2", "dam-c0.1-s2", "dam-c0.1-s3"}
     assert diverging.networks(tmp_path) == left
+
+
+def test_tokens(tmp_path, monkeypatch):
+    """A network is gone with the whole one it starts from; a variant of which all are, too."""
+    module = VisionTransformer(10, patch=4, width=6, depth=2, heads=3)
+    monkeypatch.setattr(models, "create", lambda name, num_outputs: module)
+    fields = {
+        "model.places": (1,), "keep": (0.75,), "seeds": (1, 2, 3), "cka": "no,training,both",
+        "pretrain.max_steps": 2, "pretrain.record_every": 1, "dynamic.max_steps": 2,
+        "dynamic.record_every": 1, "evaluated": 16,
+    }  # fmt: skip
+    config = settings(tokens_configs, "digits,smoke", fields)
+    training = [f"whole_training-s{seed}" for seed in (1, 2, 3)]
+    bad = {"pretrain": ["whole-s1", *training], "keep_0.75": ["keep_0.75-s3"]}
+    summary = diverging.run(tokens_study, config, tmp_path, bad)
+    expected = [
+        *(("pretrain", name) for name in bad["pretrain"]),
+        ("pretrain", "keep_0.75-s1"), ("keep_0.75", "keep_0.75-s3"),
+        *(("pretrain", f"keep_0.75_{cka}-s{s}") for cka in ("training", "both") for s in (1, 2, 3)),
+    ]  # fmt: skip
+    text = diverging.check(tmp_path, summary, expected)
+    assert [row.get("of") for row in summary["diverged"]] == [
+        *[None] * 4, "whole-s1", None, *training, *training
+    ]  # fmt: skip
+    whole, kept = summary["networks"]
+    assert (whole["seeds"], kept["seeds"]) == ([2, 3], [2])
+    ours = diverging.last(tmp_path, "keep_0.75", "test/accuracy")
+    theirs = diverging.last(tmp_path, "pretrain", "test/accuracy")
+    assert kept["test_accuracy"] == spread(ours[[1]])
+    assert kept["less_whole"]["mean"] == paired(ours[[1]], theirs[[1]])["mean"]
+    assert "(n = 2)" in text and "| 0.75 | both |" not in text
+    assert diverging.networks(tmp_path) == {"whole-s2", "whole-s3", "keep_0.75-s2"}
+    assert not (tmp_path / "keep_0.75_both.jsonl").exists()
