@@ -95,8 +95,8 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     return [
         "",
-        "Diverged, and in no number here; means, intervals and tests are over the seeds that are "
-        "left:",
+        "Diverged, and from then on in no number here; means, intervals and tests are over the "
+        "seeds that are left:",
         "",
         *(f"- {row['member']}: {_why(row)}" for row in found),
     ]

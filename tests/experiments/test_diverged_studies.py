@@ -12,13 +12,16 @@ from experiments import (
     dam_graph_study,
     dam_recommender_study,
     dam_representation_study,
+    neuron_pruning_study,
     tokens_study,
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
 from experiments.configs import dam_graph as graph_configs
 from experiments.configs import dam_recommender as recommender_configs
 from experiments.configs import dam_representation as representation_configs
+from experiments.configs import neuron_pruning as neuron_configs
 from experiments.configs import tokens as tokens_configs
+from experiments.report_readings import READINGS
 from experiments.statistics import paired, spread
 from ntt_sparse import models
 from ntt_sparse.data import graphs
@@ -198,3 +201,42 @@ def test_tokens(tmp_path, monkeypatch):
     assert "(n = 2)" in text and "| 0.75 | both |" not in text
     assert diverging.networks(tmp_path) == {"whole-s2", "whole-s3", "keep_0.75-s2"}
     assert not (tmp_path / "keep_0.75_both.jsonl").exists()
+
+
+def test_neurons(tmp_path):
+    """Of a whole network that diverges nothing is pruned; one that does so later ends there."""
+    fields = {
+        "networks": "6-5", "seeds": (1, 2, 3), "criteria": "cka,l1", "iterations": 3,
+        "training.max_steps": 2, "training.record_every": 1, "data.name": "digits", "samples": 8,
+        "dropouts": (0.0,),
+    }  # fmt: skip
+    config = settings(neuron_configs, "iterative,smoke", fields)
+    stages = ("6-5-whole", "6-5-r0.4-i01", "6-5-r0.4-i02")
+    bad = {
+        stages[0]: ["dense-p0.0-s1"], stages[1]: ["l1-p0.0-s2"],
+        stages[2]: ["cka-p0.0-s2", "cka-p0.0-s3"],
+    }  # fmt: skip
+    summary = diverging.run(neuron_pruning_study, config, tmp_path, bad)
+    expected = [
+        (stages[0], "dense-p0.0-s1"), (stages[0], "cka-p0.0-s1"), (stages[0], "l1-p0.0-s1"),
+        (stages[1], "l1-p0.0-s2"), (stages[2], "cka-p0.0-s2"), (stages[2], "cka-p0.0-s3"),
+    ]  # fmt: skip
+    text = diverging.check(tmp_path, summary, expected)
+    (group,) = summary["groups"]
+    seeds = [
+        {name: cell["seeds"] for name, cell in row["criteria"].items()}
+        for row in group["iterations"]
+    ]
+    assert seeds == [{"cka": [2, 3], "l1": [2, 3]}, {"cka": [2, 3], "l1": [3]}, {"l1": [3]}]
+    found = json.loads((tmp_path / f"{stages[1]}.json").read_text())["networks"]
+    ours, theirs = (
+        next(row["test"] for row in found if (row["criterion"], row["seed"]) == (name, 3))
+        for name in ("cka", "l1")
+    )
+    cell = group["iterations"][1]["criteria"]["cka"]
+    assert cell["difference"]["n"] == len(cell["agreement"]["values"]) == 1
+    assert cell["difference"]["mean"] == ours - theirs
+    assert "(n = 1)" in text and "| 2 | 2, 2 | - |" in text
+    assert diverging.networks(tmp_path) == {"dense-p0.0-s2", "dense-p0.0-s3", "l1-p0.0-s3"}
+    read = READINGS["neuron_pruning"].rows(summary, config.to_dict())
+    assert [row.seeds for row in read][2:] == [(2, 3), (3,), (3,)]
