@@ -44,6 +44,8 @@ def gone(
 def heirs(names: Sequence[str], sources: Sequence[int | None], before: Gone) -> Gone:
     """Members that are gone as those are from which they start; the entry says of which.
 
+    Where both have one name the entry is the same.
+
     Args:
         names: One for each member.
         sources: The index of what it starts from; `None` where that is nothing trained.
@@ -53,7 +55,8 @@ def heirs(names: Sequence[str], sources: Sequence[int | None], before: Gone) -> 
     for index, (name, source) in enumerate(zip(names, sources, strict=True)):
         if source is not None and source in before:
             found = before[source]
-            entries[index] = found | {"member": name, "of": found.get("of", found["member"])}
+            origin = found.get("of", found["member"])
+            entries[index] = found | {"member": name} | ({} if origin == name else {"of": origin})
     return entries
 
 

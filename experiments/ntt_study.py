@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from experiments import diverged, ntt_report
+from experiments import ntt_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.ntt_checks import check_config, check_sizes
 from experiments.ntt_members import (
@@ -79,7 +79,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
         names = member_names(supervised_runs(config))
-        gone = diverged.gone(claimed, "supervised", names)
+        _, gone = ntt_report.gone(config, claimed)
         save_networks(claimed / "networks", names, trained, gone)
         return ntt_report.write(config, claimed) if processes.is_first() else {}
 
@@ -150,7 +150,7 @@ def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
     evaluate = transfer_evaluation(config, setup.apply_fn)
     return fit_stage(
         config, workdir, "transfer", member_names(runs), members, step_fn, plan, inputs, evaluate,
-        (held_out,), mode, batch_size=config.transfer.batch_size,
+        (held_out,), mode, batch_size=config.transfer.batch_size, freeze=True,
     )  # fmt: skip
 
 

@@ -126,7 +126,9 @@ def _ntt(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
         transfer = transfers.get(entry["density"])
         if entry["method"] == "ntt" and transfer is not None:
             for name in ("loss_before", "loss_after"):
-                row.values[name] = _numbers(transfer[name], len(row.seeds))
+                # Of students whose networks have diverged there is nothing either.
+                own = dict(zip(_seeds(transfer), _numbers(transfer[name]), strict=True))
+                row.values[name] = tuple(own[seed] for seed in row.seeds)
         rows.append(row)
     return rows
 

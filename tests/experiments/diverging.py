@@ -11,7 +11,7 @@ import pytest
 from ntt_sparse.training.metrics import MetricsLog
 
 
-def run(study, config, workdir, overflowing, *, killed_at=(), **kwargs):
+def run(study, config, workdir, overflowing, *, killed_at=(), entry=None):
     """Runs a study in which networks overflow; returns its summary.
 
     Args:
@@ -20,9 +20,10 @@ def run(study, config, workdir, overflowing, *, killed_at=(), **kwargs):
         workdir: Where to.
         overflowing: By stage, names of networks whose weights overflow in the first step.
         killed_at: Stage and step of a record after which the study is killed, to go on then.
-        kwargs: Of the study's `run`.
+        entry: What runs it, if that is in another module.
     """
     fit_stage, write = study.fit_stage, MetricsLog.write
+    entry = entry or study.run
 
     def overflow(config, workdir, stage, names, members, *args, **kwargs):
         bad = jnp.isin(jnp.arange(len(names)), jnp.asarray(
@@ -47,8 +48,8 @@ def run(study, config, workdir, overflowing, *, killed_at=(), **kwargs):
             with patch.context() as killing:
                 killing.setattr(MetricsLog, "write", stopping)
                 with pytest.raises(KeyboardInterrupt):
-                    study.run(config, workdir, **kwargs)
-        return study.run(config, workdir, **kwargs)
+                    entry(config, workdir)
+        return entry(config, workdir)
 
 
 def check(workdir, summary, expected):

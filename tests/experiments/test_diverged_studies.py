@@ -13,6 +13,7 @@ from experiments import (
     dam_recommender_study,
     dam_representation_study,
     neuron_pruning_study,
+    ntt_study,
     tokens_study,
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
@@ -20,11 +21,13 @@ from experiments.configs import dam_graph as graph_configs
 from experiments.configs import dam_recommender as recommender_configs
 from experiments.configs import dam_representation as representation_configs
 from experiments.configs import neuron_pruning as neuron_configs
+from experiments.configs import ntt as ntt_configs
 from experiments.configs import tokens as tokens_configs
 from experiments.report_readings import READINGS
 from experiments.statistics import paired, spread
 from ntt_sparse import models
 from ntt_sparse.data import graphs
+from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.vit import VisionTransformer
 from ntt_sparse.training.divergence import DivergenceError
 
@@ -240,3 +243,34 @@ def test_neurons(tmp_path):
     assert diverging.networks(tmp_path) == {"dense-p0.0-s2", "dense-p0.0-s3", "l1-p0.0-s3"}
     read = READINGS["neuron_pruning"].rows(summary, config.to_dict())
     assert [row.seeds for row in read][2:] == [(2, 3), (3,), (3,)]
+
+
+def test_transfer(tmp_path, monkeypatch):
+    """A network whose student diverged is in no row, as one that does so itself."""
+    monkeypatch.setattr(models, "create", lambda name, num_outputs: LeNet(num_outputs, hidden=(5,)))
+    fields = {
+        "methods": "ntt,random", "seeds": (1, 2, 3), "density": (0.5, 0.7), "probe": 0,
+        **{f"{stage}.{name}": value for stage in ("transfer", "supervised") for name, value in (
+            ("max_steps", 2), ("record_every", 1), ("batch_size", 8)
+        )},
+    }  # fmt: skip
+    config = settings(ntt_configs, "digits_lenet300,smoke", fields)
+    bad = {
+        "transfer": ["ntt-d0.5-s2", *(f"ntt-d0.7-s{seed}" for seed in (1, 2, 3))],
+        "supervised": ["ntt-d0.5-s3", "random-d0.5-s1"],
+    }
+    summary = diverging.run(ntt_study, config, tmp_path, bad)
+    expected = [(stage, name) for stage, names in bad.items() for name in names]
+    text = diverging.check(tmp_path, summary, expected)
+    seeds = {(row["method"], row["density"]): row["seeds"] for row in summary["supervised"]}
+    assert seeds == {("ntt", 0.5): [1], ("random", 0.5): [2, 3], ("random", 0.7): [1, 2, 3]}
+    (transfer,) = summary["transfer"]
+    losses = diverging.last(tmp_path, "transfer", "validation/loss")
+    assert transfer["seeds"] == [1, 3] and transfer["loss_after"] == spread(losses[[0, 2]])
+    accuracies = diverging.last(tmp_path, "supervised", "test/accuracy")
+    assert summary["supervised"][0]["test_accuracy_last"] == spread(accuracies[[0]])
+    assert text.count("(n = 2)") == 3 and text.count("(n = 1)") == 2
+    left = {"ntt-d0.5-s1", *(f"random-d0.5-s{s}" for s in (2, 3))}
+    assert diverging.networks(tmp_path) == left | {f"random-d0.7-s{s}" for s in (1, 2, 3)}
+    row = READINGS["ntt"].rows(summary, config.to_dict())[0]
+    assert row.seeds == (1,) and row.values["loss_after"] == (losses[0],)
