@@ -108,7 +108,9 @@ def paired_differences(
         axis.set_xscale("log")
         axis.set_xlabel(x)
         axis.set_ylabel("test accuracy less that without (points)")
-        axis.legend(fontsize="x-small", frameon=False, ncols=2)
+        # Nothing may be compared, or all of it have diverged.
+        if curves:
+            axis.legend(fontsize="x-small", frameon=False, ncols=2)
 
 
 def heat_maps(path: Path, matrices: Mapping[str, np.ndarray], *, axis: str = "layer") -> None:

@@ -6,6 +6,7 @@ import json
 import diverging
 import numpy as np
 import pytest
+import sparse_training_problems
 
 from experiments import (
     dam_autoencoder_study,
@@ -14,6 +15,8 @@ from experiments import (
     dam_representation_study,
     neuron_pruning_study,
     ntt_study,
+    sparse_training_gone,
+    sparse_training_study,
     tokens_study,
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
@@ -29,7 +32,8 @@ from ntt_sparse import models
 from ntt_sparse.data import graphs
 from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.models.vit import VisionTransformer
-from ntt_sparse.training.divergence import DivergenceError
+from ntt_sparse.training.divergence import Divergence, DivergenceError
+from ntt_sparse.training.metrics import MetricsLog
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error:No artists:UserWarning")
 
@@ -274,3 +278,72 @@ def test_transfer(tmp_path, monkeypatch):
     assert diverging.networks(tmp_path) == left | {f"random-d0.7-s{s}" for s in (1, 2, 3)}
     row = READINGS["ntt"].rows(summary, config.to_dict())[0]
     assert row.seeds == (1,) and row.values["loss_after"] == (losses[0],)
+
+
+def test_lottery_tickets(tmp_path, monkeypatch):
+    """A ticket is gone from the level on at which it diverges."""
+    monkeypatch.setattr(
+        sparse_training_study, "make_model", lambda config, outputs: LeNet(outputs, hidden=(6, 5))
+    )
+    config = sparse_training_problems.get_config(
+        "mnist_lth", regularisers="l2", coefficients=(1e-4,), density=(0.5, 0.2), seeds=(1, 2, 3),
+        **{"supervised.max_steps": 2, "supervised.record_every": 1},
+    )  # fmt: skip
+    none, l2 = "none-c0.0-d{}-s{}".format, "l2-c0.0001-d{}-s{}".format
+    bad = {
+        "level_1.0": [none(1.0, 1)], "level_0.5": [none(0.5, 2)], "level_0.2": [l2(0.2, 3)],
+    }  # fmt: skip
+    summary = diverging.run(sparse_training_study, config, tmp_path, bad)
+    expected = [
+        ("level_1.0", none(1.0, 1)), ("level_1.0", none(0.5, 1)), ("level_0.5", none(0.5, 2)),
+        ("level_1.0", none(0.2, 1)), ("level_0.5", none(0.2, 2)), ("level_0.2", l2(0.2, 3)),
+    ]  # fmt: skip
+    text = diverging.check(tmp_path, summary, expected)
+    assert [row.get("of") for row in summary["diverged"]] == [
+        None, none(1.0, 1), None, none(1.0, 1), none(0.5, 2), None
+    ]  # fmt: skip
+    rows = {(row["density"], row["regulariser"]): row for row in summary["supervised"]}
+    assert [row["seeds"] for row in rows.values()] == [[3], [1, 2, 3], [3], [1, 2]]
+    assert rows[0.5, "l2"]["less_baseline_last"]["n"] == 1
+    # Of no seed there are both.
+    assert "less_baseline_last" not in rows[0.2, "l2"]
+    accuracies = diverging.last(tmp_path, "level_0.2", "test/accuracy")
+    assert rows[0.2, "l2"]["test_accuracy_last"] == spread(accuracies[[3, 4]])
+    assert "(n = 2)" in text
+    left = {none(0.5, 3), none(0.2, 3), *(l2(0.5, s) for s in (1, 2, 3)), l2(0.2, 1), l2(0.2, 2)}
+    assert diverging.networks(tmp_path) == left
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "member", "heirs"),
+    [
+        ("mnist_l0", "gates", "none-c0.0-d1.0-s2", [1, 3]),
+        ("mnist_dlth", "transform_1", "none-c0.0-d0.1-s2", [3]),
+    ],
+)
+def test_networks_that_start_from_one_that_diverged(tmp_path, name, stage, member, heirs):
+    """Gates are those of all densities; what is transformed is of one."""
+    config = sparse_training_problems.get_config(name, regularisers="none", coefficients=())
+    names = {
+        "gates": ["none-c0.0-d1.0-s1", "none-c0.0-d1.0-s2"],
+        "transform_1": [f"none-c0.0-d{d}-s{s}" for d in (0.3, 0.1) for s in (1, 2)],
+    }[stage]
+    assert sparse_training_gone.gone(config, tmp_path) == ({}, [])
+
+    def diverge(stage, count, *members):
+        log = MetricsLog(tmp_path / f"{stage}.jsonl", stage)
+        log.write(0, {"x": np.ones(count)}, diverged={m: Divergence(4, "task") for m in members})
+
+    diverge(stage, len(names), names.index(member))
+    # That it diverges again is no news.
+    diverge("supervised", 4, 0, heirs[0])
+    gone, rows = sparse_training_gone.gone(config, tmp_path)
+    assert sorted(gone) == [0, *heirs]
+    first, *_, last = rows
+    assert first == {"stage": stage, "member": member, "step": 4, "term": "task"}
+    assert {row["stage"] for row in gone.values()} == {stage, "supervised"}
+    assert ("of" in last) == (stage == "gates")
+    # The others diverge too: none is left.
+    diverge("supervised", 4, 0, 1, 2, 3)
+    with pytest.raises(DivergenceError, match="stage 'supervised': 'task' of member"):
+        sparse_training_gone.gone(config, tmp_path)
