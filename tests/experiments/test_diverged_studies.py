@@ -11,6 +11,9 @@ import sparse_training_problems
 from experiments import (
     dam_autoencoder_study,
     dam_graph_study,
+    dam_pruning_compact,
+    dam_pruning_stages,
+    dam_pruning_study,
     dam_recommender_study,
     dam_representation_study,
     neuron_pruning_study,
@@ -21,11 +24,13 @@ from experiments import (
 )
 from experiments.configs import dam_autoencoder as autoencoder_configs
 from experiments.configs import dam_graph as graph_configs
+from experiments.configs import dam_pruning as pruning_configs
 from experiments.configs import dam_recommender as recommender_configs
 from experiments.configs import dam_representation as representation_configs
 from experiments.configs import neuron_pruning as neuron_configs
 from experiments.configs import ntt as ntt_configs
 from experiments.configs import tokens as tokens_configs
+from experiments.dam_pruning_members import member_names, runs_of
 from experiments.report_readings import READINGS
 from experiments.statistics import paired, spread
 from ntt_sparse import models
@@ -347,3 +352,32 @@ def test_networks_that_start_from_one_that_diverged(tmp_path, name, stage, membe
     diverge("supervised", 4, 0, 1, 2, 3)
     with pytest.raises(DivergenceError, match="stage 'supervised': 'task' of member"):
         sparse_training_gone.gone(config, tmp_path)
+
+
+def test_pruning(tmp_path, monkeypatch):
+    """Gone while gates are trained is gone when what is cut trains on."""
+    monkeypatch.setattr(dam_pruning_compact, "_BATCHES", (1,))
+    monkeypatch.setattr(dam_pruning_compact, "_ROUNDS", 2)
+    fields = {
+        "data.name": "digits", "seeds": (1, 2, 3), "targets": (0.6, 0.3), "evaluated": 16,
+        "pretrain.epochs": 0, "training.max_steps": 2, "finetune.max_steps": 2,
+        "training.record_every": 1, "finetune.record_every": 1, "finetune.epochs": 1,
+        "budget": "channels",
+    }  # fmt: skip
+    config = settings(pruning_configs, "mnist_slimming,smoke", fields)
+    names = member_names(runs_of(config))
+    bad = {"training": [names[0]], "finetune": names[3:]}
+    summary = diverging.run(
+        dam_pruning_stages, config, tmp_path, bad, entry=dam_pruning_study.run
+    )  # fmt: skip
+    expected = [(stage, name) for stage, some in bad.items() for name in some]
+    text = diverging.check(tmp_path, summary, expected)
+    (row,) = summary["networks"]
+    assert (row["target"], row["seeds"]) == (0.6, [2, 3])
+    accuracies = diverging.last(tmp_path, "finetune", "test/accuracy")
+    assert row["test_accuracy"] == spread(accuracies[[1, 2]])
+    assert "(n = 2)" in text and "| 0.3 |" not in text
+    left = set(names[1:3])
+    assert diverging.networks(tmp_path) == left
+    small = json.loads((tmp_path / "compact.json").read_text())
+    assert set(small) == left and "latency" in small[names[1]]
