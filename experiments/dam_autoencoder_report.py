@@ -1,12 +1,13 @@
 """The report of the DAM autoencoder study: summary.json, report.md and the figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import figures
+from experiments import diverged, figures
 from experiments.dam_autoencoder_downstream import read_score
 from experiments.dam_autoencoder_members import member_names, runs_of
 from experiments.dam_representation_members import LABELS
@@ -23,33 +24,42 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     Returns:
         The summary.
     """
-    rows, steps = [], 0
+    rows, steps, out = [], 0, []
     for gate in config.gates.split(","):
         log = MetricsLog(workdir / f"{gate}.jsonl", gate)
-        rows += _rows(config, gate, log, workdir / "downstream")
+        out.append(diverged.gone(workdir, gate, member_names(runs_of(config, gate))))
+        groups = diverged.left(_by_coefficient(config, gate), out[-1])
+        rows += _rows(config, gate, groups, log, workdir / "downstream")
         steps = int(log.column("bottleneck")[0][-1])
-        _draw_training(workdir / "figures" / f"bottleneck_{gate}", config, gate, log)
+        _draw_training(workdir / "figures" / f"bottleneck_{gate}", groups, log)
     summary = {"config": json.loads(json.dumps(config.to_dict())), "networks": rows}
+    gone = diverged.rows(*out)
+    if gone:
+        summary["diverged"] = gone
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows, steps))
+    write_text(workdir / "report.md", _markdown(config, rows, steps, gone))
     _draw(workdir / "figures" / "gates_compared", rows)
     return summary
 
 
-def _rows(config: Any, gate: str, log: MetricsLog, scores: Path) -> list[dict[str, Any]]:
+def _rows(
+    config: Any, gate: str, groups: dict[float, list[int]], log: MetricsLog, scores: Path
+) -> list[dict[str, Any]]:
     """One entry per coefficient, over its seeds."""
     runs = runs_of(config, gate)
     last = {name: log.column(name)[1][-1] for name in ("bottleneck", "reconstruction")}
-    names = member_names(runs)
-    last["macro_f1"] = np.array([read_score(scores / f"{name}.json") for name in names])
+    names, found = member_names(runs), np.full(len(runs), np.nan)
+    for index in (index for members in groups.values() for index in members):
+        found[index] = read_score(scores / f"{names[index]}.json")
+    last["macro_f1"] = found
     return [
         {
             "gate": gate,
             "coefficient": coefficient,
-            "seeds": list(config.seeds),
+            "seeds": [runs[index].seed for index in members],
             **{name: spread(values[members]) for name, values in last.items()},
         }
-        for coefficient, members in _by_coefficient(config, gate).items()
+        for coefficient, members in groups.items()
     ]
 
 
@@ -61,7 +71,9 @@ def _by_coefficient(config: Any, gate: str) -> dict[float, list[int]]:
     return groups
 
 
-def _markdown(config: Any, rows: list[dict[str, Any]], steps: int) -> str:
+def _markdown(
+    config: Any, rows: list[dict[str, Any]], steps: int, gone: Sequence[dict[str, Any]] = ()
+) -> str:
     examples = config.downstream.examples or "all"
     widths = "-".join(map(str, (*config.model.hidden, config.model.bottleneck)))
     lines = [
@@ -80,9 +92,11 @@ def _markdown(config: Any, rows: list[dict[str, Any]], steps: int) -> str:
         found = [str(int(value)) for value in row["bottleneck"]["values"]]
         cells = (
             LABELS[row["gate"]], f"{row['coefficient']:g}", _text(row["bottleneck"], 1),
-            ", ".join(found), _text(row["reconstruction"], 4), _text(row["macro_f1"], 3),
+            ", ".join(found) + diverged.of_seeds(row["bottleneck"], config.seeds),
+            _text(row["reconstruction"], 4), _text(row["macro_f1"], 3),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    lines += diverged.lines(gone)
     return "\n".join(lines) + "\n"
 
 
@@ -91,12 +105,12 @@ def _text(value: dict[str, Any], digits: int) -> str:
     return f"{value['mean']:.{digits}f}{deviation}"
 
 
-def _draw_training(path: Path, config: Any, gate: str, log: MetricsLog) -> None:
+def _draw_training(path: Path, groups: dict[float, list[int]], log: MetricsLog) -> None:
     """How channels closed: at the end of training lines should be level."""
     steps, bottleneck = log.column("bottleneck")
     lines = {
         f"lambda = {coefficient:g}": bottleneck[:, members]
-        for coefficient, members in _by_coefficient(config, gate).items()
+        for coefficient, members in groups.items()
     }
     figures.channels_over_training(path, steps, lines)
 

@@ -1,6 +1,7 @@
 """The DAM autoencoder study: prepare, train, classify codes, report."""
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import dam_autoencoder_report
+from experiments import dam_autoencoder_report, diverged
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_autoencoder_checks import check_config, check_sizes
 from experiments.dam_autoencoder_downstream import Examples, evenly, score_codes
@@ -64,8 +65,10 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
     with claim_workdir(workdir, config.to_dict()) as claimed:
         for gate in config.gates.split(","):
             members = train(config, setup, gate, claimed)
-            save_networks(claimed / "networks", member_names(runs_of(config, gate)), members)
-            classify(config, setup, gate, members, claimed / "downstream")
+            names = member_names(runs_of(config, gate))
+            gone = diverged.gone(claimed, gate, names)
+            save_networks(claimed / "networks", names, members, gone)
+            classify(config, setup, gate, members, claimed / "downstream", gone)
         return dam_autoencoder_report.write(config, claimed)
 
 
@@ -87,7 +90,7 @@ def train(config: Any, setup: Setup, gate: str, workdir: Path) -> Member:
     return fit_stage(
         config, workdir, gate, member_names(runs_of(config, gate)), members, step_fn, setup.plan,
         setup.train.x, functools.partial(evaluate, config, gate), (setup.test.x,), mode,
-        batch_size=config.training.batch_size,
+        batch_size=config.training.batch_size, freeze=True,
     )  # fmt: skip
 
 
@@ -125,8 +128,17 @@ def evaluate(
     }
 
 
-def classify(config: Any, setup: Setup, gate: str, members: Member, directory: Path) -> None:
+def classify(
+    config: Any,
+    setup: Setup,
+    gate: str,
+    members: Member,
+    directory: Path,
+    gone: Collection[int] = (),
+) -> None:
     """Scores a classifier on the codes of each network, in a file of the network's name.
+
+    Those that are gone have none.
 
     What is there already is kept, so that an interrupted study goes on.
     """
@@ -144,6 +156,8 @@ def classify(config: Any, setup: Setup, gate: str, members: Member, directory: P
 
     names, trained = member_names(runs_of(config, gate)), jax.device_get(members.params)
     for index, name in enumerate(tqdm(names, f"{gate} classifiers", mininterval=30.0)):
+        if index in gone:
+            continue
         params = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), trained)
         channels = np.asarray(kind.values(params["gate"], config.model.bottleneck)) > 0
         learned, tested = (

@@ -1,14 +1,22 @@
 """The report of the DAM graph study: summary.json, report.md and the figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from experiments import figures
-from experiments.dam_graph_members import Run, gated_runs, label, plain_runs, plain_sizes
+from experiments import diverged, figures
+from experiments.dam_graph_members import (
+    Run,
+    gated_runs,
+    label,
+    member_names,
+    plain_runs,
+    plain_sizes,
+)
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
 from ntt_sparse.training.files import write_text
@@ -26,29 +34,36 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     Returns:
         The summary.
     """
-    log = MetricsLog(workdir / "dam.jsonl", "dam")
-    found = log.column("dimensions")[1][-1]
-    rows = _rows("dam", gated_runs(config), log)
-    for size in plain_sizes(config, found):
-        stage = f"gae{size}"
-        rows += _rows(
-            "gae", plain_runs(config, size), MetricsLog(workdir / f"{stage}.jsonl", stage)
-        )
+    log, runs = MetricsLog(workdir / "dam.jsonl", "dam"), gated_runs(config)
+    out = [diverged.gone(workdir, "dam", member_names(True, runs))]
+    groups = diverged.left(_groups(runs), out[0])
+    rows = _rows("dam", runs, groups, log)
+    ended = [size for row in rows for size in row["dimensions"]["values"]]
+    for size in plain_sizes(config, ended):
+        stage, plain = f"gae{size}", plain_runs(config, size)
+        out.append(diverged.gone(workdir, stage, member_names(False, plain)))
+        plain_log = MetricsLog(workdir / f"{stage}.jsonl", stage)
+        rows += _rows("gae", plain, diverged.left(_groups(plain), out[-1]), plain_log)
     comparisons = _comparisons(config, rows)
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
         "networks": rows,
         "comparisons": comparisons,
     }
+    gone = diverged.rows(*out)
+    if gone:
+        summary["diverged"] = gone
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     steps, dimensions = log.column("dimensions")
-    write_text(workdir / "report.md", _markdown(config, rows, comparisons, int(steps[-1])))
+    write_text(workdir / "report.md", _markdown(config, rows, comparisons, int(steps[-1]), gone))
     _draw(workdir / "figures" / "link_prediction", config, rows)
-    _draw_training(workdir / "figures" / "dimensions", config, steps, dimensions)
+    _draw_training(workdir / "figures" / "dimensions", groups, steps, dimensions)
     return summary
 
 
-def _rows(method: str, runs: list[Run], log: MetricsLog) -> list[dict[str, Any]]:
+def _rows(
+    method: str, runs: list[Run], groups: dict[tuple[int, float], list[int]], log: MetricsLog
+) -> list[dict[str, Any]]:
     """One entry per coefficient and size, over its seeds: values after the last step."""
     last = {name: log.column(name)[1][-1] for name in _QUANTITIES}
     return [
@@ -59,7 +74,7 @@ def _rows(method: str, runs: list[Run], log: MetricsLog) -> list[dict[str, Any]]
             "seeds": [runs[index].seed for index in members],
             **{name: spread(values[members]) for name, values in last.items()},
         }
-        for members in _groups(runs).values()
+        for members in groups.values()
     ]
 
 
@@ -81,8 +96,9 @@ def _comparisons(config: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]
     for row in (row for row in rows if row["method"] == "dam"):
         ended = [int(size) for size in row["dimensions"]["values"]]
         sizes = {"equal": ended, "whole": [config.model.bottleneck] * len(ended)}
+        seeds = row["seeds"]
         for baseline, name in ((baseline, name) for baseline in _BASELINES for name in _COMPARED):
-            against = _plain_values(plain, sizes[baseline], name)
+            against = _plain_values(plain, sizes[baseline], seeds, name)
             there = np.isfinite(against)
             if there.any():
                 values = np.array(row[name]["values"])
@@ -90,7 +106,7 @@ def _comparisons(config: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]
                     "coefficient": row["coefficient"],
                     "quantity": name,
                     "baseline": baseline,
-                    "seeds": [seed for seed, one in zip(row["seeds"], there, strict=True) if one],
+                    "seeds": [seed for seed, one in zip(seeds, there, strict=True) if one],
                     **paired(values[there], against[there]),
                 })  # fmt: skip
     # One family for each quantity.
@@ -100,17 +116,23 @@ def _comparisons(config: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _plain_values(
-    plain: dict[int, dict[str, Any]], sizes: list[int], name: str
+    plain: dict[int, dict[str, Any]], sizes: list[int], seeds: list[int], name: str
 ) -> Float[np.ndarray, " seeds"]:
     """Of plain networks of a size for each seed; NaN where there is none."""
-    return np.array([
-        plain[size][name]["values"][index] if size in plain else np.nan
-        for index, size in enumerate(sizes)
-    ])  # fmt: skip
+    found = {
+        (size, seed): value
+        for size, row in plain.items()
+        for seed, value in zip(row["seeds"], row[name]["values"], strict=True)
+    }
+    return np.array([found.get(pair, np.nan) for pair in zip(sizes, seeds, strict=True)])
 
 
 def _markdown(
-    config: Any, rows: list[dict[str, Any]], comparisons: list[dict[str, Any]], steps: int
+    config: Any,
+    rows: list[dict[str, Any]],
+    comparisons: list[dict[str, Any]],
+    steps: int,
+    gone: Sequence[dict[str, Any]] = (),
 ) -> str:
     kind = "Variational graph" if config.model.variational else "Graph"
     gated, plain = label(config, True), label(config, False)
@@ -134,7 +156,8 @@ def _markdown(
             label(config, row["method"] == "dam"),
             f"{row['coefficient']:g}" if row["method"] == "dam" else "",
             f"{dimensions['mean']:.1f}{deviation}",
-            ", ".join(str(int(value)) for value in dimensions["values"]),
+            ", ".join(str(int(value)) for value in dimensions["values"])
+            + diverged.of_seeds(dimensions, config.seeds),
             *(percent(row[name]) for name in ("test_auc", "test_ap", "validation_auc")),
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -157,6 +180,7 @@ def _markdown(
         ]
         seeds = "" if cells[0] is None else str(cells[0]["n"])
         lines.append(f"| {' | '.join([f'{coefficient:g}', seeds, *map(difference, cells)])} |")
+    lines += diverged.lines(gone)
     return "\n".join(lines) + "\n"
 
 
@@ -190,11 +214,14 @@ def _draw(path: Path, config: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _draw_training(
-    path: Path, config: Any, steps: np.ndarray, dimensions: Float[np.ndarray, "r members"]
+    path: Path,
+    groups: dict[tuple[int, float], list[int]],
+    steps: np.ndarray,
+    dimensions: Float[np.ndarray, "r members"],
 ) -> None:
     """How dimensions closed: at the end of training lines should be level."""
     lines = {
         f"lambda = {coefficient:g}": dimensions[:, members]
-        for (_, coefficient), members in _groups(gated_runs(config)).items()
+        for (_, coefficient), members in groups.items()
     }
     figures.channels_over_training(path, steps, lines)

@@ -1,6 +1,7 @@
 """The DAM graph study: prepare, train, report."""
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import dam_graph_report
+from experiments import dam_graph_report, diverged
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_graph_checks import check_config
 from experiments.dam_graph_members import (
@@ -74,7 +75,7 @@ def train(config: Any, data: Data, stage: str, runs: list[Run], workdir: Path) -
     """Trains networks of one kind and size as one program, and writes them and their codes.
 
     Returns:
-        How many dimensions of each are open.
+        How many dimensions are open, of each that has not diverged.
     """
     gated = stage == "dam"
     module = autoencoder(config, gated, runs[0].size)
@@ -86,23 +87,32 @@ def train(config: Any, data: Data, stage: str, runs: list[Run], workdir: Path) -
     members = fit_stage(
         config, workdir, stage, names, start_members(config, module, runs, data), step_fn, plan,
         data, functools.partial(evaluate, module), (data,), "loop", batch_size=1, pick=own_links,
+        freeze=True,
     )  # fmt: skip
-    save_networks(workdir / "networks", names, members)
-    return save_codes(workdir / "embeddings", names, module, members, data)
+    gone = diverged.gone(workdir, stage, names)
+    save_networks(workdir / "networks", names, members, gone)
+    return save_codes(workdir / "embeddings", names, module, members, data, gone)
 
 
 def save_codes(
-    directory: Path, names: list[str], module: GraphAutoencoder, members: Member, data: Data
+    directory: Path,
+    names: list[str],
+    module: GraphAutoencoder,
+    members: Member,
+    data: Data,
+    gone: Collection[int] = (),
 ) -> list[int]:
     """Writes what is open of the codes of all nodes, `codes` of `(n, d)`, under each name.
 
     Returns:
-        The d of each.
+        The d of each; those that are gone have none.
     """
     directory.mkdir(exist_ok=True)
     encode = jax.jit(functools.partial(_encode, module))
     sizes = []
     for index, name in enumerate(names):
+        if index in gone:
+            continue
         member = jax.tree.map(lambda leaf, i=index: leaf[i], members)
         codes = np.asarray(encode(member, own_links(member, data, None)))
         codes = codes[:, np.flatnonzero(gates(module, member.params))]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ _PROBE = 16
 _LARGEST_DIFFERENCE = 1e-5
 
 
-def write(config: Any, setup: Setup, members: Member, workdir: Path) -> None:
+def write(
+    config: Any, setup: Setup, members: Member, workdir: Path, gone: Collection[int] = ()
+) -> None:
     """Writes every network of a study as a small one, and what was measured of them.
 
     `compact/` holds a file for each, of `ntt_sparse.training.deploy`; `compact.json` by name
     its `parameters` and `multiply_adds` as counted, the `constants` beside them, the layers
     `removed`, the largest `difference` of outputs on held-out images relative to the largest
     output and, of the first seed of each setting, `latency`: milliseconds before and after, by
-    batch. Nothing is done again where it is there.
+    batch. Of networks that are gone there is nothing. Nothing is done again where it is there.
     """
     path = workdir / "compact.json"
     if path.exists():
@@ -41,9 +44,11 @@ def write(config: Any, setup: Setup, members: Member, workdir: Path) -> None:
     names, runs = member_names(runs_of(config)), runs_of(config)
     shape, images = setup.data.input_shape, setup.data.validation.x
     apply = jax.jit(lambda variables, x: setup.module.apply(variables, x))
-    found = {}
+    found, timed = {}, set()
     members = jax.device_get(members)
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
+        if index in gone:
+            continue
         member = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), members)
         variables = variables_of(member)
         small = compact(setup.module, variables, shape, empty="remove")
@@ -64,7 +69,8 @@ def write(config: Any, setup: Setup, members: Member, workdir: Path) -> None:
                 "the small network of %s differs by %.1e of the largest output, expected less "
                 "than %.0e", name, found[name]["difference"], _LARGEST_DIFFERENCE,
             )  # fmt: skip
-        if run.seed == config.seeds[0]:
+        if run[:-1] not in timed:
+            timed.add(run[:-1])
             found[name]["latency"] = {
                 str(batch): _latency(
                     setup.module, variables, small, np.resize(images, (batch, *shape))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures
+from experiments import diverged, figures
 from experiments.dam_pruning_members import runs_of
 from experiments.dam_pruning_published import Published, published, similarities
-from experiments.dam_pruning_stages import Stage
+from experiments.dam_pruning_stages import Stage, gone
 from experiments.stage import seconds_per_step
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
@@ -40,6 +40,8 @@ def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) ->
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, run in enumerate(runs_of(config)):
         groups.setdefault(run[:-1], []).append(index)
+    out = gone(config, stages, workdir)
+    groups = diverged.left(groups, out)
     rows = _rows(config, log, groups, whole)
     matrices = []
     if config.similarity:
@@ -58,6 +60,8 @@ def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) ->
         "networks": rows,
         "published": [row._asdict() for row in published(config)],
     }
+    if out:
+        summary["diverged"] = diverged.rows(out)
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, workdir, summary))
     _draw(config, workdir, log, groups, rows)
@@ -105,8 +109,13 @@ def _rows(
         })  # fmt: skip
         without = groups.get((*setting[:-1], 0.0))
         if setting[-1] and without is not None:
-            compared = paired(last["test/accuracy"][members], last["test/accuracy"][without])
-            rows[-1]["less_baseline_last"] = compared
+            baseline = {
+                "seeds": [runs_of(config)[index].seed for index in without],
+                "test_accuracy": spread(last["test/accuracy"][without]),
+            }
+            ours, theirs = diverged.pairs(rows[-1], baseline, "test_accuracy")
+            if ours:
+                rows[-1]["less_baseline_last"] = paired(ours, theirs)
     correct([row["less_baseline_last"] for row in rows if "less_baseline_last" in row])
     return rows
 
@@ -170,7 +179,7 @@ def _markdown(config: Any, workdir: Path, summary: dict[str, Any]) -> str:
             _target(config, row),
             str(row["order"]),
             *(add(row) if regularised else ()),
-            percent(row["test_accuracy"]),
+            percent(row["test_accuracy"]) + diverged.of_seeds(row["test_accuracy"], config.seeds),
             f"{row['parameters']['mean']:,.0f}",
             *(percent(row[f"pruned_{name}"]) for name in ("parameters", "channels")),
             percent(row["pruned_multiply_adds"]),
@@ -186,6 +195,7 @@ def _markdown(config: Any, workdir: Path, summary: dict[str, Any]) -> str:
         lines += _published_lines(summary["published"])
     if config.similarity:
         lines += _similarity_lines(config, summary["networks"])
+    lines += diverged.lines(summary.get("diverged", ()))
     return "\n".join(lines) + "\n"
 
 

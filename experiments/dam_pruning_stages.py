@@ -6,7 +6,7 @@ budget; ChipNet trains a network, then its gates under a budget, cuts those that
 trains what is left. A stage is there if it has epochs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from experiments import diverged
 from experiments.dam_pruning_members import (
     CUT,
     is_fraction,
@@ -100,9 +101,19 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         members = fit_stage(
             config, workdir, stage.name, member_names(runs), members, step_fn, stage.plan,
             tuple(data.train), evaluation(config, setup, stage), (held_out, test), mode,
-            batch_size=stage.settings.batch_size,
+            batch_size=stage.settings.batch_size, freeze=True,
         )  # fmt: skip
+        # An error where this stage and those before have left none.
+        gone(config, setup.stages[: index + 1], workdir)
     return members
+
+
+def gone(config: Any, stages: Sequence[Stage], workdir: Path) -> diverged.Gone:
+    """Networks that diverged in any of the stages."""
+    names, found = member_names(runs_of(config)), {}
+    for stage in stages:
+        found = diverged.gone(workdir, stage.name, names, found)
+    return found
 
 
 def enter(config: Any, setup: Setup, index: int, members: Member) -> Member:

@@ -1,6 +1,7 @@
 """The structured pruning study: prepare, train all networks as one program, measure, report."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from experiments import dam_pruning_compact, dam_pruning_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_pruning_checks import check_config, check_sizes
 from experiments.dam_pruning_members import make_model, member_names, runs_of, target_of
-from experiments.dam_pruning_stages import Setup, open_channels, stages_of, train, variables_of
+from experiments.dam_pruning_stages import (
+    Setup,
+    gone,
+    open_channels,
+    stages_of,
+    train,
+    variables_of,
+)
 from experiments.study import hold_out, save_networks
 from ntt_sparse.data import images
 from ntt_sparse.gates import channels
@@ -47,12 +55,13 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         setup = prepare(config, data_dir)
     with claim_workdir(workdir, config.to_dict()) as claimed:
         members = train(config, setup, claimed)
-        _warn_of_missed_targets(config, members)
-        save_networks(claimed / "networks", member_names(runs_of(config)), members)
+        out = gone(config, setup.stages, claimed)
+        _warn_of_missed_targets(config, members, out)
+        save_networks(claimed / "networks", member_names(runs_of(config)), members, out)
         if config.similarity:
-            save_similarities(claimed / "similarities.npz", config, setup, members)
+            save_similarities(claimed / "similarities.npz", config, setup, members, out)
         if config.compact:
-            dam_pruning_compact.write(config, setup, members, claimed)
+            dam_pruning_compact.write(config, setup, members, claimed, out)
         whole = channels.whole(setup.network)
         summary = dam_pruning_report.write(config, claimed, whole, setup.stages)
         _warn_of_networks(config, setup, summary["networks"])
@@ -78,12 +87,13 @@ def _warn_of_networks(config: Any, setup: Setup, rows: list[dict[str, Any]]) -> 
                 )  # fmt: skip
 
 
-def _warn_of_missed_targets(config: Any, members: Member) -> None:
+def _warn_of_missed_targets(config: Any, members: Member, out: Collection[int]) -> None:
     if config.gate != "dam" or not config.budget:
         return
     reached = np.stack([np.asarray(each) for each in members.context["budget"].reached.values()])
-    for name, there in zip(member_names(runs_of(config)), reached.all(0), strict=True):
-        if not there:
+    names = member_names(runs_of(config))
+    for index, (name, there) in enumerate(zip(names, reached.all(0), strict=True)):
+        if not there and index not in out:
             _logger.warning(
                 "%s did not reach its target: train longer, or with a larger coefficient", name
             )
@@ -108,11 +118,14 @@ def gated_node(network: Network, place: str) -> str:
     return next(name for name, node in network.nodes.items() if graph.gate(node) in gates)
 
 
-def save_similarities(path: Path, config: Any, setup: Setup, members: Member) -> None:
+def save_similarities(
+    path: Path, config: Any, setup: Setup, members: Member, out: Collection[int] = ()
+) -> None:
     """Writes how alike the channels of one layer are after the last step (Table 7).
 
     `cka` `(M, C, C)` is the linear CKA between the maps of single channels, `(images, pixels)`
     each, on held-out images; `used` `(M, C)` says which channels are open and count.
+    Of networks that are out there is NaN.
     """
     apply = capture(setup.module, [config.similarity])
     probe = jnp.asarray(setup.data.validation.x[: config.probe])
@@ -126,4 +139,6 @@ def save_similarities(path: Path, config: Any, setup: Setup, members: Member) ->
         return cka_matrix(list(maps)), used[gated_node(setup.network, config.similarity)]
 
     cka, used = jax.jit(lambda members: jax.lax.map(measure, members))(members)
-    write_npz(path, {"cka": np.asarray(cka), "used": np.asarray(used)})
+    cka = np.array(cka)
+    cka[list(out)] = np.nan
+    write_npz(path, {"cka": cka, "used": np.asarray(used)})

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures
-from experiments.dam_recommender_members import LABELS, Run, runs_of
+from experiments import diverged, figures
+from experiments.dam_recommender_members import LABELS, Run, member_names, runs_of
 from experiments.dam_recommender_published import published
 from experiments.statistics import correct, paired, spread
 from ntt_sparse.training.files import write_text
@@ -34,25 +34,36 @@ def write(config: Any, workdir: Path, stops: Sequence[int], mean_error: float) -
     Returns:
         The summary.
     """
-    rows, errors = [], {}
+    rows, errors, out = [], {}, []
     for gate in config.gates.split(","):
         runs = runs_of(config, gate)
         steps, values = _through(workdir, gate, stops)
         errors[gate] = json.loads((workdir / f"test_{gate}.json").read_text())
         last = errors[gate] | {name: column[-1].tolist() for name, column in values.items()}
-        rows += [
-            _row(config, gate, runs, last, c) for c in dict.fromkeys(r.coefficient for r in runs)
-        ]
-        _draw_training(workdir / "figures" / f"dimension_{gate}", runs, steps, values["dimension"])
+        out.append(gone(workdir, gate, member_names(runs), stops))
+        groups = diverged.left(_groups(runs), out[-1])
+        rows += [_row(config, gate, runs, last, members) for members in groups.values()]
+        path = workdir / "figures" / f"dimension_{gate}"
+        _draw_training(path, groups, steps, values["dimension"])
     _compare(rows)
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
         "steps": stops[-1], "mean_rmse": mean_error, "networks": rows,
     }  # fmt: skip
+    if any(out):
+        summary["diverged"] = diverged.rows(*out)
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, summary, stops))
     _draw(workdir / "figures" / "error_against_dimension", config.data.name, rows)
     return summary
+
+
+def gone(workdir: Path, gate: str, names: Sequence[str], stops: Sequence[int]) -> diverged.Gone:
+    """Networks of a kind that diverged in any part of the training."""
+    found: diverged.Gone = {}
+    for stop in stops:
+        found = diverged.gone(workdir, stage(gate, stop), names, found)
+    return found
 
 
 def _through(
@@ -72,16 +83,23 @@ def _through(
     return np.concatenate(steps), {name: np.concatenate(parts) for name, parts in found.items()}
 
 
+def _groups(runs: list[Run]) -> dict[float, list[int]]:
+    """The indices of the networks of each coefficient, in the order of the seeds."""
+    groups: dict[float, list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(run.coefficient, []).append(index)
+    return groups
+
+
 def _row(
-    config: Any, gate: str, runs: list[Run], last: dict[str, Any], coefficient: float
+    config: Any, gate: str, runs: list[Run], last: dict[str, Any], members: list[int]
 ) -> dict[str, Any]:
-    """One entry per coefficient, over its seeds."""
-    members = [index for index, run in enumerate(runs) if run.coefficient == coefficient]
+    """An entry of the networks of one coefficient, over its seeds."""
     reported = published(config.data.name, gate)
     return {
         "gate": gate,
-        "coefficient": coefficient,
-        "seeds": list(config.seeds),
+        "coefficient": runs[members[0]].coefficient,
+        "seeds": [runs[member].seed for member in members],
         **{name: spread([values[m] for m in members]) for name, values in last.items()},
         "published": None if reported is None else reported._asdict(),
     }
@@ -94,8 +112,10 @@ def _compare(rows: list[dict[str, Any]]) -> None:
         differences = []
         for row in rows:
             if plain is not None and row["gate"] != "none":
-                row[f"{name}_difference"] = paired(row[name]["values"], plain[name]["values"])
-                differences.append(row[f"{name}_difference"])
+                ours, theirs = diverged.pairs(row, plain, name)
+                if ours:
+                    row[f"{name}_difference"] = paired(ours, theirs)
+                    differences.append(row[f"{name}_difference"])
         correct(differences)
 
 
@@ -130,12 +150,15 @@ def _markdown(config: Any, summary: dict[str, Any], stops: Sequence[int]) -> str
             _text(row["rmse"], 4),
             _text(row["ensemble_rmse"], 4) + brackets[0],
             _text(row["dimension"], 1) + brackets[1],
-            ", ".join(str(int(value)) for value in row["dimension"]["values"]),
+            ", ".join(str(int(value)) for value in row["dimension"]["values"])
+            + diverged.of_seeds(row["dimension"], config.seeds),
         ]
         if held:
             cells.append(_text(row["validation_rmse"], 4))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_differences(summary["networks"])]) + "\n"
+    lines += _differences(summary["networks"])
+    lines += diverged.lines(summary.get("diverged", ()))
+    return "\n".join(lines) + "\n"
 
 
 def _differences(rows: list[dict[str, Any]]) -> list[str]:
@@ -169,12 +192,14 @@ def _text(value: dict[str, Any], digits: int) -> str:
     return f"{value['mean']:.{digits}f}{deviation}"
 
 
-def _draw_training(path: Path, runs: list[Run], steps: np.ndarray, dimension: np.ndarray) -> None:
+def _draw_training(
+    path: Path, groups: dict[float, list[int]], steps: np.ndarray, dimension: np.ndarray
+) -> None:
     """How channels closed: at the end of training lines should be level."""
-    lines = {}
-    for coefficient in dict.fromkeys(run.coefficient for run in runs):
-        members = [index for index, run in enumerate(runs) if run.coefficient == coefficient]
-        lines[f"lambda = {coefficient:g}"] = dimension[:, members]
+    lines = {
+        f"lambda = {coefficient:g}": dimension[:, members]
+        for coefficient, members in groups.items()
+    }
     figures.channels_over_training(path, steps, lines)
 
 

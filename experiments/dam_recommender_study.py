@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from experiments import dam_recommender_report
+from experiments import dam_recommender_report, diverged
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_recommender_checks import check_config, check_sizes
 from experiments.dam_recommender_members import (
@@ -121,23 +121,24 @@ def train(config: Any, setup: Setup, gate: str, workdir: Path) -> None:
         evaluate, config, gate, num_levels, None if held is None else _sizes(held, batch_size)
     )
     predict = test_predictor(config, gate, num_levels, sets.test)
-    predicted, start = [], 0
+    predicted, start, gone = [], 0, {}
     for stop in setup.stops:
         plan = Plan(
             stop, setup.per_epoch, config.training.record_every or setup.per_epoch,
             config.checkpoint_seconds, start,
         )  # fmt: skip
+        stage = dam_recommender_report.stage(gate, stop)
         members = fit_stage(
-            config, workdir, dam_recommender_report.stage(gate, stop), names, members, step_fn,
-            plan, sets.train, measure, () if held is None else (held,), mode,
-            batch_size=batch_size, pick=picked,
+            config, workdir, stage, names, members, step_fn, plan, sets.train, measure,
+            () if held is None else (held,), mode, batch_size=batch_size, pick=picked, freeze=True,
         )  # fmt: skip
+        gone = diverged.gone(workdir, stage, names, gone)
         predicted.append(np.asarray(predict(members)))
         start = stop
     # Not before the data are known to be those of the checkpoints.
     save_levels(workdir, sets.levels)
-    save_networks(workdir / "networks", names, members)
-    write_errors(workdir / f"test_{gate}.json", np.stack(predicted), members, sets.test)
+    save_networks(workdir / "networks", names, members, gone)
+    write_errors(workdir / f"test_{gate}.json", np.stack(predicted), members, sets.test, gone)
 
 
 def training_terms(config: Any, gate: str, num_levels: int) -> dict[str, Term]:
@@ -193,16 +194,26 @@ def test_predictor(
 
 
 def write_errors(
-    path: Path, predicted: Float[np.ndarray, "stops members n"], members: Member, test: Examples
+    path: Path,
+    predicted: Float[np.ndarray, "stops members n"],
+    members: Member,
+    test: Examples,
+    gone: Collection[int] = (),
 ) -> None:
-    """Writes the test errors of the last networks, and of the mean prediction of all stops."""
+    """Writes the test errors of the last networks, and of the mean prediction of all stops.
+
+    Those that are gone have none.
+    """
     parts = np.asarray(members.context.part)
     truth = test.values.astype(np.float64).T[parts]
 
     def error(found):
-        return np.sqrt(np.mean((found - truth) ** 2, axis=1)).tolist()
+        errors = np.sqrt(np.mean((found - truth) ** 2, axis=1)).tolist()
+        return [None if index in gone else each for index, each in enumerate(errors)]
 
     found = predicted.astype(np.float64)
+    # Whatever it was, squares of it may overflow.
+    found[:, list(gone)] = 0.0
     written = {"rmse": error(found[-1]), "ensemble_rmse": error(found.mean(0))}
     write_text(path, json.dumps(written) + "\n")
 

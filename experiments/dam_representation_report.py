@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import figures
-from experiments.dam_representation_members import LABELS, Run, runs_of
+from experiments import diverged, figures
+from experiments.dam_representation_members import LABELS, Run, member_names, runs_of
 from experiments.statistics import spread
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
@@ -22,22 +23,26 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     Returns:
         The summary.
     """
-    rows, curves = [], {}
+    rows, curves, out = [], {}, []
     for gate in config.gates.split(","):
         log = MetricsLog(workdir / f"{gate}.jsonl", gate)
         runs = [run for run in runs_of(config) if run.gate == gate]
-        rows += _rows(log, runs)
-        steps, bottleneck = log.column("bottleneck")
-        curves[gate] = (steps, bottleneck, runs)
+        out.append(diverged.gone(workdir, gate, member_names(runs)))
+        rows += _rows(log, runs, out[-1])
+        chosen = _first_setting(config, runs, out[-1])
+        curves[gate] = (*log.column("bottleneck"), chosen)
     summary = {"config": json.loads(json.dumps(config.to_dict())), "networks": rows}
+    gone = diverged.rows(*out)
+    if gone:
+        summary["diverged"] = gone
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows))
-    for gate, (steps, bottleneck, runs) in curves.items():
-        _draw(workdir / "figures", config, gate, steps, bottleneck, runs, rows)
+    write_text(workdir / "report.md", _markdown(config, rows, gone))
+    for gate, (steps, bottleneck, chosen) in curves.items():
+        _draw(workdir / "figures", config, gate, steps, bottleneck, chosen, rows)
     return summary
 
 
-def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
+def _rows(log: MetricsLog, runs: list[Run], gone: Collection[int]) -> list[dict[str, Any]]:
     """One entry per setting, over its seeds."""
     last = {
         name: log.column(name)[1][-1] for name in ("bottleneck", "reconstruction", "relative_error")
@@ -46,7 +51,7 @@ def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
     for index, run in enumerate(runs):
         groups.setdefault(run[:-1], []).append(index)
     rows = []
-    for setting, members in groups.items():
+    for setting, members in diverged.left(groups, gone).items():
         run = runs[members[0]]
         found = last["bottleneck"][members]
         rows.append({
@@ -58,7 +63,17 @@ def _rows(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
+def _first_setting(config: Any, runs: list[Run], gone: Collection[int]) -> dict[int, list[int]]:
+    """The networks of the first setting, by rank."""
+    setting = [getattr(config, f"{name}s")[0] for name in _GRID]
+    groups: dict[int, list[int]] = {rank: [] for rank in config.ranks}
+    for index, run in enumerate(runs):
+        if [getattr(run, name) for name in _GRID] == setting:
+            groups[run.rank].append(index)
+    return diverged.left(groups, gone)
+
+
+def _markdown(config: Any, rows: list[dict[str, Any]], gone: Sequence[dict[str, Any]] = ()) -> str:
     total = sum(len(row["seeds"]) for row in rows)
     exact = sum(row["exact"] for row in rows)
     lines = [
@@ -76,10 +91,12 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
         found = [int(value) for value in row["bottleneck"]["values"]]
         cells = (
             LABELS[row["gate"]], str(row["rank"]), f"{row['coefficient']:g}",
-            f"{row['learning_rate']:g}", f"{row['initial']:g}", ", ".join(map(str, found)),
+            f"{row['learning_rate']:g}", f"{row['initial']:g}",
+            ", ".join(map(str, found)) + diverged.of_seeds(row["bottleneck"], config.seeds),
             f"{row['exact']}/{len(found)}", f"{row['relative_error']['mean']:.2g}",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    lines += diverged.lines(gone)
     return "\n".join(lines) + "\n"
 
 
@@ -89,20 +106,14 @@ def _draw(
     gate: str,
     steps: np.ndarray,
     bottleneck: np.ndarray,
-    runs: list[Run],
+    chosen: dict[int, list[int]],
     rows: list[dict[str, Any]],
 ) -> None:
     """Fig. 3 at the first setting, and maps of all settings (Appendix C)."""
-    setting = [getattr(config, f"{name}s")[0] for name in _GRID]
-    chosen = [
-        index for index, run in enumerate(runs) if [getattr(run, name) for name in _GRID] == setting
-    ]
-    lines = {
-        f"r = {rank}": bottleneck[:, [index for index in chosen if runs[index].rank == rank]]
-        for rank in config.ranks
-    }
-    dimensions = {f"r = {rank}": rank for rank in config.ranks}
-    figures.channels_over_training(directory / f"bottleneck_{gate}", steps, lines, dimensions)
+    if chosen:
+        lines = {f"r = {rank}": bottleneck[:, members] for rank, members in chosen.items()}
+        dimensions = {f"r = {rank}": rank for rank in chosen}
+        figures.channels_over_training(directory / f"bottleneck_{gate}", steps, lines, dimensions)
     for x, y in itertools.combinations(_GRID, 2):
         if min(len(getattr(config, f"{name}s")) for name in (x, y)) < 2:
             continue
@@ -114,6 +125,8 @@ def _draw(
                 for row in rows
                 if row["gate"] == gate and row["rank"] == rank and row[third] == middle
             }
+            if not values:
+                continue
             figures.grid_map(
                 directory / f"{quantity}_{gate}_r{rank}_{x}_{y}", values,
                 (x.replace("_", " "), y.replace("_", " ")),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from experiments import dam_representation_report
+from experiments import dam_representation_report, diverged
 from experiments.cli import claim_workdir, user_errors
 from experiments.dam_representation_checks import check_config
 from experiments.dam_representation_members import (
@@ -49,9 +49,10 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         check_config(config)
     with claim_workdir(workdir, config.to_dict()) as claimed:
         for gate in config.gates.split(","):
-            runs = [run for run in runs_of(config) if run.gate == gate]
+            names = member_names([run for run in runs_of(config) if run.gate == gate])
             members = train(config, gate, claimed)
-            save_networks(claimed / "networks", member_names(runs), members)
+            gone = diverged.gone(claimed, gate, names)
+            save_networks(claimed / "networks", names, members, gone)
         return dam_representation_report.write(config, claimed)
 
 
@@ -66,7 +67,7 @@ def train(config: Any, gate: str, workdir: Path) -> Member:
     return fit_stage(
         config, workdir, gate, member_names(runs), start_members(config, gate, runs), step_fn,
         plan, sets, functools.partial(evaluate, config, kind), (sets,), "vmap", batch_size=1,
-        pick=own_set, made=True,
+        pick=own_set, made=True, freeze=True,
     )  # fmt: skip
 
 

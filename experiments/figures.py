@@ -108,7 +108,9 @@ def paired_differences(
         axis.set_xscale("log")
         axis.set_xlabel(x)
         axis.set_ylabel("test accuracy less that without (points)")
-        axis.legend(fontsize="x-small", frameon=False, ncols=2)
+        # Nothing may be compared, or all of it have diverged.
+        if curves:
+            axis.legend(fontsize="x-small", frameon=False, ncols=2)
 
 
 def heat_maps(path: Path, matrices: Mapping[str, np.ndarray], *, axis: str = "layer") -> None:
@@ -276,18 +278,20 @@ def grid_map(
 
     Args:
         path: Where to, without a suffix.
-        values: `{(x, y): value}`, of all pairs.
+        values: `{(x, y): value}`; a pair that is not there is an empty cell.
         names: Of the two settings.
         title: Of the figure.
     """
     xs, ys = (sorted({pair[axis] for pair in values}) for axis in (0, 1))
-    matrix = np.array([[values[x, y] for x in xs] for y in ys])
+    matrix = np.array([[values.get((x, y), np.nan) for x in xs] for y in ys])
     with _figure(path, figsize=(1.1 * len(xs) + 2, 0.8 * len(ys) + 1.6)) as axes:
         axis = axes[0, 0]
         axis.grid(False)
         axis.imshow(matrix, origin="lower", cmap="viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(matrix):
-            axis.text(column, row, f"{value:.3g}", ha="center", va="center", color="white")
+            text = "-" if np.isnan(value) else f"{value:.3g}"
+            color = "black" if np.isnan(value) else "white"
+            axis.text(column, row, text, ha="center", va="center", color=color)
         axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
         axis.set_xlabel(names[0])

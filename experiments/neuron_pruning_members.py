@@ -59,6 +59,16 @@ def member_names(runs: Sequence[Run]) -> list[str]:
     return [f"{run.criterion}-p{float(run.dropout)!r}-s{run.seed}" for run in runs]
 
 
+def stage_of(network: str, rate: float | None, iteration: int) -> str:
+    """The name of a training, such as `"512-512-r0.2-i03"`; the first is for all rates."""
+    return f"{network}-{'whole' if rate is None else f'r{rate!r}-i{iteration:02}'}"
+
+
+def dense_of(run: Run) -> Run:
+    """The whole network with which a line begins."""
+    return Run("dense", run.dropout, run.seed)
+
+
 def whole_widths(network: str) -> dict[str, int]:
     """Neurons or channels of each hidden layer of a network, from input to output."""
     if network == CONVOLUTIONS:

@@ -21,6 +21,9 @@ CRITERIA = {
     "l1": "L1",
     "random": "random",
 }
+BASELINE = "l1"
+"""What the others are compared with."""
+
 # Independent of the streams that training and the choice of images fold from a key, which are
 # numbers of three and four digits.
 _RANDOM_STREAM = 1_000_000

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures
-from experiments.neuron_pruning_orders import CRITERIA
+from experiments import diverged, neuron_pruning_figures
+from experiments.neuron_pruning_members import (
+    dense_of,
+    dense_runs,
+    member_names,
+    runs_of,
+    stage_of,
+)
+from experiments.neuron_pruning_orders import BASELINE, CRITERIA
 from experiments.neuron_pruning_thresholds import READINGS, THRESHOLDS
 from experiments.published import agrees, item
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
 from ntt_sparse.training.files import write_text
-
-BASELINE = "l1"
 
 
 def write(config: Any, workdir: Path) -> dict[str, Any]:
@@ -27,7 +32,7 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     """
     groups, thresholds = [], {}
     for network in config.networks.split(","):
-        whole = _read(workdir / f"{network}-whole.json")
+        whole = _read(workdir / f"{stage_of(network, None, 0)}.json")
         thresholds[network] = _thresholds(whole["thresholds"])
         for rate, dropout in itertools.product(config.rates, config.dropouts):
             groups.append(_group(config, workdir, network, float(rate), float(dropout), whole))
@@ -38,15 +43,35 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         for name in row["criteria"]
         if row["criteria"][name]["difference"] is not None
     ])  # fmt: skip
+    gone = diverged.rows(*itertools.chain(*(
+        _gone(config, workdir, network) for network in config.networks.split(",")
+    )))  # fmt: skip
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
         "groups": groups,
         "thresholds": thresholds,
     }
+    if gone:
+        summary["diverged"] = gone
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, groups, thresholds))
-    _draw(workdir / "figures", config, groups)
+    write_text(workdir / "report.md", _markdown(config, groups, thresholds, gone))
+    neuron_pruning_figures.draw(workdir / "figures", config, groups)
     return summary
+
+
+def _gone(config: Any, workdir: Path, network: str) -> list[diverged.Gone]:
+    """Networks that diverged, of each training in which they were."""
+    dense, runs = dense_runs(config), runs_of(config)
+    whole = diverged.gone(workdir, stage_of(network, None, 0), member_names(dense))
+    sources = [dense.index(dense_of(run)) for run in runs]
+    found, names = [whole], member_names(runs)
+    for rate in config.rates:
+        found.append(diverged.heirs(names, sources, whole))
+        left = [name for index, name in enumerate(names) if index not in found[-1]]
+        for iteration in range(1, config.iterations):
+            found.append(diverged.gone(workdir, stage_of(network, float(rate), iteration), left))
+            left = [name for index, name in enumerate(left) if index not in found[-1]]
+    return found
 
 
 def _read(path: Path) -> Any:
@@ -62,7 +87,7 @@ def _group(
     iterations = [_iteration(0, {name: dense for name in criteria})]
     gone: dict[tuple[str, int], set[Any]] = {}
     for index in range(1, config.iterations):
-        found = _read(workdir / f"{network}-r{rate!r}-i{index:02}.json")["networks"]
+        found = _read(workdir / f"{stage_of(network, rate, index)}.json")["networks"]
         found = [each for each in found if each["dropout"] == dropout]
         by_criterion = {
             name: [each for each in found if each["criterion"] == name] for name in criteria
@@ -74,11 +99,17 @@ def _group(
 
 
 def _iteration(index: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds of each criterion, and differences to the baseline for the same seeds."""
+    """Means over seeds of each criterion, and differences to the baseline for the same seeds.
+
+    Of a criterion of which all networks have diverged there is nothing.
+    """
     row: dict[str, Any] = {"iteration": index, "criteria": {}}
     for name, networks in found.items():
+        if not networks:
+            continue
         layers = list(networks[0]["widths"])
         cell: dict[str, Any] = {
+            "seeds": [each["seed"] for each in networks],
             "test": spread([each["test"] for each in networks]),
             "validation": spread([each["validation"] for each in networks]),
             "left": {
@@ -93,10 +124,13 @@ def _iteration(index: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, 
                 layer: float(np.mean([each["similarity"][layer] for each in networks]))
                 for layer in layers
             }
-            if name != BASELINE and BASELINE in found:
-                baseline = [each["test"] for each in found[BASELINE]]
-                cell["difference"] = paired(cell["test"]["values"], baseline)
         row["criteria"][name] = cell
+    baseline = row["criteria"].get(BASELINE)
+    for name, cell in row["criteria"].items():
+        if index and name != BASELINE and baseline is not None:
+            ours, theirs = diverged.pairs(cell, baseline, "test")
+            if ours:
+                cell["difference"] = paired(ours, theirs)
     return row
 
 
@@ -123,9 +157,13 @@ def _add_agreement(
         if name == BASELINE:
             continue
         for field, sets in (("agreement", now), ("cumulative_agreement", gone)):
-            pairs = [(sets[name, each["seed"]], sets[BASELINE, each["seed"]]) for each in networks]
+            pairs = [
+                (sets[name, each["seed"]], sets[BASELINE, each["seed"]])
+                for each in networks
+                if (BASELINE, each["seed"]) in now
+            ]
             # Where nothing went there is nothing to agree on.
-            if all(own for own, _ in pairs):
+            if pairs and all(own for own, _ in pairs):
                 row["criteria"][name][field] = spread(
                     [len(own & other) / len(own) for own, other in pairs]
                 )
@@ -148,7 +186,12 @@ def _thresholds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _markdown(config: Any, groups: Sequence[dict[str, Any]], thresholds: dict[str, Any]) -> str:
+def _markdown(
+    config: Any,
+    groups: Sequence[dict[str, Any]],
+    thresholds: dict[str, Any],
+    gone: Sequence[dict[str, Any]] = (),
+) -> str:
     lines = [
         f"# Neuron pruning by representation: {config.name}",
         "",
@@ -162,6 +205,7 @@ def _markdown(config: Any, groups: Sequence[dict[str, Any]], thresholds: dict[st
         lines += ["", *_group_table(config, group)]
     for network, rows in thresholds.items():
         lines += ["", *_threshold_table(network, rows)]
+    lines += diverged.lines(gone)
     return "\n".join(lines) + "\n"
 
 
@@ -182,11 +226,17 @@ def _group_table(config: Any, group: dict[str, Any]) -> list[str]:
         f"|{' --- |' * len(header)}",
     ]  # fmt: skip
     for row in group["iterations"]:
+        found = row["criteria"]
         cells = [str(row["iteration"]), _left(row, names)]
-        cells += [_with_range(row["criteria"][name]["test"]) for name in names]
-        cells += [difference(row["criteria"][name]["difference"]) for name in rivals]
+        cells += [
+            _with_range(found[name]["test"]) + diverged.of_seeds(found[name]["test"], config.seeds)
+            if name in found
+            else "-"
+            for name in names
+        ]
+        cells += [difference(found.get(name, {}).get("difference")) for name in rivals]
         for name in rivals:
-            cell = row["criteria"][name]
+            cell = found.get(name, {})
             cells.append(
                 f"{cell['agreement']['mean']:.3f} ({cell['cumulative_agreement']['mean']:.3f})"
                 if "agreement" in cell
@@ -212,6 +262,9 @@ def _before_table(names: Sequence[str], group: dict[str, Any]) -> list[str]:
     for row in group["iterations"][1:]:
         cells = [str(row["iteration"])]
         for name in names:
+            if name not in row["criteria"]:
+                cells.append("-")
+                continue
             cell = row["criteria"][name]
             kept = ", ".join(f"{value:.3f}" for value in cell["similarity"].values())
             cells.append(f"{percent(cell['before_training'])} ({kept})")
@@ -224,8 +277,9 @@ def _left(row: dict[str, Any], names: Sequence[str]) -> str:
     found = [
         ", ".join(f"{count:g}" for count in row["criteria"][name]["left"].values())
         for name in names
+        if name in row["criteria"]
     ]
-    return found[0] if len(set(found)) == 1 else "; ".join(found)
+    return found[0] if len(set(found)) == 1 else "; ".join(found) or "-"
 
 
 def _with_range(value: dict[str, Any]) -> str:
@@ -268,97 +322,3 @@ def _threshold_table(network: str, rows: Sequence[dict[str, Any]]) -> list[str]:
             f"| {percent(row['validation'])} | {percent(row['test'])} |"
         )
     return lines
-
-
-def _draw(directory: Path, config: Any, groups: Sequence[dict[str, Any]]) -> None:
-    names = config.criteria.split(",")
-    rivals = [name for name in names if name != BASELINE and BASELINE in names]
-    for group in groups:
-        label = f"{group['network']}_p{group['dropout']:g}_r{group['rate']:g}"
-        steps = [row["iteration"] for row in group["iterations"]]
-        figures.ranges(
-            directory / f"accuracy_{label}",
-            {"test accuracy (%)": {
-                CRITERIA[name]: (steps, [
-                    [100 * value for value in row["criteria"][name]["test"]["values"]]
-                    for row in group["iterations"]
-                ])
-                for name in names
-            }},
-            x="iteration",
-        )  # fmt: skip
-        told = all(
-            {"agreement", "cumulative_agreement"} <= set(row["criteria"][name])
-            for row in group["iterations"][1:]
-            for name in rivals
-        )
-        if rivals and told and len(steps) > 1:
-            figures.ranges(
-                directory / f"agreement_{label}",
-                {
-                    title: {
-                        CRITERIA[name]: (steps[1:], [
-                            row["criteria"][name][field]["values"]
-                            for row in group["iterations"][1:]
-                        ])
-                        for name in rivals
-                    }
-                    for title, field in (
-                        ("agreement with L1, of the iteration", "agreement"),
-                        ("agreement with L1, up to the iteration", "cumulative_agreement"),
-                    )
-                },
-                x="iteration",
-            )  # fmt: skip
-    if len(groups) > 1 and config.iterations > 1:
-        _draw_sweep(directory, config, groups, rivals)
-
-
-def _draw_sweep(
-    directory: Path, config: Any, groups: Sequence[dict[str, Any]], rivals: Sequence[str]
-) -> None:
-    """What criteria gain over L1, and their accuracy against neurons, one line per group."""
-    varied = [
-        field for field in ("network", "dropout", "rate")
-        if len({group[field] for group in groups}) > 1
-    ]  # fmt: skip
-    labels = [", ".join(f"{field} {group[field]}" for field in varied) for group in groups]
-    if rivals:
-        figures.ranges(
-            directory / "gain_over_l1",
-            {
-                f"{CRITERIA[name]} less L1 (points)": {
-                    label: (
-                        [row["iteration"] for row in group["iterations"]],
-                        [
-                            list(100 * (
-                                np.array(row["criteria"][name]["test"]["values"])
-                                - np.array(row["criteria"][BASELINE]["test"]["values"])
-                            ))
-                            for row in group["iterations"]
-                        ],
-                    )
-                    for label, group in zip(labels, groups, strict=True)
-                }
-                for name in rivals
-            },
-            x="iteration",
-        )  # fmt: skip
-    figures.ranges(
-        directory / "accuracy_against_neurons",
-        {
-            f"{CRITERIA[name]}: test accuracy (%)": {
-                label: (
-                    [sum(row["criteria"][name]["left"].values()) for row in group["iterations"]],
-                    [
-                        [100 * value for value in row["criteria"][name]["test"]["values"]]
-                        for row in group["iterations"]
-                    ],
-                )
-                for label, group in zip(labels, groups, strict=True)
-            }
-            for name in config.criteria.split(",")
-        },
-        x="neurons left",
-        logarithmic=True,
-    )

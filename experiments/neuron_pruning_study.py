@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import neuron_pruning_report, neuron_pruning_thresholds
+from experiments import diverged, neuron_pruning_report, neuron_pruning_thresholds
 from experiments.cli import claim_workdir, user_errors
 from experiments.neuron_pruning_checks import check_config, check_sizes
 from experiments.neuron_pruning_members import (
     Run,
     Smaller,
+    dense_of,
     dense_runs,
     has_dropout,
     make_members,
@@ -25,6 +26,7 @@ from experiments.neuron_pruning_members import (
     member_names,
     networks_of,
     runs_of,
+    stage_of,
     start,
     without,
 )
@@ -93,47 +95,45 @@ def prepare(config: Any, data_dir: str | None) -> Setup:
     return Setup(data, plan)
 
 
-def stage_of(network: str, rate: float | None, iteration: int) -> str:
-    """The name of a training, such as `"512-512-r0.2-i03"`; the first is for all rates."""
-    return f"{network}-{'whole' if rate is None else f'r{rate!r}-i{iteration:02}'}"
-
-
-def train_whole(config: Any, setup: Setup, network: str, workdir: Path) -> list[Smaller]:
+def train_whole(config: Any, setup: Setup, network: str, workdir: Path) -> dict[Run, Smaller]:
     """Trains the whole networks, which all criteria and rates begin with."""
     networks = start(config, network, setup.data.num_classes, setup.data.input_shape)
     stage, runs = stage_of(network, None, 0), dense_runs(config)
     trained = train(config, setup, network, networks, runs, 0, stage, workdir)
     found = {
-        "networks": measure(setup, trained, runs),
-        "thresholds": at_thresholds(config, setup, trained, runs),
+        "networks": measure(setup, trained),
+        "thresholds": at_thresholds(config, setup, trained),
     }
     write_text(workdir / f"{stage}.json", json.dumps(found) + "\n")
     return trained
 
 
 def iterate(
-    config: Any, setup: Setup, network: str, rate: float, whole: list[Smaller], workdir: Path
+    config: Any, setup: Setup, network: str, rate: float, whole: dict[Run, Smaller], workdir: Path
 ) -> None:
-    """Prunes and trains in turn, from the whole networks on."""
-    runs, dense = runs_of(config), dense_runs(config)
-    places = [dense.index(Run("dense", run.dropout, run.seed)) for run in runs]
-    trained = [whole[place] for place in places]
+    """Prunes and trains in turn, from the whole networks on, those that have not diverged."""
+    trained = {run: whole[dense_of(run)] for run in runs_of(config) if dense_of(run) in whole}
     for iteration in range(1, config.iterations):
-        decisions = decide_all(config, setup, trained, runs, rate, iteration)
+        runs = list(trained)
+        decisions = decide_all(config, setup, trained, rate, iteration)
         networks = [
             without(config, each, made.removed, setup.data.num_classes, setup.data.input_shape)
-            for each, made in zip(trained, decisions, strict=True)
+            for each, made in zip(trained.values(), decisions, strict=True)
         ]
         stage = stage_of(network, rate, iteration)
         before = accuracies(setup, networks, setup.data.test)
         removed = [
             {name: each.units[name][places].tolist() for name, places in made.removed.items()}
-            for each, made in zip(trained, decisions, strict=True)
+            for each, made in zip(trained.values(), decisions, strict=True)
         ]
+        pruned = {
+            run: {"similarity": made.similarity, "removed": units, "before_training": accuracy}
+            for run, made, units, accuracy in zip(runs, decisions, removed, before, strict=True)
+        }
         trained = train(config, setup, network, networks, runs, iteration, stage, workdir)
-        measured = measure(setup, trained, runs)
-        for row, made, units, accuracy in zip(measured, decisions, removed, before, strict=True):
-            row |= {"similarity": made.similarity, "removed": units, "before_training": accuracy}
+        measured = [
+            row | pruned[run] for run, row in zip(trained, measure(setup, trained), strict=True)
+        ]
         write_text(workdir / f"{stage}.json", json.dumps({"networks": measured}) + "\n")
 
 
@@ -146,8 +146,12 @@ def train(
     iteration: int,
     stage: str,
     workdir: Path,
-) -> list[Smaller]:
-    """Trains all networks of an iteration as one program, each until its loss stops to fall."""
+) -> dict[Run, Smaller]:
+    """Trains all networks of an iteration as one program, each until its loss stops to fall.
+
+    Returns:
+        Those that have not diverged.
+    """
     members, widths = make_members(config, network, networks, runs, iteration)
     data = setup.data
     module = make_module(widths, data.num_classes, dropout=has_dropout(config))
@@ -161,13 +165,15 @@ def train(
         config, workdir, stage, names, members, step_fn, setup.plan,
         tuple(data.train), functools.partial(evaluate, module), (tuple(data.validation),),
         member_mode(members), batch_size=config.training.batch_size,
-        stopping=EarlyStopping("validation/loss", config.training.patience),
+        stopping=EarlyStopping("validation/loss", config.training.patience), freeze=True,
     )  # fmt: skip
+    gone = diverged.gone(workdir, stage, names)
     if iteration in (0, config.iterations - 1):
         directory = workdir / "networks"
         directory.mkdir(exist_ok=True)
-        save_networks(directory / stage, names, members)
-    return networks_of(members)
+        save_networks(directory / stage, names, members, gone)
+    found = zip(runs, networks_of(members), strict=True)
+    return {run: each for index, (run, each) in enumerate(found) if index not in gone}
 
 
 def member_mode(members: Member) -> meshes.MemberMode:
@@ -188,8 +194,7 @@ def evaluate(module: LeNet, member: Any, validation: Any) -> dict[str, Array]:
 def decide_all(
     config: Any,
     setup: Setup,
-    trained: Sequence[Smaller],
-    runs: Sequence[Run],
+    trained: Mapping[Run, Smaller],
     rate: float,
     iteration: int,
 ) -> list[Decision]:
@@ -199,7 +204,7 @@ def decide_all(
             config, own_module(network, setup.data.num_classes), network, run, rate,
             sample(config, setup, run.seed, iteration), iteration,
         )
-        for network, run in zip(trained, runs, strict=True)
+        for run, network in trained.items()
     ]  # fmt: skip
 
 
@@ -217,10 +222,11 @@ def sample(config: Any, setup: Setup, seed: int, iteration: int) -> Float[Array,
     return jnp.asarray(np.asarray(held_out.x)[np.asarray(chosen)])
 
 
-def measure(setup: Setup, trained: Sequence[Smaller], runs: Sequence[Run]) -> list[dict[str, Any]]:
+def measure(setup: Setup, trained: Mapping[Run, Smaller]) -> list[dict[str, Any]]:
     """What is reported of each network. Nothing is chosen by test images."""
-    found = accuracies(setup, trained, setup.data.test)
-    held_out = accuracies(setup, trained, setup.data.validation)
+    networks = list(trained.values())
+    found = accuracies(setup, networks, setup.data.test)
+    held_out = accuracies(setup, networks, setup.data.validation)
     return [
         {
             **run._asdict(),
@@ -228,7 +234,7 @@ def measure(setup: Setup, trained: Sequence[Smaller], runs: Sequence[Run]) -> li
             "test": test,
             "validation": validation,
         }
-        for run, network, test, validation in zip(runs, trained, found, held_out, strict=True)
+        for run, network, test, validation in zip(trained, networks, found, held_out, strict=True)
     ]
 
 
@@ -254,14 +260,14 @@ def _accuracy(module: LeNet) -> Callable[..., Array]:
 
 
 def at_thresholds(
-    config: Any, setup: Setup, networks: Sequence[Smaller], runs: Sequence[Run]
+    config: Any, setup: Setup, networks: Mapping[Run, Smaller]
 ) -> list[dict[str, Any]]:
     """What similarity thresholds would make of the whole networks."""
     parts = {
         name: tuple(map(jnp.asarray, getattr(setup.data, name))) for name in ("validation", "test")
     }
     rows = []
-    for network, run in zip(networks, runs, strict=True):
+    for run, network in networks.items():
         module = own_module(network, setup.data.num_classes)
 
         def measured(params, module=module):

@@ -1,6 +1,7 @@
 """The report of the study: summary.json, report.md and the figures."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,37 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     """
     supervised = MetricsLog(workdir / "supervised.jsonl", "supervised")
     runs = supervised_runs(config)
+    students, out = gone(config, workdir)
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
-        "supervised": _supervised_summary(supervised, runs),
+        "supervised": _supervised_summary(supervised, runs, out),
     }
-    if gone := diverged.rows(supervised, member_names(runs)):
-        summary["diverged"] = gone
+    if students or out:
+        summary["diverged"] = diverged.rows(students, out)
     transfer = None
     if "ntt" in config.methods.split(","):
         transfer = MetricsLog(workdir / "transfer.jsonl", "transfer")
-        summary["transfer"] = _transfer_summary(transfer, transfer_runs(config))
+        summary["transfer"] = _transfer_summary(transfer, transfer_runs(config), students)
     summary["published"] = _published(config)
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_text(workdir / "report.md", _markdown(config, summary))
-    _draw(config, workdir / "figures", summary, transfer, supervised)
+    _draw(config, workdir / "figures", summary, transfer, supervised, students, out)
     return summary
+
+
+def gone(config: Any, workdir: Path) -> tuple[diverged.Gone, diverged.Gone]:
+    """Students that diverged in the transfer, and networks of the supervised stage.
+
+    A network whose student has diverged is gone as well.
+    """
+    runs, students = supervised_runs(config), transfer_runs(config)
+    before: diverged.Gone = {}
+    if "ntt" in config.methods.split(","):
+        before = diverged.gone(workdir, "transfer", member_names(students))
+    places = {run: index for index, run in enumerate(students)}
+    names = member_names(runs)
+    heirs = diverged.heirs(names, [places.get(run) for run in runs], before)
+    return before, diverged.gone(workdir, "supervised", names, heirs)
 
 
 def _published(config: Any) -> list[dict[str, Any]]:
@@ -63,7 +80,9 @@ def _groups(runs: list[Run]) -> dict[tuple[str, float], list[int]]:
     return groups
 
 
-def _supervised_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
+def _supervised_summary(
+    log: MetricsLog, runs: list[Run], gone: Collection[int]
+) -> list[dict[str, Any]]:
     steps, validation = log.column("validation/accuracy")
     _, test = log.column("test/accuracy")
     _, train = log.column("train/task/accuracy")
@@ -80,13 +99,15 @@ def _supervised_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]
             "best_validation_step": steps[best[members]].tolist(),
             "train_accuracy_since_last_record": spread(train[-1, members]),
         }
-        for (method, density), members in diverged.left(_groups(runs), log.diverged()).items()
+        for (method, density), members in diverged.left(_groups(runs), gone).items()
     ]
 
 
-def _transfer_summary(log: MetricsLog, runs: list[Run]) -> list[dict[str, Any]]:
+def _transfer_summary(
+    log: MetricsLog, runs: list[Run], gone: Collection[int]
+) -> list[dict[str, Any]]:
     rows = []
-    for (_, density), members in _groups(runs).items():
+    for (_, density), members in diverged.left(_groups(runs), gone).items():
         row: dict[str, Any] = {"density": density, "seeds": [runs[i].seed for i in members]}
         for term in ("loss", "kernel", "output", "l2"):
             _, values = log.column(f"validation/{term}")
@@ -128,6 +149,7 @@ def _markdown(config: Any, summary: dict[str, Any]) -> str:
                 f"{row[f'{term}_before']['mean']:.4g} → {row[f'{term}_after']['mean']:.4g}"
                 for term in ("loss", "kernel", "output", "l2")
             ]
+            cells[0] += diverged.of_seeds(row["loss_after"], config.seeds)
             lines.append(f"| {row['density']!r} | {' | '.join(cells)} |")
     for row in summary["published"]:
         parts = [
@@ -148,6 +170,8 @@ def _draw(
     summary: dict[str, Any],
     transfer: MetricsLog | None,
     supervised: MetricsLog,
+    students: Collection[int],
+    gone: Collection[int],
 ) -> None:
     runs = supervised_runs(config)
     rows = summary["supervised"]
@@ -162,7 +186,6 @@ def _draw(
     curves = {label: points for label, points in curves.items() if points}
     figures.accuracy_against_density(directory / "accuracy_against_density", curves, dense)
     steps, accuracy = supervised.column("test/accuracy")
-    gone = supervised.diverged()
     groups = diverged.left(_groups(runs), gone)
     for density in asked_densities(config):
         lines = {
@@ -173,7 +196,7 @@ def _draw(
         name = f"accuracy_over_training_d{density!r}"
         figures.accuracy_over_training(directory / name, steps, lines, f"density {density!r}")
     if transfer is not None:
-        members = _groups(transfer_runs(config))
+        members = diverged.left(_groups(transfer_runs(config)), students)
         terms = {}
         for term in ("loss", "kernel", "output", "l2"):
             steps, values = transfer.column(f"validation/{term}")

@@ -35,7 +35,6 @@ from ntt_sparse.data import images
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import processes
 from ntt_sparse.training.loop import Plan
-from ntt_sparse.training.metrics import MetricsLog
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import make_step
 from ntt_sparse.training.stopping import EarlyStopping
@@ -79,8 +78,9 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         if "ntt" in config.methods.split(","):
             transferred = transfer(config, setup, claimed)
         trained = supervise(config, setup, claimed, transferred)
-        gone = MetricsLog(claimed / "supervised.jsonl", "supervised").diverged()
-        save_networks(claimed / "networks", member_names(supervised_runs(config)), trained, gone)
+        names = member_names(supervised_runs(config))
+        _, gone = ntt_report.gone(config, claimed)
+        save_networks(claimed / "networks", names, trained, gone)
         return ntt_report.write(config, claimed) if processes.is_first() else {}
 
 
@@ -150,7 +150,7 @@ def transfer(config: Any, setup: Setup, workdir: Path) -> Member:
     evaluate = transfer_evaluation(config, setup.apply_fn)
     return fit_stage(
         config, workdir, "transfer", member_names(runs), members, step_fn, plan, inputs, evaluate,
-        (held_out,), mode, batch_size=config.transfer.batch_size,
+        (held_out,), mode, batch_size=config.transfer.batch_size, freeze=True,
     )  # fmt: skip
 
 

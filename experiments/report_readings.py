@@ -126,7 +126,9 @@ def _ntt(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
         transfer = transfers.get(entry["density"])
         if entry["method"] == "ntt" and transfer is not None:
             for name in ("loss_before", "loss_after"):
-                row.values[name] = _numbers(transfer[name], len(row.seeds))
+                # Of students whose networks have diverged there is nothing either.
+                own = dict(zip(_seeds(transfer), _numbers(transfer[name]), strict=True))
+                row.values[name] = tuple(own[seed] for seed in row.seeds)
         rows.append(row)
     return rows
 
@@ -186,7 +188,11 @@ def _neurons(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Ro
         for entry in group["iterations"]:
             for criterion, cell in entry["criteria"].items():
                 own = {**keys, "iteration": entry["iteration"], "criterion": criterion}
-                rows.append(_row({"seeds": seeds, **cell}, own, names))
+                cell = {"seeds": seeds, **cell}
+                # Of fewer seeds where networks that they are compared with have diverged.
+                agreements = [name for name in names if "agreement" in name and name in cell]
+                few = [n for n in agreements if len(cell[n]["values"]) < len(cell["seeds"])]
+                rows.append(_row(cell, own, [name for name in names if name not in few]))
     return rows
 
 

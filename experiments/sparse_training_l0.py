@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import diverged
 from experiments.sparse_training_masks import PRUNABLE, layer_counts
-from experiments.sparse_training_members import whole_runs
+from experiments.sparse_training_members import member_names, whole_runs
 from experiments.study import asked_densities, make_plan
 from ntt_sparse.pruning import l0
 from ntt_sparse.pruning import masks as pruning_masks
@@ -187,6 +188,7 @@ def summarise(config: Any, workdir: Path) -> list[dict[str, Any]]:
     if config.method != METHOD:
         return []
     log = MetricsLog(workdir / f"{STAGE}.jsonl", STAGE)
+    gone = diverged.gone(workdir, STAGE, member_names(whole_runs(config)))
     kept, test = log.column("kept")[1][-1].sum(1), log.column("test/accuracy")[1][-1]
     groups: dict[tuple[str, float], list[int]] = {}
     for index, run in enumerate(whole_runs(config)):
@@ -198,5 +200,5 @@ def summarise(config: Any, workdir: Path) -> list[dict[str, Any]]:
             "kept": np.asarray(kept)[members].astype(int).tolist(),
             "test_accuracy": np.asarray(test)[members].tolist(),
         }
-        for (regulariser, coefficient), members in groups.items()
+        for (regulariser, coefficient), members in diverged.left(groups, gone).items()
     ]

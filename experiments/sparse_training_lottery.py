@@ -23,6 +23,8 @@ from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
 
 METHOD = "lth"
+REWIND = "rewind"
+"""The stage up to the step to which training goes back."""
 # Independent of the streams that training folds from a member's key.
 _FRESH_STREAM = 1004
 
@@ -92,7 +94,7 @@ def train(
     """
     runs, start = whole_runs(config), rewind_step(config, plan)
     if start:
-        members = fit("rewind", runs, members, dataclasses.replace(plan, total_steps=start))
+        members = fit(REWIND, runs, members, dataclasses.replace(plan, total_steps=start))
     later, snapshot = dataclasses.replace(plan, start=start), members
     pruned = {density: density for density in levels(config) if density < 1}
     counts = layer_counts(config, jax.tree.map(lambda leaf: leaf[0], members.params), pruned)

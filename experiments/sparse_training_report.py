@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import diverged, figures
 from experiments.published import of_settings
+from experiments.sparse_training_gone import gone
 from experiments.sparse_training_l0 import summarise
 from experiments.sparse_training_lottery import logs_of
 from experiments.sparse_training_members import Run, member_names, runs_of
@@ -18,7 +19,6 @@ from experiments.statistics import correct, paired, spread
 from experiments.study import asked_densities
 from experiments.tables import difference, percent
 from ntt_sparse.data.text import is_text
-from ntt_sparse.training.divergence import Divergence
 from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
@@ -43,15 +43,6 @@ def published(config: Any) -> list[dict[str, Any]]:
     ]
 
 
-def gone(config: Any, workdir: Path) -> dict[int, Divergence]:
-    """Where members of the last stage diverged, by index.
-
-    Of several stages, one for each density, none: they do not go on without a member.
-    """
-    path = logs_of(config, workdir)[0]
-    return MetricsLog(path, path.stem).diverged()
-
-
 def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     """Writes everything from metrics and measurements alone, so that it can be repeated.
 
@@ -65,7 +56,7 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     """
     logs = [MetricsLog(path, path.stem) for path in logs_of(config, workdir)]
     runs = runs_of(config)
-    left_out = gone(config, workdir)
+    left_out, out = gone(config, workdir)
     rows = _rows(logs, runs, left_out, text=is_text(config.data.name))
     for row in rows:
         row["empty_layers"] = _empty(row["kept"], list(layers))
@@ -76,8 +67,8 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         "chosen_by_validation": _chosen(rows),
         "published": published(config),
     }
-    if left_out:
-        summary["diverged"] = diverged.rows(logs[0], member_names(runs))
+    if out:
+        summary["diverged"] = out
     if gates := summarise(config, workdir):
         summary["gates"] = gates
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

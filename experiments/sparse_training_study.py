@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments import (
+    sparse_training_gone,
     sparse_training_l0,
     sparse_training_lottery,
     sparse_training_report,
@@ -82,7 +83,7 @@ def run(config: Any, workdir: str | Path, *, data_dir: str | None = None) -> dic
         setup = prepare(config, data_dir)
     with claim_workdir(workdir, config.to_dict()) as claimed:
         members = train(config, setup, claimed)
-        gone = sparse_training_report.gone(config, claimed)
+        gone, _ = sparse_training_gone.gone(config, claimed)
         save_networks(claimed / "networks", member_names(runs_of(config)), members, gone)
         save_measurements(claimed / "measurements.npz", config, setup, members, gone)
         layers = {name: leaf[0].size for name, leaf in named_leaves(members.masks).items()}
@@ -144,13 +145,14 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     def fit(
         stage: str, runs: list[Run], members: Member, plan: Plan, *, step_fn: Any = step_fn,
         batch_size: int = config.supervised.batch_size, evaluate: Any = evaluate,
-        freeze: bool = False,
     ) -> Member:  # fmt: skip
-        return fit_stage(
+        members = fit_stage(
             config, workdir, stage, member_names(runs), members, step_fn, plan,
-            train_data, evaluate, evaluation_data, mode,
-            batch_size=batch_size, freeze=freeze,
+            train_data, evaluate, evaluation_data, mode, batch_size=batch_size, freeze=True,
         )  # fmt: skip
+        # An error where this stage and those before have left none.
+        sparse_training_gone.gone(config, workdir)
+        return members
 
     def init(key: Any) -> Any:
         variables = dict(setup.module.init(key, images.blank(data.train)))
@@ -181,8 +183,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
             config, len(data.train.y), functools.partial(fit, runs=runs), members, forward,
             evaluate, augment, optimizer,
         )  # fmt: skip
-    # The last stage: nothing else needs a member.
-    return fit("supervised", runs_of(config), members, setup.plan, freeze=True)
+    return fit("supervised", runs_of(config), members, setup.plan)
 
 
 def train_gates(

@@ -1,5 +1,6 @@
 """The members of the study of dynamic tokens: networks, how they start and what moves them."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from experiments import diverged
 from experiments.optimizers import adamw
 from experiments.study import stack
 from ntt_sparse import models
@@ -73,6 +75,31 @@ def _suffix(cka: str) -> str:
 def names_of(config: Any, variant: Variant) -> list[str]:
     """Names of the networks of a variant, fit for file names."""
     return [f"{stage_of(variant)}-s{seed}" for seed in config.seeds]
+
+
+def sources_of(config: Any, variant: Variant) -> list[int]:
+    """The indices of the whole transformers from which the networks of a variant start."""
+    count = len(config.seeds)
+    first = count * wholes(config).index(variant.whole)
+    return list(range(first, first + count))
+
+
+def gone_whole(config: Any, workdir: Path) -> diverged.Gone:
+    """Whole transformers that diverged."""
+    return diverged.gone(workdir, PRETRAIN, whole_names(config))
+
+
+def gone_before(config: Any, variant: Variant, whole: diverged.Gone) -> diverged.Gone:
+    """Networks of a variant whose whole transformers diverged."""
+    return diverged.heirs(names_of(config, variant), sources_of(config, variant), whole)
+
+
+def gone_dynamic(
+    config: Any, workdir: Path, variant: Variant, whole: diverged.Gone
+) -> diverged.Gone:
+    """Networks of a variant that diverged, or whose whole transformers did."""
+    before = gone_before(config, variant, whole)
+    return diverged.gone(workdir, stage_of(variant), names_of(config, variant), before)
 
 
 def transformer(config: Any, num_outputs: int) -> VisionTransformer:
@@ -176,9 +203,9 @@ def start_dynamic(
     optimizer: optax.GradientTransformation,
 ) -> Member:
     """The networks of a variant, each from its whole transformer, which is its context."""
-    count = len(config.seeds)
-    first = count * wholes(config).index(variant.whole)
-    teachers = jax.tree.map(lambda leaf: leaf[first : first + count], whole.params)
+    sources = sources_of(config, variant)
+    first, stop = sources[0], sources[-1] + 1
+    teachers = jax.tree.map(lambda leaf: leaf[first:stop], whole.params)
 
     def member(key, teacher):
         start = jax.random.fold_in(key, _PREDICTOR_STREAM)

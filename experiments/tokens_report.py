@@ -1,13 +1,14 @@
 """The report of dynamic tokens: summary.json, report.md and a figure."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments import figures
+from experiments import diverged, figures
 from experiments.published import of_settings
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
@@ -16,6 +17,8 @@ from experiments.tokens_members import (
     PRETRAIN,
     Variant,
     dynamic,
+    gone_dynamic,
+    gone_whole,
     stage_of,
     transformer,
     variants,
@@ -43,13 +46,18 @@ def write(
     Returns:
         The summary.
     """
-    rows = _rows(config, workdir, input_shape, num_outputs)
+    whole = gone_whole(config, workdir)
+    dynamic = {each: gone_dynamic(config, workdir, each, whole) for each in variants(config)}
+    rows = _rows(config, workdir, input_shape, num_outputs, whole, dynamic)
     summary = {
         "config": json.loads(json.dumps(config.to_dict())),
         "networks": rows,
     }
+    gone = diverged.rows(whole, *dynamic.values())
+    if gone:
+        summary["diverged"] = gone
     write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows))
+    write_text(workdir / "report.md", _markdown(config, rows, gone))
     curves: dict[str, list[Any]] = {}
     for row in rows:
         point = ({"mean": row["multiply_adds"] / 1e6, "std": None}, row["test_accuracy"])
@@ -59,49 +67,69 @@ def write(
 
 
 def _rows(
-    config: Any, workdir: Path, input_shape: tuple[int, ...], num_outputs: int
+    config: Any,
+    workdir: Path,
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    gone_whole: diverged.Gone,
+    gone: Mapping[Variant, diverged.Gone],
 ) -> list[dict[str, Any]]:
-    """An entry for each kind of whole transformers, and for each variant."""
+    """An entry for each kind of whole transformers, and for each variant, if any are left."""
     module = transformer(config, num_outputs)
     count = len(config.seeds)
     shape = (input_shape[0], input_shape[1], input_shape[2])
     log = MetricsLog(workdir / f"{PRETRAIN}.jsonl", PRETRAIN)
     rows = []
-    for index, cka in enumerate(wholes(config)):
-        members = slice(count * index, count * (index + 1))
+    groups = {
+        cka: range(count * index, count * (index + 1)) for index, cka in enumerate(wholes(config))
+    }
+    for cka, members in diverged.left(groups, gone_whole).items():
         similarity = log.column("similarity")[1][-1, members]
         rows.append(
-            _row(None, cka, log, members)
+            _row(config, None, cka, log, members)
             | {"similarity": spread(similarity)}
             | {"multiply_adds": multiply_adds(module, shape), "parameters": _size(module, shape)}
         )
     for variant in variants(config):
+        members = [index for index in range(count) if index not in gone[variant]]
+        if not members:
+            continue
         stage, network = stage_of(variant), dynamic(config, module, variant)
         log = MetricsLog(workdir / f"{stage}.jsonl", stage)
         rows.append(
-            _row(variant.keep, variant.cka, log, slice(0, count))
+            _row(config, variant.keep, variant.cka, log, members)
             | {
                 "multiply_adds": dynamic_multiply_adds(network, shape),
                 "parameters": _size(network, shape),
             }
         )
-    by_kind = {(row["keep"], row["cka"]): row["test_accuracy"]["values"] for row in rows}
+    by_kind = {(row["keep"], row["cka"]): row for row in rows}
     for row in rows:
-        values = by_kind[row["keep"], row["cka"]]
-        if row["cka"] != NONE and (row["keep"], NONE) in by_kind:
-            row["less_without"] = paired(values, by_kind[row["keep"], NONE])
+        compared = {}
+        if row["cka"] != NONE:
+            compared["less_without"] = by_kind.get((row["keep"], NONE))
         if row["keep"] is not None:
-            whole = Variant(row["keep"], row["cka"]).whole
-            row["less_whole"] = paired(values, by_kind[None, whole])
+            compared["less_whole"] = by_kind[None, Variant(row["keep"], row["cka"]).whole]
+        for name, baseline in compared.items():
+            if baseline is None:
+                continue
+            ours, theirs = diverged.pairs(row, baseline, "test_accuracy")
+            # Of no seed there are both where the others diverged.
+            if ours:
+                row[name] = paired(ours, theirs)
     for name in ("less_without", "less_whole"):
         correct([row[name] for row in rows if name in row])
     return rows
 
 
-def _row(keep: float | None, cka: str, log: MetricsLog, members: slice) -> dict[str, Any]:
+def _row(
+    config: Any, keep: float | None, cka: str, log: MetricsLog, members: list[int]
+) -> dict[str, Any]:
+    count = len(config.seeds)
     return {
         "keep": keep,
         "cka": cka,
+        "seeds": [config.seeds[index % count] for index in members],
         **{
             f"{name}_accuracy": spread(log.column(f"{name}/accuracy")[1][-1, members])
             for name in ("validation", "test")
@@ -114,7 +142,7 @@ def _size(module: Any, shape: tuple[int, int, int]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
+def _markdown(config: Any, rows: list[dict[str, Any]], gone: Sequence[dict[str, Any]] = ()) -> str:
     lines = [
         f"# Dynamic tokens: {config.name}",
         "",
@@ -144,7 +172,7 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
             row["cka"],
             f"{row['parameters']:,}",
             f"{row['multiply_adds'] / 1e6:,.1f}M",
-            percent(row["test_accuracy"]),
+            percent(row["test_accuracy"]) + diverged.of_seeds(row["test_accuracy"], config.seeds),
             percent(row["validation_accuracy"]),
             difference(row.get("less_without")),
             difference(row.get("less_whole")),
@@ -156,5 +184,6 @@ def _markdown(config: Any, rows: list[dict[str, Any]]) -> str:
         "",
         "Mean CKA of different blocks of the whole transformers on held-out images, in percent: "
         f"{', '.join(found)}.",
+        *diverged.lines(gone),
     ]
     return "\n".join(lines) + "\n"

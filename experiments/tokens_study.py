@@ -1,6 +1,7 @@
 """The study of dynamic tokens: prepare, train whole, train with tokens that go, report."""
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from experiments.tokens_members import (
     Variant,
     dynamic,
     dynamic_optimizer,
+    gone_before,
+    gone_dynamic,
+    gone_whole,
     names_of,
     stage_of,
     start_dynamic,
@@ -47,6 +51,7 @@ from ntt_sparse.training.step import Forward, Term, TermInputs, make_step
 
 # Held-out images on which the similarity of blocks is measured, at most.
 _PROBE = 256
+_logger = logging.getLogger(__name__)
 
 
 class DynamicOutputs(NamedTuple):
@@ -123,14 +128,22 @@ def train_whole(config: Any, data: ImageData, workdir: Path) -> Member:
     names = whole_names(config)
     members = start_whole(config, module, data.input_shape, optimizer)
     members = _fit(config, data, PRETRAIN, names, members, step_fn, plan, module, workdir)
-    save_networks(workdir / "networks", names, members)
+    save_networks(workdir / "networks", names, members, gone_whole(config, workdir))
     return members
 
 
 def train_dynamic(
     config: Any, data: ImageData, whole: Member, variant: Variant, workdir: Path
 ) -> None:
-    """Trains the networks of a variant as one program, and writes them."""
+    """Trains the networks of a variant as one program, and writes them.
+
+    Nothing is trained if all whole transformers from which they start have diverged.
+    """
+    names, stage = names_of(config, variant), stage_of(variant)
+    gone = gone_whole(config, workdir)
+    if len(gone_before(config, variant, gone)) == len(names):
+        _logger.warning("%s: all networks from which it starts have diverged", stage)
+        return
     module = dynamic(config, transformer(config, data.num_classes), variant)
     settings = config.dynamic
     plan = make_plan(settings, len(data.train.y), config.checkpoint_seconds)
@@ -142,9 +155,9 @@ def train_dynamic(
         augment=training_input(config, data.train)[1],
     )
     members = start_dynamic(config, module, data.input_shape, whole, variant, optimizer)
-    names, stage = names_of(config, variant), stage_of(variant)
     members = _fit(config, data, stage, names, members, step_fn, plan, module, workdir)
-    save_networks(workdir / "networks", names, members)
+    gone = gone_dynamic(config, workdir, variant, gone)
+    save_networks(workdir / "networks", names, members, gone)
 
 
 def _fit(
@@ -168,6 +181,7 @@ def _fit(
     return fit_stage(
         config, workdir, stage, names, members, step_fn, plan, train_data,
         functools.partial(evaluate, module), (held_out, test), mode, batch_size=batch_size,
+        freeze=True,
     )  # fmt: skip
 
 
