@@ -337,7 +337,11 @@ def test_networks_that_start_from_one_that_diverged(tmp_path, name, stage, membe
 
     def diverge(stage, count, *members):
         log = MetricsLog(tmp_path / f"{stage}.jsonl", stage)
-        log.write(0, {"x": np.ones(count)}, diverged={m: Divergence(4, "task") for m in members})
+        log.write(
+            0,
+            {"x": np.ones(count)},
+            diverged=[Divergence(4, "task") if m in members else None for m in range(count)],
+        )
 
     diverge(stage, len(names), names.index(member))
     # That it diverges again is no news.
