@@ -63,6 +63,7 @@ def test_mnist_zeros_and_ones(load):
         assert len(place) == 1 and binary.y[place[0]] == label
 
 
+@pytest.mark.slow
 def test_cifar10(load):
     data = load("cifar10")
     assert data.train.x.shape == (45_000, 32, 32, 3)

@@ -146,6 +146,7 @@ def test_representations(tmp_path):
         diverging.run(dam_representation_study, config, tmp_path / "none", {"dam": names})
 
 
+@pytest.mark.slow
 def test_recommenders(tmp_path):
     """Gone in the first part of the training is gone in the second; also after a kill."""
     fields = {
@@ -182,6 +183,7 @@ def test_recommenders(tmp_path):
     assert diverging.networks(tmp_path) == left
 
 
+@pytest.mark.slow
 def test_tokens(tmp_path, monkeypatch):
     """A network is gone with the whole one it starts from; a variant of which all are, too."""
     module = VisionTransformer(10, patch=4, width=6, depth=2, heads=3)
@@ -215,6 +217,7 @@ def test_tokens(tmp_path, monkeypatch):
     assert not (tmp_path / "keep_0.75_both.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_neurons(tmp_path):
     """Of a whole network that diverges nothing is pruned; one that does so later ends there."""
     fields = {
@@ -358,6 +361,7 @@ def test_networks_that_start_from_one_that_diverged(tmp_path, name, stage, membe
         sparse_training_gone.gone(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_pruning(tmp_path, monkeypatch):
     """Gone while gates are trained is gone when what is cut trains on."""
     monkeypatch.setattr(dam_pruning_compact, "_BATCHES", (1,))

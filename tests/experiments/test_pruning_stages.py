@@ -87,6 +87,7 @@ def test_networks_are_cut_to_their_targets(finished):
                 assert kept == 142 - int(np.round((1 - row["target"]) * 142, 3)) - 1
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("name", ["mnist_slimming", "mnist_l1", "mnist_dam", "mnist_chipnet"])
 def test_networks_of_one_size(tmp_path, name):
     """Every kind meets a budget of parameters to within one channel, and keeps it to the end."""
@@ -260,6 +261,7 @@ def test_the_loss_of_chipnet():
     )
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", ["cifar10_preresnet20_slimming", "cifar10_preresnet20_chipnet"])
 def test_with_normalisation(tmp_path, monkeypatch, name):
     monkeypatch.setattr(

@@ -126,6 +126,7 @@ def test_kernels_agree(x64, network, wrt):
 
 
 # These two have a leaf of every kind.
+@pytest.mark.variants(1)
 @installed
 @pytest.mark.parametrize("network", ["convolutional", "residual"])
 def test_kernels_agree_leaf_by_leaf(x64, network):
@@ -149,6 +150,7 @@ def test_kernels_agree_leaf_by_leaf(x64, network):
 
 
 # The test below has the gradients of all networks, of one implementation after the other.
+@pytest.mark.variants(3)
 @installed
 @pytest.mark.parametrize(("network", "output"), [("mlp", "full"), ("convolutional", "trace")])
 def test_gradients_agree(x64, network, output):
@@ -165,6 +167,7 @@ def test_gradients_agree(x64, network, output):
         assert_close(gradient(params, method), expected)
 
 
+@pytest.mark.variants(2)
 @installed
 @pytest.mark.parametrize("network", NETWORKS)
 def test_all_implementations_agree(x64, network):

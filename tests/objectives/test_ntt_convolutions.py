@@ -27,6 +27,7 @@ def assert_close(ours, expected, rtol=1e-11):
 
 
 # Derivatives of several examples together, or one by one; kernels whole, or a row at a time.
+@pytest.mark.variants(3)
 @pytest.mark.parametrize(
     ("cache", "whole", "options"),
     [

@@ -158,6 +158,7 @@ def closed_inside(closed):
     return module, shape, {**variables, "params": layer.replace(variables["params"], gates)}
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     "closed",
     [

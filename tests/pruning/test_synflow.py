@@ -54,6 +54,7 @@ def zoo(module, shape):
     return params, variables, apply_fn
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(
     ("module", "shape"),
     [

@@ -37,7 +37,9 @@ def random_masks(seed=0):
 
 
 def loss(params):
-    return jnp.mean((jnp.tanh(X @ params["kernel"] + params["bias"]) - Y) ** 2)
+    # Arrays of their own: JAX keeps a constant as it was in the other precision.
+    x, y = (leaf.astype(params["kernel"].dtype) for leaf in (X, Y))
+    return jnp.mean((jnp.tanh(x @ params["kernel"] + params["bias"]) - y) ** 2)
 
 
 def train(optimiser, params, tree, steps=20):

@@ -109,7 +109,7 @@ def test_interruption_in_the_last_chunk_is_heard(tmp_path, program):
             os.kill(os.getpid(), signal.SIGTERM)
         return program.chunk(state, data, permutations, stop)
 
-    with pytest.raises(loop.Interrupted, match="is done"):
+    with pytest.raises(loop.Interrupted, match="stopped after step 12 of stage"):
         run(tmp_path, program._replace(chunk=chunk))
     assert int(run(tmp_path, program._replace(chunk=None)).step) == 12
 
