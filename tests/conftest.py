@@ -9,7 +9,6 @@ of a session share what they compile.
 """
 
 import atexit
-import gc
 import importlib
 import os
 import shutil
@@ -30,13 +29,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
-
-# Traces make many objects, nearly none in cycles: a few percent of the time went into looking.
-gc.set_threshold(50_000, 20, 100)
-
-
-def pytest_collection_finish():
-    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
