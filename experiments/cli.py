@@ -112,7 +112,7 @@ def start(
         if together.value:
             with user_errors():
                 cluster.join()
-        # Which import this one.
+        # What the environment says is wrong before any work; imported here, as it imports this.
         importlib.import_module("experiments.waves").memory_limit()
         module = importlib.import_module(f"experiments.{study or name}_study")
         # A name is one folder, whatever is in it.

@@ -219,7 +219,7 @@ def _join_records(
 def _join_members(trained: Sequence[Member]) -> Member:
     if len(trained) == 1:
         return trained[0]
-    # Waves of different sizes may be on different devices.
+    # One device holds them all, as at the start.
     trained = jax.device_put(trained, jax.local_devices()[0])
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trained)
 
@@ -264,9 +264,8 @@ def _bytes_taken(
     return local_bytes((data, shared)) + max(training, 2 * count * own)
 
 
-# Stages that follow one another with the same step and evaluation are compiled once; of waves,
-# two sizes may have a mesh of their own each.
-@functools.lru_cache(maxsize=2)
+# Stages that follow one another with the same step and evaluation are compiled once.
+@functools.lru_cache(maxsize=1)
 def _compiled(
     step_fn: StepFn,
     evaluate: Callable[..., Any],

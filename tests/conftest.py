@@ -9,6 +9,7 @@ of a session share what they compile.
 """
 
 import atexit
+import contextlib
 import importlib
 import os
 import shutil
@@ -51,6 +52,28 @@ def x64():
     """Runs a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """A context manager that yields the names of the programs that XLA compiles meanwhile."""
+
+    @contextlib.contextmanager
+    def watch():
+        names = []
+
+        def listen(event, duration, **kwargs):
+            del duration
+            if event == "/jax/core/compile/backend_compile_duration":
+                names.append(kwargs.get("fun_name", event))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield names
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return watch
 
 
 @pytest.fixture

@@ -41,7 +41,6 @@ def same(found, expected, tolerance):
     )
 
 
-@pytest.mark.variants(6)
 @pytest.mark.parametrize(
     ("kernel", "strides", "dtype"),
     every_pair(

@@ -65,7 +65,6 @@ definition_and_grad = jax.jit(jax.value_and_grad(by_definition), static_argnums=
 ROW = 4 * 5 * 5 * 8
 
 
-@pytest.mark.variants(4)
 @pytest.mark.parametrize(
     ("whole", "wrt", "given", "limit"),
     every_pair(

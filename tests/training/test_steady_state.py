@@ -12,22 +12,12 @@ from ntt_sparse.training.checkpoint import Checkpoints
 from ntt_sparse.training.loop import Plan, fit
 from ntt_sparse.training.metrics import MetricsLog
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-
 
 @pytest.fixture
-def compiled():
+def compiled(compilations):
     """A list that grows by one with each program that is compiled."""
-    found = []
-
-    def listen(event, duration, **kwargs):
-        del duration
-        if event == _COMPILED:
-            found.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with compilations() as names:
+        yield names
 
 
 def data_on(mesh):

@@ -1,6 +1,5 @@
 """Members in waves: as many as fit the memory, and the numbers of a stage in one piece."""
 
-import contextlib
 import json
 import math
 import os
@@ -70,24 +69,6 @@ def one_device(monkeypatch):
 
 def cut_into(monkeypatch, *members):
     monkeypatch.setattr(waves, "sizes", lambda *args: list(members))
-
-
-@contextlib.contextmanager
-def compilations():
-    """The names of what is compiled while the block runs, without programs of tests before."""
-    compiled = []
-
-    def listen(event, duration, **kwargs):
-        del duration
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(kwargs.get("fun_name", event))
-
-    stage._compiled.cache_clear()
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def records(workdir):
@@ -260,13 +241,17 @@ def test_waves_of_other_members_are_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
-def test_what_a_wave_takes_is_asked_without_compiling_more(tmp_path, monkeypatch, mode):
+def test_what_a_wave_takes_is_asked_without_compiling_more(
+    tmp_path, monkeypatch, compilations, mode
+):
     """The programs that are compiled for their memory are those which run."""
     taken, bytes_taken = [], stage._bytes_taken
     monkeypatch.setattr(
         stage, "_bytes_taken", lambda *args: taken.append(bytes_taken(*args)) or taken[-1]
     )
     monkeypatch.setenv(waves.MEMORY, "64")
+    # Without what tests before compiled.
+    stage._compiled.cache_clear()
     with compilations() as compiled:
         fit(tmp_path / "asked", mode)
     assert len(taken) == 1
@@ -278,7 +263,7 @@ def test_what_a_wave_takes_is_asked_without_compiling_more(tmp_path, monkeypatch
     assert least < taken[0] < least + 2 * state + 5 * 16_000
 
 
-def test_the_window_of_a_wave_is_what_it_is_compiled_for(tmp_path, monkeypatch):
+def test_the_window_of_a_wave_is_what_it_is_compiled_for(tmp_path, monkeypatch, compilations):
     """Of the orders of its own members, not of all."""
 
     def asked(count, limit, bytes_of, devices_of):
@@ -288,6 +273,8 @@ def test_the_window_of_a_wave_is_what_it_is_compiled_for(tmp_path, monkeypatch):
     x, y = problems.data()
     data = Stream(lambda index, rng: (x[index], y[index]), len(y), identity="made", threads=2)
     monkeypatch.setattr(waves, "sizes", asked)
+    # Without what tests before compiled.
+    stage._compiled.cache_clear()
     with compilations() as compiled:
         fit(tmp_path, train=data)
     # For two members and for one.
