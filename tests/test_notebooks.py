@@ -1,13 +1,47 @@
 """Notebooks: those of Jupyter say what their scripts say, and the scripts run."""
 
+import importlib
+import json
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
-SCRIPTS = sorted(FOLDER.glob("*.py"))
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "notebooks"
+SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """The script that makes notebooks of scripts."""
+    pytest.importorskip("jupytext")
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("make")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the script reads and writes, that says where the repository is."""
+    shutil.copytree(FOLDER, tmp_path / "notebooks", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def address(url):
+        text = re.sub(r"\[project\.urls\]\n(.+\n)*", "", (ROOT / "pyproject.toml").read_text())
+        urls = f'[project.urls]\nRepository = "{url}"\n' if url else ""
+        (tmp_path / "pyproject.toml").write_text(text + urls)
+        return tmp_path
+
+    return address
+
+
+def written(root):
+    """All that the script writes, by name."""
+    paths = [root / "README.md", *(root / "notebooks").glob("*.ipynb")]
+    return {path.name: path.read_text() for path in paths}
 
 
 def test_there_are_all_of_them():
@@ -15,15 +49,47 @@ def test_there_are_all_of_them():
     assert {path.stem for path in SCRIPTS} == {path.stem for path in FOLDER.glob("*.ipynb")}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_the_notebook_is_that_of_the_script(script):
-    """As `jupytext --to ipynb notebooks/*.py` makes it, without outputs."""
-    jupytext = pytest.importorskip("jupytext")
-    expected = jupytext.read(script, fmt="py:percent")
-    found = jupytext.read(script.with_suffix(".ipynb"))
-    cells = [[(c.cell_type, c.source) for c in book.cells] for book in (expected, found)]
-    assert cells[0] == cells[1], "run: jupytext --to ipynb notebooks/*.py"
-    assert not any(cell.get("outputs") for cell in found.cells)
+def test_what_is_committed_is_what_is_made(make, checkout):
+    root = checkout(make.repository(ROOT))
+    make.main(root)
+    assert written(root) == written(ROOT), "run: python notebooks/make.py"
+    for script in SCRIPTS:
+        cells = json.loads(script.with_suffix(".ipynb").read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert all(source in script.read_text() for source in code)
+        assert not any(cell.get("outputs") for cell in cells)
+
+
+def test_with_an_address_colab_opens_and_installs(make, checkout):
+    for name in ("owner/old", "some-owner/ntt_sparse"):  # The second replaces the first.
+        root = checkout(f"https://github.com/{name}")
+        make.main(root)
+    made = written(root)
+    assert not any("owner/old" in text for text in made.values())
+    for script in SCRIPTS:
+        opens = (
+            "https://colab.research.google.com/github/some-owner/ntt_sparse/blob/main/notebooks/"
+            f"{script.stem}.ipynb"
+        )
+        assert made["README.md"].count(opens) == 1
+        first, *cells = json.loads(made[f"{script.stem}.ipynb"])["cells"]
+        assert opens in first["source"][0] and first["cell_type"] == "markdown"
+        code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+        assert code[0] == [
+            '%pip install --quiet "ntt_sparse @ git+https://github.com/some-owner/ntt_sparse"'
+        ]
+    checkout(None)
+    make.main(root)
+    assert written(root)["README.md"] == make.with_badges((ROOT / "README.md").read_text(), None)
+
+
+@pytest.mark.parametrize("url", ["github.com/a/b", "https://github.com/a", "https://x.org/a/b"])
+def test_other_addresses_are_refused(make, checkout, url):
+    root = checkout(url)
+    before = written(root)
+    with pytest.raises(ValueError, match="Colab opens notebooks of"):
+        make.main(root)
+    assert written(root) == before
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -2,9 +2,7 @@
 
 import argparse
 import importlib
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,31 +14,10 @@ from ml_collections import config_flags
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from readme import HOME, blocks, commands_of, config_of, small  # noqa: E402
 
-# Bash expands loops, functions and lines that go on; what would run says what it was given.
-_STUBS = {
-    "python": 'printf "%s\\0" "$@" >> "$LOG"; printf "\\n" >> "$LOG"',
-    "taskset": 'shift 2; exec "$@"',
-    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
-    "pip": "",
-    "mount": "",
-}
-
-
-def commands_of(folder: Path, block: str) -> list[list[str]]:
-    """The arguments of every `python` in a block."""
-    for name, body in _STUBS.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
-    log = folder / "log"
-    log.touch()
-    environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}", "HOME": "/home/somebody", "LOG": str(log),
-        "SCRATCH": "/scratch",
-    }  # fmt: skip
-    subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=environment, check=True)
-    return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+BLOCKS = blocks()
 
 
 def accept(monkeypatch, load_benchmark, arguments: list[str]) -> None:
@@ -91,20 +68,52 @@ def parse_benchmark(monkeypatch, load_benchmark, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_commands_of_a_block_are_accepted(tmp_path, monkeypatch, load_benchmark, number):
-    # Those of the environment of their own are what CI runs.
-    block = "\n".join(line for line in BLOCKS[number].splitlines() if ".venv/" not in line)
+def test_the_commands_of_a_block_are_accepted(monkeypatch, load_benchmark, number):
     monkeypatch.chdir(ROOT)
-    for arguments in commands_of(tmp_path, block):
+    for arguments in commands_of(BLOCKS[number]):
         with monkeypatch.context() as patch:
             accept(patch, load_benchmark, arguments)
 
 
-def test_what_is_refused_is_seen(monkeypatch, load_benchmark, tmp_path):
+def test_no_two_commands_share_a_work_directory():
+    """Which the second would refuse, unless it is the same command."""
+    settings = {}
+    for block in BLOCKS:
+        for command in commands_of(block):
+            study = command[1].removeprefix("experiments.") if command[0] == "-m" else ""
+            config, arguments = config_of(study, command[2:])
+            for workdir in (a for a in arguments if a.startswith("--workdir=")):
+                mine = {study, config, *arguments}
+                assert settings.setdefault(workdir, mine) == mine, workdir
+    assert len(settings) > 60
+
+
+def test_what_is_run_small_is_accepted_too(monkeypatch, load_benchmark):
     monkeypatch.chdir(ROOT)
-    found = commands_of(
-        tmp_path, 'for m in a b; do python -m experiments.ntt "--x=$m c" \\\n -y; done'
-    )
+    for name in ("TFDS_DATA_DIR", "PLANETOID_DIR", "MONTI_DIR"):
+        monkeypatch.setenv(name, f"{HOME}/of/{name}")
+    run = 0
+    for block in BLOCKS:
+        for arguments in commands_of(block):
+            try:
+                command = small(arguments)
+            except LookupError:
+                continue
+            run += 1
+            with monkeypatch.context() as patch:
+                accept(patch, load_benchmark, command)
+            if any(argument.startswith("--config=") for argument in command):
+                assert any(a.startswith("--config=") and a.endswith(",smoke") for a in command)
+                assert not any("max_steps" in argument for argument in command)
+    assert run > 100
+    monkeypatch.delenv("MONTI_DIR")
+    with pytest.raises(LookupError, match="MONTI_DIR"):
+        small(["benchmarks/subgraphs.py", f"--data_dir={HOME}/data"])
+
+
+def test_what_is_refused_is_seen(monkeypatch, load_benchmark):
+    monkeypatch.chdir(ROOT)
+    found = commands_of('for m in a b; do python -m experiments.ntt "--x=$m c" \\\n -y; done')
     assert found == [["-m", "experiments.ntt", f"--x={m} c", "-y"] for m in "ab"]
     for arguments, error in (
         (["--config=experiments/configs/ntt.py:none"], flags.IllegalFlagValueError),

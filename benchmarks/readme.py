@@ -1,0 +1,189 @@
+"""Runs the commands of README.md, in their order, each for seconds to minutes.
+
+    python benchmarks/readme.py --folder /tmp/readme
+
+Studies run with their `smoke` option: settings that it shrinks are its own, all others are those of
+the command. Benchmarks take one turn. `TFDS_DATA_DIR`, `PLANETOID_DIR` and `MONTI_DIR` say where
+the data is; what is not run is named. One line for each command, with its seconds; the exit code is
+1 where one failed. A study that has ended in this folder is not trained again.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Bash expands loops, functions and lines that go on; what would run says what it was given.
+_STUBS = {
+    "python": 'printf "%s\\0" "$@" >> "$LOG"; printf "\\n" >> "$LOG"',
+    "taskset": 'shift 2; exec "$@"',
+    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "pip": "",
+    "mount": "",
+}
+HOME = "/home/somebody"
+# Of a study's settings those that say how long it takes, whether its `smoke` has them or not.
+_SIZES = {"epochs", "max_steps", "record_every", "decay_epochs", "ensemble"}
+# By a word of the command.
+_NOT_RUN = {
+    "imagenet_random": "no such folder of images",
+    "--distributed": "no cluster; benchmarks/processes.py is the same on one machine",
+    "full_disk.py": "no small file system",
+    "soak.py": "hours",
+    "sphinx": "tests/test_docs.py",
+    "processes.py": "its own command",
+    "pytest": "tests",
+    "--readme=README.md": "tests/experiments/test_report.py",
+}
+
+
+def blocks() -> list[str]:
+    """The blocks of shell commands, without those of an environment of their own, which CI runs."""
+    found = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    return ["\n".join(line for line in b.splitlines() if ".venv/" not in line) for b in found]
+
+
+def commands_of(block: str) -> list[list[str]]:
+    """The arguments of every `python` in a block."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for stub, body in _STUBS.items():
+            (folder / stub).write_text(f"#!/bin/bash\n{body}\n")
+            (folder / stub).chmod(0o755)
+        log = folder / "log"
+        log.touch()
+        environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}", "HOME": HOME, "LOG": str(log),
+            "SCRATCH": "/scratch",
+        }  # fmt: skip
+        subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=environment, check=True)
+        return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+
+
+def config_of(study: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The name of a command's settings, `None` without any, and the other arguments."""
+    if not (ROOT / "experiments" / "configs" / f"{study}.py").exists() or "--help" in arguments:
+        return None, arguments
+    configs = importlib.import_module(f"experiments.configs.{study}")
+    (default,) = configs.get_config.__defaults__
+    names = [a.partition(":")[2] for a in arguments if a.startswith("--config=")]
+    return (names or [default])[0], [a for a in arguments if not a.startswith("--config=")]
+
+
+def small_study(arguments: list[str]) -> list[str]:
+    """The command of a study with `smoke`, and without settings which that shrinks."""
+    study = arguments[1].removeprefix("experiments.")
+    name, rest = config_of(study, arguments[2:])
+    if name is None:
+        return arguments
+    shrunk = set()
+    if "smoke" not in name.split(","):
+        get_config = importlib.import_module(f"experiments.configs.{study}").get_config
+        whole, little = flat(get_config(name)), flat(get_config(f"{name},smoke"))
+        shrunk = {field for field, value in whole.items() if little[field] != value}
+        name += ",smoke"
+
+    def stays(argument):
+        field = argument.partition("=")[0].removeprefix("--config.")
+        return field not in shrunk and field.rpartition(".")[2] not in _SIZES
+
+    config = f"--config=experiments/configs/{study}.py:{name}"
+    return [*arguments[:2], config, *filter(stays, rest)]
+
+
+def flat(config) -> dict:
+    """`{"field.of.base": value}`."""
+    found = {}
+    for key, value in config.items():
+        inner = flat(value) if hasattr(value, "items") else {"": value}
+        found |= {f"{key}.{rest}".rstrip("."): leaf for rest, leaf in inner.items()}
+    return found
+
+
+def small_benchmark(arguments: list[str]) -> list[str]:
+    """The command of a benchmark with one turn."""
+    path, *rest = arguments
+    rest = [str(ROOT / path), *rest]
+    if "--rounds" in rest:
+        rest[rest.index("--rounds") + 1] = "1"
+    elif '"--rounds"' in (ROOT / path).read_text() and "--memory" not in rest:
+        rest += ["--rounds", "1"]
+    return rest
+
+
+def with_data(arguments: list[str]) -> list[str]:
+    """The command with the folders of data that the environment has.
+
+    Raises:
+        LookupError: There is none.
+    """
+    line = "\0".join(arguments)
+    graphs = "experiments.dam_graph" in arguments or arguments[0].endswith("/graphs.py")
+    places = {
+        f"{HOME}/tensorflow_datasets": "TFDS_DATA_DIR",
+        f"{HOME}/data": "PLANETOID_DIR" if graphs else "MONTI_DIR",
+    }
+    for place, variable in places.items():
+        if place in line and variable not in os.environ:
+            raise LookupError(f"{variable} is not set")
+        line = line.replace(place, os.environ.get(variable, ""))
+    return line.split("\0")
+
+
+def small(arguments: list[str]) -> list[str]:
+    """What runs in the place of a command.
+
+    Raises:
+        LookupError: It is not run, and why.
+    """
+    for word, reason in _NOT_RUN.items():
+        if any(word in argument for argument in arguments):
+            raise LookupError(reason)
+    if arguments[0] == "-m":
+        return with_data(small_study(arguments))
+    return with_data(small_benchmark(arguments))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where the studies write")
+    parser.add_argument("--only", default="", help="commands with this in them")
+    options = parser.parse_args(argv)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    seen, failed = set(), 0
+    for block in blocks():
+        for arguments in commands_of(block):
+            line = " ".join(arguments)
+            if line in seen or options.only not in line:
+                continue
+            seen.add(line)
+            begin = time.monotonic()
+            try:
+                command = small(arguments)
+            except LookupError as error:
+                print(f"not run ({error}): python {line}", flush=True)
+                continue
+            done = subprocess.run(
+                [sys.executable, *command], cwd=options.folder, capture_output=True, text=True
+            )
+            failed += done.returncode != 0
+            word = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
+            print(
+                f"{word} {time.monotonic() - begin:.0f} s: python {' '.join(command)}", flush=True
+            )
+            if done.returncode:
+                print((done.stdout + done.stderr)[-2000:], flush=True)
+    print(f"{len(seen)} commands, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
