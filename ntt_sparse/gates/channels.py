@@ -13,6 +13,7 @@ it into biases, and says how many numbers that takes.
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ from ntt_sparse.gates.network import (
     Shift,
     Subsample,
 )
+
+_Booleans = Bool[Array | np.ndarray, "..."]
+_Channels = Bool[Array | np.ndarray, "_"]
 
 NORM_PARAMETERS = 2
 """Of a normalised channel: scale and shift."""
@@ -74,11 +78,12 @@ def used(
     network: Network,
     open_: Mapping[str, Any],
     *,
-    connected: Mapping[str, Bool[Array, "..."]] | None = None,
-) -> dict[str, Bool[Array, "_"]]:
+    connected: Mapping[str, _Booleans] | None = None,
+) -> dict[str, _Channels]:
     """Which channels count: those on a way from the input to the output, and the outputs.
 
-    Channels that are normalised in groups count together.
+    Channels that are normalised in groups count together. NumPy's arrays are worked on where they
+    are, and give such; others may be traced.
 
     Args:
         network: Its description.
@@ -99,89 +104,102 @@ def ways(
     network: Network,
     open_: Mapping[str, Any],
     *,
-    connected: Mapping[str, Bool[Array, "..."]] | None = None,
-) -> tuple[dict[str, Bool[Array, "_"]], dict[str, Bool[Array, "_"]]]:
+    connected: Mapping[str, _Booleans] | None = None,
+) -> tuple[dict[str, _Channels], dict[str, _Channels]]:
     """Which channels depend on the input, and which of them count; see `used`."""
     _check_open(network, open_)
     connected = connected or {}
+    xp = _array_module([*open_.values(), *connected.values()])
     width = {name: shape[-1] for name, shape in graph.shapes(network).items()}
-    reached: dict[str, Array] = {}
+    reached: dict[str, Any] = {}
     for name, node in network.nodes.items():
         given = [reached[before] for before in graph.inputs(node)]
-        value = _forward(node, given, width[name], connected.get(name))
+        value = _forward(xp, node, given, width[name], connected.get(name))
         path = graph.gate(node)
         reached[name] = value & open_[path] if path else value
-    counted: dict[str, Array] = {}
+    counted: dict[str, Any] = {}
     # From the output back; who reads a node comes after it.
-    readers: dict[str, list[Array]] = {name: [] for name in network.nodes}
+    readers: dict[str, list[Any]] = {name: [] for name in network.nodes}
     last = list(network.nodes)[-1]
     for name, node in reversed(list(network.nodes.items())):
         if name == last:
-            wanted = jnp.ones_like(reached[name])
-            counted[name] = wanted
-            wanted &= reached[name]
+            counted[name] = xp.ones_like(reached[name])
+            wanted = reached[name]
         else:
             wanted = reached[name] & _any(readers[name])
             if isinstance(node, Norm) and node.groups:
-                wanted = _whole_groups(wanted, node.groups)
+                wanted = _whole_groups(xp, wanted, node.groups)
             counted[name] = wanted
         for before in graph.inputs(node):
-            needed = _backward(node, wanted, width[before], connected.get(name))
+            needed = _backward(xp, node, wanted, width[before], connected.get(name))
             readers[before].append(needed)
     return reached, {name: counted[name] for name in network.nodes}
 
 
-def _forward(node: Node, given: list[Any], width: int, connected: Any) -> Any:
+def _array_module(arrays: list[Any]) -> Any:
+    """NumPy for its own arrays: of a deep network JAX would compile hundreds of operations."""
+    host = bool(arrays) and all(isinstance(each, np.ndarray) for each in arrays)
+    return np if host else jnp
+
+
+def _forward(xp: Any, node: Node, given: list[Any], width: int, connected: Any) -> Any:
     match node:
         case Input():
-            return jnp.ones(width, bool)
+            return xp.ones(width, bool)
         case Conv() | Dense() if connected is not None:
-            return jnp.any(given[0][:, None] & connected, 0)
+            return xp.any(given[0][:, None] & connected, 0)
         case Conv() | Dense() | Reshape():
-            return jnp.broadcast_to(jnp.any(given[0]), width)
+            return xp.broadcast_to(xp.any(given[0]), (width,))
         case Constant():
-            return jnp.zeros(width, bool)
+            return xp.zeros(width, bool)
         case Norm(groups=groups) if groups:
-            return _whole_groups(given[0], groups)
+            return _whole_groups(xp, given[0], groups)
         case Norm() if connected is not None:
             return given[0] & connected
         case Add() | Multiply():
             return _any(given)
         case Subsample():
-            return jnp.pad(given[0], (0, width - len(given[0])))
+            return xp.pad(given[0], (0, width - len(given[0])))
         case Select(channels=channels):
             return given[0][np.array(channels)]
         case Embed(places=places):
-            return jnp.zeros(width, bool).at[np.array(places)].set(given[0])
+            return _embed(xp, given[0], places, width)
     return given[0]
 
 
-def _backward(node: Node, wanted: Any, width: int, connected: Any) -> Any:
+def _backward(xp: Any, node: Node, wanted: Any, width: int, connected: Any) -> Any:
     """Which of the `width` channels that a node reads are wanted for those of its own."""
     match node:
         case Conv() | Dense() if connected is not None:
-            return jnp.any(wanted[None] & connected, 1)
+            return xp.any(wanted[None] & connected, 1)
         case Conv() | Dense() | Reshape():
-            return jnp.broadcast_to(jnp.any(wanted), width)
+            return xp.broadcast_to(xp.any(wanted), (width,))
         case Constant():
-            return jnp.zeros(width, bool)
+            return xp.zeros(width, bool)
         case Subsample():
             return wanted[:width]
         case Select(channels=channels):
-            return jnp.zeros(width, bool).at[np.array(channels)].set(wanted)
+            return _embed(xp, wanted, channels, width)
         case Embed(places=places):
             return wanted[np.array(places)]
     return wanted
 
 
-def _whole_groups(channels: Any, groups: int) -> Any:
+def _embed(xp: Any, channels: Any, places: tuple[int, ...], width: int) -> Any:
+    """Channels in their places among others that are closed."""
+    source = np.full(width, len(places))
+    source[np.array(places)] = np.arange(len(places))
+    return xp.pad(channels, (0, 1))[source]
+
+
+def _whole_groups(xp: Any, channels: Any, groups: int) -> Any:
     size = len(channels) // groups
-    return jnp.repeat(jnp.any(channels.reshape(groups, size), 1), size)
+    return xp.repeat(xp.any(channels.reshape(groups, size), 1), size)
 
 
-def _any(masks: list[Array]) -> Array:
+def _any(masks: list[Any]) -> Any:
     # Of no masks, where nothing reads a node: a scalar, which broadcasts.
-    return functools.reduce(jnp.logical_or, masks, jnp.asarray(False))
+    return functools.reduce(operator.or_, masks) if masks else np.False_
 
 
 def _check_sizes(network: Network, gates: Mapping[str, Any]) -> None:
@@ -201,9 +219,9 @@ def count(
     network: Network,
     open_: Mapping[str, Any],
     *,
-    connected: Mapping[str, Bool[Array, "..."]] | None = None,
+    connected: Mapping[str, _Booleans] | None = None,
 ) -> Counts:
-    """What the network costs whose open channels are these. Works under `jit`.
+    """What the network costs whose open channels are these. Works under `jit`, see `used`.
 
     Args:
         network: Its description.
@@ -211,7 +229,8 @@ def count(
         connected: See `used`.
 
     Returns:
-        Numbers, int32; float32 and rounded where the whole network has more than that holds.
+        Numbers, int32; float32 and rounded where the whole network has more than that holds. Of
+        NumPy's arrays exact Python integers.
 
     Raises:
         ValueError: Gates are missing, unknown or of another size.
@@ -227,6 +246,10 @@ def tally(network: Network, open_: Mapping[str, Any], counted: Mapping[str, Any]
         open_: Of each gate, which channels are open, `(n,)`.
         counted: From `used`.
     """
+    if _array_module([*open_.values(), *counted.values()]) is np:
+        exact = {name: int(np.sum(mask)) for name, mask in counted.items()}
+        opened = sum(int(np.sum(mask)) for mask in open_.values())
+        return Counts(opened, _parameters(network, exact), _multiply_adds(network, exact))
     total = whole(network)
     left = {name: jnp.sum(mask, dtype=jnp.int32) for name, mask in counted.items()}
     opened = [jnp.sum(mask, dtype=jnp.int32) for mask in open_.values()]

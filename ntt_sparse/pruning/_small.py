@@ -226,7 +226,8 @@ class SmallNetwork:
 
 
 def _nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    arrays = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+    # Put as they are: `jnp.asarray` compiles a copy for every shape.
+    arrays = {path: jax.device_put(leaf) for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -238,7 +239,8 @@ def _constants(network: Network, weights: Any, state: Any) -> dict[str, np.ndarr
     with jax.enable_x64(True):
         trees = (
             traverse_util.unflatten_dict(
-                {path: jnp.asarray(leaf, jnp.float64) for path, leaf in leaves.items()}, sep="/"
+                {path: jax.device_put(leaf.astype(float)) for path, leaf in leaves.items()},
+                sep="/",
             )
             for leaves in (weights, state)
         )
@@ -247,7 +249,7 @@ def _constants(network: Network, weights: Any, state: Any) -> dict[str, np.ndarr
         params, statistics = trees
         x = jnp.zeros((1, *shape), jnp.float64)
         values, _ = described.evaluate(network, params, statistics, x)
-        return {name: np.asarray(value[0]) for name, value in values.items()}
+        return {name: np.asarray(value)[0] for name, value in values.items()}
 
 
 def _apply(node: Any, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -259,9 +261,9 @@ def _apply(node: Any, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         return np.zeros(node.channels)
     with jax.enable_x64(True):
         y = convolve(
-            jnp.asarray(x[None]), jnp.asarray(kernel, jnp.float64), node.stride, node.padding
+            jax.device_put(x[None]), jax.device_put(kernel.astype(float)), node.stride, node.padding
         )
-        return np.asarray(y[0])
+        return np.asarray(y)[0]
 
 
 def _compressed(constant: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:

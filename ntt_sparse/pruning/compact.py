@@ -153,7 +153,7 @@ def compact_network(
     gates = _checked_gates(network, gates or {})
     weights = _gated(network, weights, gates)
 
-    open_ = {path: jnp.asarray(value != 0) for path, value in gates.items()}
+    open_ = {path: value != 0 for path, value in gates.items()}
     connected = _connected(network, weights)
     reached, counted = channels.ways(network, open_, connected=connected)
     kept = {name: np.flatnonzero(mask) for name, mask in counted.items()}
@@ -174,7 +174,6 @@ def compact_network(
     )
     small = builder.build()
     after = channels.tally(network, open_, counted)
-    after = Counts(*(int(number) for number in after))
     kinds = {leaf.dtype for leaf in weights.values()}
     module = Described(small, dtype, jnp.result_type(*kinds) if kinds else jnp.float32)
     return Compacted(
@@ -236,7 +235,7 @@ def _gated(
     return result
 
 
-def _connected(network: Network, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _connected(network: Network, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Which channels feed which, by the weights that are not zero."""
     shapes = graph.shapes(network)
     found = {}
@@ -244,7 +243,7 @@ def _connected(network: Network, weights: Mapping[str, np.ndarray]) -> dict[str,
         if isinstance(node, Conv | Dense):
             kernel = weights[f"{name}/kernel"]
             kernel = kernel.reshape(-1, shapes[node.input][-1], node.channels)
-            found[name] = jnp.asarray(np.any(kernel != 0, 0))
+            found[name] = np.any(kernel != 0, 0)
         elif isinstance(node, Norm) and not node.groups:
-            found[name] = jnp.asarray(weights[f"{name}/scale"] != 0)
+            found[name] = weights[f"{name}/scale"] != 0
     return found

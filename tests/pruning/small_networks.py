@@ -65,7 +65,7 @@ def large(name):
             noise = 0.5 * noise
         else:
             noise = noise / np.sqrt(like.size / like.shape[-1])
-        return jnp.asarray(noise, like.dtype)
+        return jax.device_put(noise.astype(like.dtype))
 
     return module, shape, jax.tree_util.tree_map_with_path(leaf, dict(shapes))
 
@@ -78,7 +78,7 @@ def with_gates(name, seed, closed=0.5):
     for path, n in channels.sizes(module.network(shape)).items():
         values = rng.uniform(0.5, 2, n) * (rng.random(n) > closed)
         values[rng.integers(n)] = 1
-        gates[path] = {"scale": jnp.asarray(values, jnp.float32)}
+        gates[path] = {"scale": jax.device_put(values.astype(np.float32))}
     return {**variables, "params": layer.replace(variables["params"], gates)}
 
 
@@ -90,10 +90,10 @@ def neuron_masks(name, seed, closed=0.4):
 
     def mask(path, leaf):
         if path == f"{last}/kernel":
-            return jnp.ones(leaf.shape, bool)
+            return np.ones(leaf.shape, bool)
         open_ = rng.random(leaf.shape[-1]) > closed
         open_[rng.integers(len(open_))] = True
-        return jnp.broadcast_to(open_, leaf.shape)
+        return np.broadcast_to(open_, leaf.shape)
 
     return pruning_masks.map_prunable(mask, variables["params"])
 
@@ -103,7 +103,7 @@ def outputs(module, variables, x, **kwargs):
 
 
 def same(got, expected, tolerance=1e-5):
-    scale = max(1.0, float(jnp.max(jnp.abs(expected))))
+    scale = max(1.0, float(np.max(np.abs(expected))))
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
 
 

@@ -1,6 +1,7 @@
 """SynFlow against its definition in float64, and pruning in rounds."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def chain(widths, scale=1.0):
     rng = np.random.default_rng(0)
     return {
         f"layer{i:02}": jnp.asarray(scale * rng.standard_normal((n, m)), jnp.float32)
-        for i, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        for i, (n, m) in enumerate(itertools.pairwise(widths))
     }
 
 
