@@ -79,7 +79,8 @@ class Binary:
         return jnp.zeros(())
 
 
-@pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
+@pytest.mark.variants(2)
+@pytest.mark.parametrize("name", ["lenet", "vgg", "preresnet"])
 def test_what_counts_is_what_the_outputs_depend_on(name):
     """With all numbers positive, a weight has a derivative where it is on an open way.
 

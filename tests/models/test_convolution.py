@@ -41,6 +41,7 @@ def same(found, expected, tolerance):
     )
 
 
+@pytest.mark.variants(12)
 @pytest.mark.parametrize(
     ("kernel", "strides", "dtype"),
     every_pair(
@@ -158,16 +159,21 @@ def test_programs_are_read_as_convolutions():
 
 def test_the_tangent_kernel_has_its_rules():
     module = Described(models.create("lenet5", num_outputs=3).network((32, 32, 1)))
-    params = models.init(module, jax.random.key(0), (32, 32, 1))
-    x = jax.random.normal(jax.random.key(1), (3, 32, 32, 1))
-    kernel = functools.partial(ntk.empirical_ntk, models.apply_fn(module), params, x)
-    same(kernel(method="structured"), kernel(method="jacobian"), 1e-5)
+    params = jax.jit(lambda key: models.init(module, key, (32, 32, 1)))(jax.random.key(0))
+    x = np.random.default_rng(1).standard_normal((3, 32, 32, 1), np.float32)
+    kernel = functools.partial(ntk.empirical_ntk, models.apply_fn(module))
+    found, expected = (
+        jax.jit(functools.partial(kernel, method=method))(params, x)
+        for method in ("structured", "jacobian")
+    )
+    same(found, expected, 1e-5)
 
 
 def test_synaptic_flow_goes_through():
     module = Described(models.create("lenet5", num_outputs=3).network((32, 32, 1)))
-    params = models.init(module, jax.random.key(0), (32, 32, 1))
-    scores = saliency.synflow(models.apply_fn(module), params, (32, 32, 1))
+    shape = (32, 32, 1)
+    params = jax.jit(lambda key: models.init(module, key, shape))(jax.random.key(0))
+    scores = jax.jit(lambda p: saliency.synflow(models.apply_fn(module), p, shape))(params)
     leaves = [leaf for leaf in jax.tree.leaves(scores) if leaf is not None]
     assert leaves and all(np.isfinite(leaf).all() and (leaf >= 0).all() for leaf in leaves)
 

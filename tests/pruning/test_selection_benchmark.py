@@ -26,6 +26,7 @@ def test_every_candidate_is_timed(benchmark, capsys):
     assert rows["numpy partition"] == "1.00"
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", ["masks", "snip", "cka_sr"])
 def test_memory_is_measured(benchmark, capsys, name):
     benchmark.main(["--memory", "0.02", "--one", name])
