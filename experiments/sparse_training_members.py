@@ -9,7 +9,7 @@ import optax
 
 from experiments.sparse_training_masks import layer_counts, random_masks, starting_masks
 from experiments.sparse_training_stages import BASELINE
-from experiments.study import asked_densities, shapes_of_one, stack, warn_of_empty_layers
+from experiments.study import asked_densities, stack, warn_of_empty_layers
 from ntt_sparse._types import PRNGKey
 from ntt_sparse.data.images import Split, blank, take
 from ntt_sparse.models.torchvision import load_resnet
@@ -116,7 +116,7 @@ def start_members(
 
 def stacked_masks(config: Any, members: Member, runs: list[Run], at: dict[float, float]) -> Any:
     """Random masks of all networks, at densities that stand for those asked for."""
-    params = shapes_of_one(members.params)
+    params = jax.tree.map(lambda leaf: leaf[0], members.params)
     by_seed = {
         seed: random_masks(config, params, jax.random.key(seed), at) for seed in config.seeds
     }
