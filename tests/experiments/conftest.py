@@ -43,6 +43,7 @@ def finished_smoke(tmp_path_factory):
     )
     result = run(*arguments, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-2000:]
+    assert "summary.json: " in result.stdout and "figures: " in result.stdout
     return SmokeRun(arguments, fields, workdir)
 
 
@@ -53,6 +54,12 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meshes, "auto_mesh", functools.partial(meshes.auto_mesh, devices=devices))
         yield
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures that no test looks at are drawn, but not rendered: half a second for each."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

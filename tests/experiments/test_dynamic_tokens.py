@@ -35,6 +35,7 @@ def get_config(**fields):
 
 
 @pytest.mark.parametrize("cka", ["both", pytest.param("no,both", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("unrendered")
 def test_a_study(tmp_path, monkeypatch, tiny, cka):
     """Variants start from the whole networks of their kind; rows are of the last records."""
     started, ended, real = {}, {}, study.fit_stage
