@@ -24,9 +24,8 @@ from experiments.dam_autoencoder_members import (
     start_members,
 )
 from experiments.stage import fit_stage
-from experiments.study import make_plan, save_networks
+from experiments.study import make_plan, member_mode, save_networks
 from ntt_sparse.data import images
-from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Term, TermInputs, make_step
@@ -86,7 +85,7 @@ def train(config: Any, setup: Setup, gate: str, workdir: Path) -> Member:
     dimension = setup.train.x.shape[1]
     members = start_members(config, gate, dimension)
     step_fn = make_step(training_terms(config, gate, dimension), make_optimizer(config))
-    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    mode = member_mode(members)
     return fit_stage(
         config, workdir, gate, member_names(runs_of(config, gate)), members, step_fn, setup.plan,
         setup.train.x, functools.partial(evaluate, config, gate), (setup.test.x,), mode,

@@ -108,14 +108,18 @@ def save_codes(
         The d of each; those that are gone have none.
     """
     directory.mkdir(exist_ok=True)
-    encode = jax.jit(functools.partial(_encode, module))
+
+    @jax.jit
+    def encode(members, data, index):
+        member = jax.tree.map(lambda leaf: leaf[index], members)
+        return _encode(module, member, own_links(member, data, None)), gates(module, member.params)
+
     sizes = []
     for index, name in enumerate(names):
         if index in gone:
             continue
-        member = jax.tree.map(lambda leaf, i=index: leaf[i], members)
-        codes = np.asarray(encode(member, own_links(member, data, None)))
-        codes = codes[:, np.flatnonzero(gates(module, member.params))]
+        codes, open_ = jax.device_get(encode(members, data, index))
+        codes = codes[:, np.flatnonzero(open_)]
         write_npz(directory / f"{name}.npz", {"codes": codes})
         sizes.append(codes.shape[1])
     return sizes

@@ -26,7 +26,7 @@ from experiments.dam_pruning_members import (
 )
 from experiments.sparse_training_stages import all_patterns, stage_patterns
 from experiments.stage import fit_stage
-from experiments.study import augment_images, make_plan
+from experiments.study import augment_images, make_plan, member_mode
 from ntt_sparse.data import images
 from ntt_sparse.gates import budget as budgets
 from ntt_sparse.gates import channels, chipnet, hard_concrete, layer, slimming
@@ -36,7 +36,6 @@ from ntt_sparse.gates.network import Network
 from ntt_sparse.objectives.cka_sr import cka_sr, every_nth_batch
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.similarity.features import capture, select
-from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import terms
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member, create_member
@@ -80,7 +79,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
     members = start_members(
         config, setup.module, data.input_shape, runs, first.settings, first.plan
     )
-    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    mode = member_mode(members)
     count = config.evaluated or None
     held_out, test = (
         tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import diverged, neuron_pruning_report, neuron_pruning_thresholds
+from experiments import diverged, neuron_pruning_report, neuron_pruning_thresholds, study
 from experiments.cli import claim_workdir, user_errors
 from experiments.neuron_pruning_checks import check_config, check_sizes
 from experiments.neuron_pruning_members import (
@@ -178,7 +178,7 @@ def train(
 
 def member_mode(members: Member) -> meshes.MemberMode:
     """One after another on CPU, where members that have stopped then cost nothing."""
-    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    mode = study.member_mode(members)
     return "loop" if mode == "vmap" and jax.default_backend() == "cpu" else mode
 
 

@@ -1,5 +1,6 @@
 """The members of the study: which networks there are and how each is initialised."""
 
+import functools
 import logging
 from typing import Any, NamedTuple
 
@@ -120,32 +121,40 @@ def supervised_members(
     optimizer = make_optimizer(config.supervised)
     sources = {run: index for index, run in enumerate(transfer_runs(config))}
     score_fns = _score_fns(config, module, train)
+    init = jax.jit(lambda key: models.init(module, key, input_shape))
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def masked(key, params, masks, *, method):
+        masks = pruning_masks.full(params) if masks is None else masks
+        apply = pruning_masks.rescale if method == "random_scaled" else pruning_masks.apply
+        return create_member(apply(params, masks), masks, optimizer, key)
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def pruned(key, params, scores, counts, *, method):
+        return masked(key, params, pruning_masks.from_counts(scores, counts), method=method)
 
     def start(run: Run) -> Member:
         key = jax.random.key(run.seed)
         if run.method == "ntt":
-            source = jax.tree.map(lambda leaf: leaf[sources[run]], transferred)
-            params, masks = source.params, source.masks
-        else:
-            params = jax.jit(models.init, static_argnums=(0, 2))(module, key, input_shape)
-            masks = pruning_masks.full(params)
-        if run.method not in ("ntt", "dense"):
-            scope = METHODS[run.method].scope or config.scope
-            scores = score_fns[run.method](key, params)
-            counts = pruning_masks.keep_counts(scores, run.density, scope=scope)
-            masks = pruning_masks.from_counts(scores, counts)
-        rescale = run.method == "random_scaled"
-        params = (pruning_masks.rescale if rescale else pruning_masks.apply)(params, masks)
-        return create_member(params, masks, optimizer, key)
+            params, masks = jax.tree.map(lambda leaf: leaf[sources[run]], students)
+            return masked(key, params, masks, method=run.method)
+        params = init(key)
+        if run.method == "dense":
+            return masked(key, params, None, method=run.method)
+        scope = METHODS[run.method].scope or config.scope
+        scores = score_fns[run.method](key, params)
+        counts = pruning_masks.keep_counts(scores, run.density, scope=scope)
+        return pruned(key, params, scores, counts, method=run.method)
 
+    students = jax.device_get((transferred.params, transferred.masks)) if transferred else ()
     return stack([start(run) for run in runs])
 
 
 def log_densities(runs: list[Run], members: Member) -> None:
     """Logs what each method keeps of each layer, for one seed; warns of every empty layer."""
-    shown = set()
+    shown, host = set(), jax.device_get(members.masks)
     for index, (run, name) in enumerate(zip(runs, member_names(runs), strict=True)):
-        masks = jax.tree.map(lambda leaf, i=index: leaf[i], members.masks)
+        masks = jax.tree.map(lambda leaf, i=index: leaf[i], host)
         rows = warn_of_empty_layers(name, masks)
         if (run.method, run.density) not in shown and run.method != "dense":
             kept = ", ".join(f"{layer} {row.kept}/{row.total}" for layer, row in rows.items())

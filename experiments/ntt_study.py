@@ -28,7 +28,7 @@ from experiments.ntt_stages import (
     transfer_terms,
 )
 from experiments.stage import fit_stage
-from experiments.study import hold_out, make_plan, save_networks
+from experiments.study import hold_out, make_plan, member_mode, save_networks
 from ntt_sparse import models
 from ntt_sparse._types import ApplyFn
 from ntt_sparse.data import images
@@ -163,7 +163,7 @@ def supervise(config: Any, setup: Setup, workdir: Path, transferred: Member | No
     )
     log_densities(runs, members)
     step_fn = make_step(supervised_terms(config, setup.apply_fn), make_optimizer(config.supervised))
-    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    mode = member_mode(members)
     evaluate = supervised_evaluation(config, setup.apply_fn)
     evaluation_data = (
         tuple(data.validation),

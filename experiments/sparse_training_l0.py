@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments import diverged
 from experiments.sparse_training_masks import PRUNABLE, layer_counts
 from experiments.sparse_training_members import member_names, whole_runs
-from experiments.study import asked_densities, make_plan
+from experiments.study import asked_densities, concatenate, make_plan, shapes_of_one
 from ntt_sparse.pruning import l0
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.loop import Plan
@@ -161,8 +160,7 @@ def cut(
         trained: Networks with gates after it.
         optimizer: Of sparse training.
     """
-    first = jax.tree.map(lambda leaf: leaf[0], whole.params)
-    counts = layer_counts(config, first)
+    counts = layer_counts(config, shapes_of_one(whole.params))
 
     def one(before: Member, after: Member, count: Any) -> Member:
         weights, gates = after.params[_WEIGHTS], after.params[_GATES]
@@ -177,7 +175,7 @@ def cut(
 
     each = jax.jit(jax.vmap(one, (0, 0, None)))
     kept = [each(whole, trained, counts[density]) for density in asked_densities(config)]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept)
+    return concatenate(kept)
 
 
 def summarise(config: Any, workdir: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import optax
 
 from experiments.sparse_training_masks import layer_counts
 from experiments.sparse_training_members import Run, whole_runs
-from experiments.study import asked_densities
+from experiments.study import asked_densities, concatenate, shapes_of_one
 from ntt_sparse.pruning import dynamic
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.loop import Plan
@@ -97,7 +97,7 @@ def train(
         members = fit(REWIND, runs, members, dataclasses.replace(plan, total_steps=start))
     later, snapshot = dataclasses.replace(plan, start=start), members
     pruned = {density: density for density in levels(config) if density < 1}
-    counts = layer_counts(config, jax.tree.map(lambda leaf: leaf[0], members.params), pruned)
+    counts = layer_counts(config, shapes_of_one(members.params), pruned)
     trained = {}
     for density in levels(config):
         if density < 1:
@@ -106,7 +106,7 @@ def train(
         members = fit(stage_of(density), now, members, later)
         trained[density] = members
     kept = [trained[density] for density in asked_densities(config)]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept)
+    return concatenate(kept)
 
 
 def go_back(

@@ -37,14 +37,19 @@ from experiments.sparse_training_stages import (
     whole_optimizer,
 )
 from experiments.stage import fit_stage
-from experiments.study import hold_out, make_plan, save_networks, training_input
+from experiments.study import (
+    hold_out,
+    make_plan,
+    member_mode,
+    save_networks,
+    training_input,
+)
 from ntt_sparse import models
 from ntt_sparse.data import images, text
 from ntt_sparse.data.images import ImageData
 from ntt_sparse.data.text import TextData
 from ntt_sparse.pruning.masks import named_leaves
 from ntt_sparse.similarity.features import capture
-from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training.files import write_npz
 from ntt_sparse.training.loop import Plan
 from ntt_sparse.training.state import Member
@@ -134,7 +139,7 @@ def train(config: Any, setup: Setup, workdir: Path) -> Member:
         training_terms(config), optimizer, forward=forward, augment=augment,
         after_update=mask_schedule(config, setup.plan),
     )  # fmt: skip
-    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    mode = member_mode(members)
     count = config.evaluated or None
     held_out, test = (
         tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)

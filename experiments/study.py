@@ -19,6 +19,7 @@ from ntt_sparse.data.folders import FolderImages
 from ntt_sparse.data.stream import Stream
 from ntt_sparse.data.text import TextData
 from ntt_sparse.pruning.masks import LayerDensity, layer_densities
+from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import processes
 from ntt_sparse.training.export import save_network
 from ntt_sparse.training.loop import Plan
@@ -35,8 +36,30 @@ def asked_densities(config: Any) -> list[float]:
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of one structure as one, with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+    """Trees of one structure as one, with a leading axis; on the host, which compiles nothing."""
+
+    def stacked(*leaves: Any) -> jax.Array:
+        if jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key):
+            return jnp.stack(leaves)
+        return jnp.asarray(np.stack(jax.device_get(leaves)))
+
+    return jax.tree.map(stacked, *trees)
+
+
+@jax.jit
+def concatenate(trees: Sequence[Any]) -> Any:
+    """Trees of one structure along their leading axes."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+
+def member_mode(members: Member) -> meshes.MemberMode:
+    """How the members of one device ride by default."""
+    return meshes.default_member_mode(shapes_of_one(members.params))
+
+
+def shapes_of_one(stacked: Any) -> Any:
+    """The shapes of a tree without its leading axis."""
+    return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), stacked)
 
 
 def warn_of_empty_layers(name: str, masks: Any) -> dict[str, LayerDensity]:

@@ -13,7 +13,13 @@ from jaxtyping import Array, Float
 from experiments import tokens_report
 from experiments.cli import claim_workdir, user_errors
 from experiments.stage import fit_stage
-from experiments.study import hold_out, make_plan, save_networks, training_input
+from experiments.study import (
+    hold_out,
+    make_plan,
+    member_mode,
+    save_networks,
+    training_input,
+)
 from experiments.tokens_checks import check_config, check_sizes
 from experiments.tokens_members import (
     PRETRAIN,
@@ -44,7 +50,6 @@ from ntt_sparse.objectives.tokens import (
 )
 from ntt_sparse.similarity.cka import cka_matrix
 from ntt_sparse.similarity.features import capture
-from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import terms
 from ntt_sparse.training.state import Member
 from ntt_sparse.training.step import Forward, Term, TermInputs, make_step
@@ -175,7 +180,7 @@ def _fit(
     held_out, test = (
         tuple(leaf[:count] for leaf in split) for split in (data.validation, data.test)
     )
-    mode = meshes.default_member_mode(jax.tree.map(lambda leaf: leaf[0], members.params))
+    mode = member_mode(members)
     batch_size = config[PRETRAIN if stage == PRETRAIN else "dynamic"].batch_size
     train_data, _ = training_input(config, data.train)
     return fit_stage(

@@ -209,7 +209,7 @@ def layer_densities(masks: Masks) -> dict[str, LayerDensity]:
     """The per-layer report: `{path: (kept, total, density)}`, in tree order."""
     report = {}
     for name, mask in named_leaves(masks).items():
-        kept = int(jnp.sum(mask, dtype=jnp.int32))
+        kept = int(mask.sum())
         report[name] = LayerDensity(kept, mask.size, kept / max(mask.size, 1))
     return report
 

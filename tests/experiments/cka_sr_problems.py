@@ -27,7 +27,13 @@ def tiny_mlp(dtype=jnp.float32):
 
 
 def member_of(members, index):
-    return jax.tree.map(lambda leaf: leaf[index], members)
+    """One of stacked members, cut out on the host, which compiles nothing, but for keys."""
+
+    def one(leaf):
+        typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return leaf[index] if typed else jnp.asarray(np.asarray(leaf)[index])
+
+    return jax.tree.map(one, members)
 
 
 def hand_cka(a, b, debiased=False):

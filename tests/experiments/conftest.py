@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from experiments import sparse_training_study
+from ntt_sparse.models.lenet import LeNet
 from ntt_sparse.training import mesh as meshes
 
 
@@ -24,8 +26,9 @@ def finished_smoke(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("smoke") / "work"
     # Checkpoints after every chunk, so that a kill finds one.
     fields = {
-        "methods": "ntt,dense,random",
+        "methods": "ntt,random",
         "density": (0.05,),
+        "probe": 0,
         "checkpoint_seconds": 0.0,
         "transfer.max_steps": 12,
         "transfer.refresh_every": 3,
@@ -40,6 +43,7 @@ def finished_smoke(tmp_path_factory):
     )
     result = run(*arguments, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr[-2000:]
+    assert "summary.json: " in result.stdout and "figures: " in result.stdout
     return SmokeRun(arguments, fields, workdir)
 
 
@@ -50,6 +54,20 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meshes, "auto_mesh", functools.partial(meshes.auto_mesh, devices=devices))
         yield
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures that no test looks at are drawn, but not rendered: half a second for each."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Sparse training of LeNet-300-100 with a fifth of its neurons."""
+    monkeypatch.setattr(
+        sparse_training_study, "make_model", lambda config, n: LeNet(n, hidden=(60, 20))
+    )
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def networks(workdir):
 
 def tiny_init(config, seed):
     module = study.prepare(config, None).module
-    return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+    return jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
 
 
 def largest(scores, count):

@@ -99,16 +99,15 @@ def test_layers_have_the_counts_of_a_scored_mask_and_random_places(method):
 
     kernels = jax.tree.map(lambda leaf: leaf if leaf.ndim > 1 else None, variables["params"])
     if method == "snip":
-        scores = jax.tree.map(
-            lambda w, g: abs(w * g), kernels, jax.jit(jax.grad(network_loss))(kernels)
-        )
+        gradients = jax.jit(jax.grad(network_loss))(kernels)
+        scores = jax.tree.map(lambda w, g: np.abs(np.multiply(w, g)), kernels, gradients)
     else:
 
         def half_norm(kernels):
             grads = jax.tree.leaves(jax.grad(network_loss)(kernels))
             return 0.5 * sum(jnp.sum(g**2) for g in grads)
 
-        scores = jax.tree.map(jnp.multiply, kernels, jax.jit(jax.grad(half_norm))(kernels))
+        scores = jax.tree.map(np.multiply, kernels, jax.jit(jax.grad(half_norm))(kernels))
     scores = {name: np.asarray(leaf) for name, leaf in masks.named_leaves(scores).items()}
     everything = np.sort(np.concatenate([leaf.ravel() for leaf in scores.values()]))
     keep = round(0.3 * everything.size)

@@ -56,8 +56,8 @@ def gradients_by_hand(params, keep, x, y, coefficient, regulariser):
 def train_by_hand(member, regulariser, coefficient, data):
     """SGD with Nesterov momentum and decay; its rate falls at half of four steps."""
     x, y = data
-    params = member.params
-    velocity = jax.tree.map(jnp.zeros_like, params)
+    params = jax.tree.map(np.asarray, member.params)
+    velocity = jax.tree.map(np.zeros_like, params)
     totals = [0.0]
     for step in range(4):
         key = jax.random.fold_in(jax.random.fold_in(member.key, 0), step // 2)
@@ -66,6 +66,7 @@ def train_by_hand(member, regulariser, coefficient, data):
         grads, similarity = gradients_by_hand(
             params, member.masks, x[batch], y[batch], coefficient, added
         )
+        grads, similarity = jax.device_get((grads, similarity))
         totals.append(totals[-1] + similarity)
         grads = jax.tree.map(lambda g, p: g + 0.01 * p, grads, params)
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)

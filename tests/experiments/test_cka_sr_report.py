@@ -55,9 +55,9 @@ def test_evaluation_and_files_hold_running_statistics(tmp_path):
     values = jax.jit(sparse_training_stages.evaluation(config, module))(
         member, tuple(train), (train.x[:9], train.y[:9]), train.x[:12]
     )
-    logits, found = module.apply(
-        {"params": params, "batch_stats": stats}, train.x, capture_intermediates=True
-    )
+    logits, found = jax.jit(lambda variables: module.apply(
+        variables, train.x, capture_intermediates=True
+    ))({"params": params, "batch_stats": stats})  # fmt: skip
     logits = np.asarray(logits, float)
     accuracy = np.mean(logits.argmax(1) == train.y)
     np.testing.assert_allclose(values["validation/accuracy"], accuracy, rtol=1e-6)
@@ -72,13 +72,13 @@ def test_evaluation_and_files_hold_running_statistics(tmp_path):
         expected = hand_cka(*maps, debiased)
         np.testing.assert_allclose(values[f"similarity/{name}"], expected, atol=1e-5)
     # With statistics of the batch it would be another number.
-    batch_logits, _ = module.apply(
-        {"params": params, "batch_stats": stats}, train.x, train=True, mutable="batch_stats"
-    )
+    batch_logits, _ = jax.jit(lambda variables: module.apply(
+        variables, train.x, train=True, mutable="batch_stats"
+    ))({"params": params, "batch_stats": stats})  # fmt: skip
     assert np.max(np.abs(batch_logits - logits)) > 0.1
 
     other = member._replace(model_state={"batch_stats": variables["batch_stats"]})
-    members = jax.tree.map(lambda *leaves: jnp.stack(leaves), member, other)
+    members = study.stack([member, other])
     study.save_networks(tmp_path / "networks", ["one", "two"], members)
     for name, expected in (("one", stats), ("two", variables["batch_stats"])):
         loaded = load_model_state(tmp_path / "networks" / f"{name}.safetensors")["batch_stats"]
@@ -93,7 +93,7 @@ def test_evaluation_and_files_hold_running_statistics(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("cka_sr") / "w"
-    config = get_config(regularisers="cka_sr,aug_cka_sr_debiased", coefficients=(0.5,))
+    config = get_config(regularisers="aug_cka_sr_debiased", density=(0.1,), coefficients=(0.5,))
     return config, workdir, sparse_training_study.run(config, workdir)
 
 
@@ -101,7 +101,7 @@ def test_measurements_are_those_of_the_saved_networks(finished):
     config, workdir, _ = finished
     measured = np.load(workdir / "measurements.npz")
     names = sparse_training_members.member_names(sparse_training_members.runs_of(config))
-    assert len(names) == 12 and measured["cka"].shape == (12, 2, 2)
+    assert len(names) == 4 and measured["cka"].shape == (4, 2, 2)
     probe = images.load("digits", validation_fraction=0.1, seed=9).validation.x[:16]
     networks = [load_network(workdir / "networks" / f"{name}.safetensors") for name in names]
     log = MetricsLog(workdir / "supervised.jsonl", "supervised")
@@ -192,7 +192,7 @@ def check_summary(config, workdir, summary):
 def test_the_summary_follows_from_the_records(finished):
     config, workdir, summary = finished
     check_summary(config, workdir, summary)
-    assert len(summary["supervised"]) == 6 and summary["published"] == []
+    assert len(summary["supervised"]) == 2 and summary["published"] == []
     assert json.loads((workdir / "summary.json").read_text()) == summary
     names = ["less_baseline_against_density", "accuracy_against_density"] + [
         f"{kind}_d{density!r}_s1"
@@ -203,7 +203,7 @@ def test_the_summary_follows_from_the_records(finished):
         for suffix in ("png", "pdf"):
             assert (workdir / "figures" / f"{name}.{suffix}").stat().st_size > 1000
     report = (workdir / "report.md").read_text()
-    assert report.count("\n| 0.1 |") == 3 and "AugCKA-SR, debiased, 0.5" in report
+    assert report.count("\n| 0.1 |") == 2 and "AugCKA-SR, debiased, 0.5" in report
 
 
 def test_the_report_of_made_records(tmp_path, monkeypatch):

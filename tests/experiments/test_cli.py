@@ -326,7 +326,9 @@ def test_eight_devices_end_where_one_does(tmp_path, finished_smoke, eight_device
     np.testing.assert_allclose(eight, one, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_only_drawn_again(finished_smoke):
+    """By the command line; tests of other studies see the same in this process."""
     before = (finished_smoke.workdir / "summary.json").read_bytes()
     (finished_smoke.workdir / "report.md").unlink()
     arguments = (*finished_smoke.arguments, f"--workdir={finished_smoke.workdir}")

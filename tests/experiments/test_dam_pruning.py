@@ -114,6 +114,7 @@ def test_a_random_order_closes_other_channels():
 
 @pytest.mark.variants(1)
 @pytest.mark.parametrize("budget", ["parameters", "layers"])
+@pytest.mark.usefixtures("unrendered")
 def test_budgets_are_met_to_within_a_channel(tmp_path, budget):
     """Whatever the kind, without its last channel the network would still be too large."""
     config = small(
@@ -190,6 +191,7 @@ def test_targets_are_integers_of_the_fractions_as_written():
     assert members.target_of(config, network, 0.65)["Conv_0/gate"] == 10
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_target_that_is_missed_is_told(tmp_path, caplog):
     settings = {"training.max_steps": 2, "training.record_every": 2, "training.batch_size": 4}
     config = small(coefficients=(1e-6,), budget="channels", targets=(0.5,), evaluated=8, **settings)
@@ -220,6 +222,7 @@ def test_the_optimiser_of_a_study():
         np.testing.assert_allclose(found, values, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_every_part_at_once(tmp_path, monkeypatch):
     """Batch statistics, augmentation, noise, AdaBelief and L1 gates, on a small PreResNet."""
     monkeypatch.setattr(

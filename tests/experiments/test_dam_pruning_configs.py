@@ -40,19 +40,20 @@ def test_every_config_is_valid(name):
     checks.check_sizes(config, module, module.network(data.input_shape), data, plans)
 
 
-def test_similarity_is_of_what_has_the_gate():
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("name", ["figure6_cifar10", "figure6_slimming", "figure6_chipnet"])
+def test_similarity_is_of_what_has_the_gate(name):
     """Of each kind of gates (Table 7), one map for each channel."""
-    for name in ("figure6_cifar10", "figure6_slimming", "figure6_chipnet"):
-        config = configs.get_config(name)
-        module = members.make_model(config, 10)
-        network, x = module.network((32, 32, 3)), jnp.zeros((2, 32, 32, 3))
-        sizes = channels.sizes(network)
-        (gate,) = {config.similarity, f"{config.similarity}/gate"} & sizes.keys()
-        node = study.gated_node(network, config.similarity)
-        assert graph.shapes(network)[node] == (32, 32, sizes[gate])
+    config = configs.get_config(name)
+    module = members.make_model(config, 10)
+    network, x = module.network((32, 32, 3)), jnp.zeros((2, 32, 32, 3))
+    sizes = channels.sizes(network)
+    (gate,) = {config.similarity, f"{config.similarity}/gate"} & sizes.keys()
+    node = study.gated_node(network, config.similarity)
+    assert graph.shapes(network)[node] == (32, 32, sizes[gate])
 
-        def maps(key, module=module, x=x, pattern=config.similarity):
-            return capture(module, [pattern])(module.init(key, x), x)[1]
+    def maps(key):
+        return capture(module, [config.similarity])(module.init(key, x), x)[1]
 
-        (shape,) = jax.eval_shape(maps, jax.random.key(0)).values()
-        assert shape.shape == (2, 32, 32, sizes[gate])
+    (shape,) = jax.eval_shape(maps, jax.random.key(0)).values()
+    assert shape.shape == (2, 32, 32, sizes[gate])

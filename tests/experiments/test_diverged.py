@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from sparse_training_problems import get_config
 
 from experiments import diverged, ntt_report, sparse_training_report
@@ -51,6 +52,7 @@ def test_a_report_of_ntt_leaves_out_who_diverged(tmp_path):
     assert text.count("(n = 2)") == 2 and "nan" not in text.lower()
 
 
+@pytest.mark.usefixtures("narrow", "unrendered")
 def test_a_study_goes_on_without_the_coefficient_that_diverges(tmp_path, caplog):
     """An L2 norm times 1e30 overflows in two steps of SGD; others are compared by common seeds."""
     config = get_config(

@@ -50,6 +50,7 @@ def settings(configs, name, fields):
     return config
 
 
+@pytest.mark.slow
 def test_graphs(tmp_path, monkeypatch):
     """A coefficient of which one seed is left, one of which none is, and a plain network."""
     fields = {
@@ -288,6 +289,7 @@ def test_transfer(tmp_path, monkeypatch):
     assert row.seeds == (1,) and row.values["loss_after"] == (losses[0],)
 
 
+@pytest.mark.slow
 def test_lottery_tickets(tmp_path, monkeypatch):
     """A ticket is gone from the level on at which it diverges."""
     monkeypatch.setattr(
@@ -359,6 +361,26 @@ def test_networks_that_start_from_one_that_diverged(tmp_path, name, stage, membe
     diverge("supervised", 4, 0, 1, 2, 3)
     with pytest.raises(DivergenceError, match="stage 'supervised': 'task' of member"):
         sparse_training_gone.gone(config, tmp_path)
+
+
+def test_tickets_are_gone_from_the_level_on_at_which_they_diverged(tmp_path):
+    config = sparse_training_problems.get_config(
+        "mnist_lth", regularisers="none", coefficients=(), density=(0.5, 0.2), seeds=(1, 2, 3)
+    )
+    for member, stage in enumerate(("level_1.0", "level_0.5", "level_0.2")):
+        found = [Divergence(1, "task") if index == member else None for index in range(3)]
+        MetricsLog(tmp_path / f"{stage}.jsonl", stage).write(0, {"x": np.ones(3)}, diverged=found)
+    name = "none-c0.0-d{}-s{}".format
+    with pytest.raises(DivergenceError, match=r"level_0\.2"):
+        sparse_training_gone.gone(config, tmp_path)
+    (tmp_path / "level_0.2.jsonl").unlink()
+    gone, rows = sparse_training_gone.gone(config, tmp_path)
+    assert sorted(gone) == [0, 1, 3, 4]
+    assert [(row["stage"], row["member"], row.get("of")) for row in rows] == [
+        ("level_1.0", name(1.0, 1), None), ("level_1.0", name(0.5, 1), name(1.0, 1)),
+        ("level_0.5", name(0.5, 2), None), ("level_1.0", name(0.2, 1), name(1.0, 1)),
+        ("level_0.5", name(0.2, 2), name(0.5, 2)),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

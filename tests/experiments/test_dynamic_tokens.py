@@ -34,7 +34,9 @@ def get_config(**fields):
     return config
 
 
-def test_a_study(tmp_path, monkeypatch, tiny):
+@pytest.mark.parametrize("cka", ["both", pytest.param("no,both", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("unrendered")
+def test_a_study(tmp_path, monkeypatch, tiny, cka):
     """Variants start from the whole networks of their kind; rows are of the last records."""
     started, ended, real = {}, {}, study.fit_stage
 
@@ -44,42 +46,52 @@ def test_a_study(tmp_path, monkeypatch, tiny):
         return ended[stage]
 
     monkeypatch.setattr(study, "fit_stage", fit_stage)
-    config = get_config(**{"dynamic.fixed": 1.0})
+    config = get_config(**{"dynamic.fixed": 1.0, "cka": cka})
     summary = study.run(config, tmp_path)
-    assert [*started] == ["pretrain", "keep_0.75", "keep_0.75_both"]
+    stages = ["keep_0.75", "keep_0.75_both"][-len(cka.split(",")) :]
+    assert [*started] == ["pretrain", *stages]
     whole = ended["pretrain"]
-    np.testing.assert_allclose(whole.context, [0, 0, 1e-2, 1e-2])
-    for first, stage in ((0, "keep_0.75"), (2, "keep_0.75_both")):
+    np.testing.assert_allclose(whole.context, [0, 0, 1e-2, 1e-2][-2 * len(stages) :])
+    for first, stage in zip((0, 2), stages, strict=False):
         _, begun = started[stage]
-        teachers = jax.tree.map(lambda leaf, i=first: leaf[i : i + 2], whole.params)
+        teachers = jax.tree.map(lambda leaf, i=first: np.asarray(leaf)[i : i + 2], whole.params)
         jax.tree.map(np.testing.assert_array_equal, begun.params["vit"], teachers)
         jax.tree.map(np.testing.assert_array_equal, begun.context, teachers)
         # The transformer stays for the whole run here, predictors do not.
         jax.tree.map(np.testing.assert_array_equal, ended[stage].params["vit"], teachers)
-        moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), ended[stage].params, begun.params)
-        assert moved["predictor_0"]["Dense_0"]["kernel"]
-    rows = [(row["keep"], row["cka"]) for row in summary["networks"]]
-    assert rows == [(None, "no"), (None, "training"), (0.75, "no"), (0.75, "both")]
+        moved = (each.params["predictor_0"]["Dense_0"]["kernel"] for each in (ended[stage], begun))
+        assert np.any(np.not_equal(*moved))
+    rows = {(row["keep"], row["cka"]): row for row in summary["networks"]}
+    kinds = [(None, "no"), (None, "training"), (0.75, "no"), (0.75, "both")]
+    assert [*rows] == (kinds if len(stages) == 2 else kinds[1::2])
+    whole_cka, dynamic_cka = rows[kinds[1]], rows[kinds[3]]
     last = json.loads((tmp_path / "keep_0.75_both.jsonl").read_text().splitlines()[-1])
     accuracy = last["test/accuracy"]
-    np.testing.assert_allclose(summary["networks"][3]["test_accuracy"]["values"], accuracy)
-    assert summary["networks"][2]["multiply_adds"] < summary["networks"][0]["multiply_adds"]
+    np.testing.assert_allclose(dynamic_cka["test_accuracy"]["values"], accuracy)
+    assert dynamic_cka["multiply_adds"] < whole_cka["multiply_adds"]
     # What is written is what was trained, and can be used.
-    params, _ = load_network(tmp_path / "networks" / "keep_0.75-s1.safetensors")
-    expected = jax.tree.map(lambda leaf: leaf[0], ended["keep_0.75"].params)
+    params, _ = load_network(tmp_path / "networks" / "keep_0.75_both-s1.safetensors")
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf)[0], ended["keep_0.75_both"].params)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    module = members.dynamic(config, tiny, members.Variant(0.75, "no"))
+    module = members.dynamic(config, tiny, members.Variant(0.75, "both"))
     x = jnp.zeros((2, 8, 8, 1))
     assert jax.eval_shape(module.apply, {"params": params}, x).shape == (2, 10)
     text = (tmp_path / "report.md").read_text()
     assert "| 0.75 | both |" in text
     # What is published is of another network and other data.
     assert "72.20" not in text and "Mean CKA of different blocks" in text
-    whole_cka, dynamic_cka = summary["networks"][1], summary["networks"][3]
     less = np.subtract(*(row["test_accuracy"]["values"] for row in (dynamic_cka, whole_cka)))
     np.testing.assert_allclose(dynamic_cka["less_whole"]["mean"], np.mean(less), atol=1e-9)
     assert 0 <= whole_cka["similarity"]["mean"] <= 1
     assert members.dynamic(config, tiny, members.Variant(0.75, "both")).redundancy is not None
+
+
+def test_variants_start_from_the_whole_networks_of_their_kind():
+    config = get_config(cka="no,training,decision,both", seeds=(1, 2, 3))
+    assert members.whole_names(config)[2:4] == ["whole-s3", "whole_training-s1"]
+    found = {each.cka: members.sources_of(config, each) for each in members.variants(config)}
+    plain, with_cka = [0, 1, 2], [3, 4, 5]
+    assert found == {"no": plain, "training": with_cka, "decision": plain, "both": with_cka}
 
 
 def test_published_numbers_are_of_their_network():
@@ -112,21 +124,33 @@ def test_what_training_minimises(tiny):
     init = jax.jit(module.init)
     params, teacher = (init(jax.random.key(seed), x)["params"] for seed in (1, 2))
     # So large that student and teacher differ.
-    params, teacher = (jax.tree.map(lambda leaf: 5 * leaf, tree) for tree in (params, teacher))
+    params, teacher = (
+        jax.tree.map(lambda leaf: 5 * np.asarray(leaf), tree) for tree in (params, teacher)
+    )
     key = jax.random.key(3)
-    inputs = TermInputs(
-        params=params, masks=None, batch=(x, y), key=key, step=0, context=teacher["vit"],
-        model_state={},
-    )  # fmt: skip
-    found, _ = study.dynamic_forward(module)(inputs)
-    values = {
-        name: float(term(inputs._replace(outputs=found))[0])
-        for name, term in study.dynamic_terms(config, module).items()
-    }
-    sampled = module.apply({"params": params}, x, rngs={"tokens": key}, method="sample")
+
+    @jax.jit
+    def measure(params, teacher):
+        inputs = TermInputs(
+            params=params, masks=None, batch=(x, y), key=key, step=0, context=teacher,
+            model_state={},
+        )  # fmt: skip
+        found, _ = study.dynamic_forward(module)(inputs)
+        terms = study.dynamic_terms(config, module).items()
+        return {name: term(inputs._replace(outputs=found))[0] for name, term in terms}
+
+    @jax.jit
+    def separately(params, teacher):
+        return (
+            module.apply({"params": params}, x, rngs={"tokens": key}, method="sample"),
+            tiny.apply({"params": teacher}, x, method="encode"),
+            tiny.apply({"params": teacher}, x),
+        )
+
+    values = jax.tree.map(float, measure(params, teacher["vit"]))
+    sampled, tokens, other = separately(params, teacher["vit"])
     logits, decisions = np.asarray(sampled.logits, float), np.asarray(sampled.decisions)
-    tokens = tiny.apply({"params": teacher["vit"]}, x, method="encode")
-    other = np.asarray(tiny.apply({"params": teacher["vit"]}, x), float)
+    other = np.asarray(other, float)
     log_p, log_q = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (logits, other))
     assert 0 < decisions[-1].sum() < decisions[-1].size
     squares = (np.asarray(sampled.features) - np.asarray(tokens)[:, 1:]) ** 2
@@ -141,7 +165,7 @@ def test_what_training_minimises(tiny):
 
 
 def test_every_whole_transformer_starts_from_the_weights_of_a_file(monkeypatch, tiny):
-    given = tiny.init(jax.random.key(9), jnp.zeros((1, 8, 8, 1)))
+    given = jax.jit(tiny.init)(jax.random.key(9), jnp.zeros((1, 8, 8, 1)))
     monkeypatch.setattr(members, "load_deit", lambda path, module, shape: given)
     config = get_config(**{"model.weights": "deit.safetensors"})
     optimizer = members.whole_optimizer(config.pretrain, 10)
@@ -182,7 +206,7 @@ def test_what_decays():
     settings = get_config(**{"pretrain.warmup": 0.0, "pretrain.weight_decay": 0.5}).pretrain
     optimizer = members.whole_optimizer(settings, 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(lambda: optimizer.update(zeros, optimizer.init(params), params))()
     assert {name for name, leaf in updates.items() if np.any(leaf)} == {"kernel"}
     np.testing.assert_allclose(updates["kernel"], -0.5 * settings.learning_rate, rtol=1e-5)
 

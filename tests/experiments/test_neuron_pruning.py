@@ -141,10 +141,14 @@ def test_networks_of_different_widths_are_members_of_the_widest():
 # Whole studies
 
 
+# All but one, which is in a study below: each compiles programs of its own for each width.
+STUDIED = [name for name in CRITERIA if name != "cka_oneshot"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("neurons") / "work"
-    config = get_config(criteria=",".join(CRITERIA), **{"training.patience": 1})
+    config = get_config(criteria=",".join(STUDIED), **{"training.patience": 1})
     return config, workdir, study.run(config, workdir)
 
 
@@ -155,16 +159,16 @@ def test_every_criterion_prunes_the_same_number_and_measures_the_rest(finished):
         {"Dense_0": 16, "Dense_1": 12}, {"Dense_0": 10, "Dense_1": 7}, {"Dense_0": 6, "Dense_1": 4}
     ]  # fmt: skip
     last = group["iterations"][-1]["criteria"]
-    assert list(last) == list(CRITERIA)
+    assert list(last) == STUDIED
     # What CKA keeps is at least what others do, where all prune the same networks.
     first = group["iterations"][1]["criteria"]
-    for name in ("cka_oneshot", "l1", "random"):
+    for name in ("l1", "random"):
         for layer, value in first[name]["similarity"].items():
             assert value <= first["cka"]["similarity"][layer] + 1e-3
     assert first["cka_sequential"]["similarity"]["Dense_0"] == pytest.approx(
         first["cka"]["similarity"]["Dense_0"]
     )
-    for name in CRITERIA:
+    for name in STUDIED:
         params, *_ = load_network(
             workdir / "networks" / "16-12-r0.4-i02" / f"{name}-p0.5-s2.safetensors"
         )
@@ -221,15 +225,17 @@ def test_a_run_goes_on_and_a_finished_one_only_reports_again(finished, tmp_path)
     assert study.run(config, workdir) == summary
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
     _, workdir, summary = finished
-    zeros = get_config(criteria=",".join(CRITERIA), compact=False, **{"training.patience": 1})
+    zeros = get_config(criteria="cka_sequential,l1", compact=False, **{"training.patience": 1})
     other = study.run(zeros, tmp_path / "work")
     for index in (1, 2):
         one, two = (
             json.loads((path / f"16-12-r0.4-i0{index}.json").read_text())["networks"]
             for path in (workdir, tmp_path / "work")
         )
+        one = [each for each in one if each["criterion"] in zeros.criteria.split(",")]
         for a, b in zip(one, two, strict=True):
             assert a["removed"] == b["removed"]
             assert a["widths"] == b["widths"]
@@ -239,18 +245,20 @@ def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
 
 @pytest.mark.variants(1)
 @pytest.mark.parametrize("amount", ["total", "threshold"])
+@pytest.mark.usefixtures("unrendered")
 def test_layers_can_share_a_similarity(amount, tmp_path):
+    names = ["cka" if amount == "threshold" else "cka_oneshot", "l1"]
     config = get_config(
         amount=amount,
         threshold=0.97,
         iterations=2,
         activations="after",
         seeds=(1,),
-        criteria="cka,l1",
+        criteria=",".join(names),
     )
     summary = study.run(config, tmp_path / "work")
     (group,) = summary["groups"]
-    for name in ("cka", "l1"):
+    for name in names:
         cell = group["iterations"][1]["criteria"][name]
         left = sum(cell["left"].values())
         if amount == "total":

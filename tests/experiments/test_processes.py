@@ -25,7 +25,7 @@ def test_two_processes_end_where_one_does(tmp_path, finished_smoke, processes):
     """By one set of files; `benchmarks/processes.py` kills one of them, and goes on."""
     workdir = tmp_path / "w"
     settings = [
-        argument.replace("=ntt,dense,random", "=random")
+        argument.replace("=ntt,random", "=random")
         for argument in finished_smoke.arguments
         if "checkpoint_seconds" not in argument
     ]
@@ -37,7 +37,7 @@ def test_two_processes_end_where_one_does(tmp_path, finished_smoke, processes):
     assert [record["step"] for record in two] == [record["step"] for record in one]
     for a, b in zip(one, two, strict=True):
         for name in {"validation/loss", "test/loss", "train/loss"} & a.keys():
-            # Of the six networks there, these two are the last.
+            # Of the four networks there, these two are the last.
             np.testing.assert_allclose(b[name], a[name][-2:], rtol=1e-3, err_msg=name)
     summary = json.loads((workdir / "summary.json").read_text())
     assert [row["method"] for row in summary["supervised"]] == ["random"]

@@ -47,7 +47,10 @@ def quick_latencies():
         yield
 
 
-@pytest.fixture(scope="module", params=["mnist_slimming", "mnist_chipnet"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("mnist_slimming", marks=pytest.mark.slow), "mnist_chipnet"],
+)
 def finished(request, tmp_path_factory):
     """A finished study of two targets and two seeds, budgets of channels as published."""
     workdir = tmp_path_factory.mktemp(request.param)
@@ -87,8 +90,9 @@ def test_networks_are_cut_to_their_targets(finished):
                 assert kept == 142 - int(np.round((1 - row["target"]) * 142, 3)) - 1
 
 
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", ["mnist_slimming", "mnist_l1", "mnist_dam", "mnist_chipnet"])
+@pytest.mark.usefixtures("unrendered")
 def test_networks_of_one_size(tmp_path, name):
     """Every kind meets a budget of parameters to within one channel, and keeps it to the end."""
     config = small(
@@ -113,11 +117,15 @@ def test_networks_of_one_size(tmp_path, name):
         assert np.ptp(log.column("parameters")[1], axis=0).max() == 0 or name == "mnist_dam"
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_hard_concrete_gates_close_by_themselves(tmp_path):
     """Drawn in training, held within their limits, counted and made small as in evaluation."""
     config = small(
         "mnist_l0", targets=(1.0,), seeds=(1,), coefficients=(0.0, 100.0),
-        **{"training.max_steps": 60, "training.record_every": 30, "training.learning_rate": 0.1},
+        **{
+            "training.max_steps": 60, "training.record_every": 30, "training.learning_rate": 0.1,
+            "training.batch_size": 8,
+        },
     )  # fmt: skip
     summary = study.run(config, tmp_path)
     whole = summary["whole"]["parameters"]
@@ -261,8 +269,9 @@ def test_the_loss_of_chipnet():
     )
 
 
-@pytest.mark.variants(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10_preresnet20_slimming", "cifar10_preresnet20_chipnet"])
+@pytest.mark.usefixtures("unrendered")
 def test_with_normalisation(tmp_path, monkeypatch, name):
     monkeypatch.setattr(
         study, "make_model", lambda config, n: PreResNet(n, 1, (4,), members.make_kind(config))
@@ -284,8 +293,9 @@ def test_with_normalisation(tmp_path, monkeypatch, name):
     assert found["parameters"] == row["parameters"]["values"][0]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_of_a_layer_without_open_channels_the_constant_is_left(tmp_path):
-    """Nothing holds Network Slimming from emptying a layer."""
+    """Nothing holds Network Slimming from emptying a layer; it cuts one more than asked."""
     config = small(
         "mnist_slimming", budget="channels", targets=(0.03,), seeds=(1,),
         **{"slimming.keep": 0},
@@ -293,6 +303,7 @@ def test_of_a_layer_without_open_channels_the_constant_is_left(tmp_path):
     (row,) = study.run(config, tmp_path)["networks"]
     (found,) = json.loads((tmp_path / "compact.json").read_text()).values()
     assert min(row["widths"][0]) == 0 and found["removed"]
+    assert sum(row["widths"][0]) == 142 - int(0.97 * 142) - 1
     assert found["difference"] < 1e-5
 
 
@@ -303,10 +314,14 @@ def centred_cka(x, y):
     return np.linalg.norm(x.T @ y) ** 2 / norms
 
 
-def test_similarity_is_penalised_where_initial_weights_are_trained(tmp_path):
-    """In the first stage and no other, by each network's own coefficient, as it is defined."""
+def penalised():
     settings = {"targets": (0.6,), "seeds": (1, 2), "cka_sr.every": 2, "training.max_steps": 6}
-    config = small("mnist_slimming_cka_sr", **settings, **{"cka_sr.coefficients": (0.0, 3.0)})
+    return small("mnist_slimming_cka_sr", **settings, **{"cka_sr.coefficients": (0.0, 3.0)})
+
+
+def test_similarity_is_penalised_where_initial_weights_are_trained():
+    """In the first stage and no other, by each network's own coefficient, as it is defined."""
+    config = penalised()
     setup = study.prepare(config, None)
     runs, stage = members.runs_of(config), setup.stages[0]
     started = members.start_members(
@@ -315,19 +330,30 @@ def test_similarity_is_penalised_where_initial_weights_are_trained(tmp_path):
     term = stages.stage_terms(config, setup, stage)["similarity"]
     x = jnp.asarray(setup.data.train.x[:20])
     capture = stages.capture(setup.module, ["Conv_*", "Dense_0", "Dense_1"], examples=8)
+
+    @jax.jit
+    def measure(index, step):
+        member = jax.tree.map(lambda leaf: leaf[index], started)
+        _, features = capture({"params": member.params, **member.model_state}, x)
+        inputs = TermInputs(
+            member.params, member.masks, member.context, None, member.key, step,
+            member.model_state, NetworkOutputs(None, features),
+        )  # fmt: skip
+        return term(inputs)[0], features
+
     for index, run in enumerate(runs):
-        member = jax.tree.map(lambda leaf, at=index: leaf[at], started)
-        variables = {"params": member.params, **member.model_state}
-        _, features = capture(variables, x)
         for step in (0, 1):
-            inputs = TermInputs(
-                member.params, member.masks, member.context, None, member.key, step,
-                member.model_state, NetworkOutputs(None, features),
-            )  # fmt: skip
-            value, _ = term(inputs)
+            value, features = measure(index, step)
             pairs = (("Conv_0", "Conv_1"), ("Dense_0", "Dense_1"))
             total = sum(2 * centred_cka(*(features[name] for name in pair)) for pair in pairs)
             np.testing.assert_allclose(value, run.cka_sr * total * (step % 2 == 0), rtol=1e-4)
+    assert "similarity" not in stages.stage_terms(config, setup, setup.stages[1])
+
+
+@pytest.mark.slow
+def test_a_study_with_and_without_similarity_penalised(tmp_path):
+    config = penalised()
+    runs = members.runs_of(config)
     summary = study.run(config, tmp_path / "with")
     logged = MetricsLog(tmp_path / "with" / "training.jsonl", "training")
     _, similarity = logged.column("train/similarity")

@@ -1,5 +1,6 @@
 """Methods of sparse training: masks at the start and in training, and what is refused."""
 
+import functools
 import json
 
 import jax
@@ -29,10 +30,38 @@ from ntt_sparse.training.metrics import MetricsLog
 from ntt_sparse.training.terms import NetworkOutputs
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def drawn(module, seed):
+    return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+
+
 def forward(kernel, bias, x):
     for layer in range(3):
         x = jnp.maximum(x @ kernel[f"Dense_{layer}/kernel"] + bias[layer], 0)
     return x @ kernel["Dense_3/kernel"] + bias[3]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scores_by_hand(method, kernel, bias, x, y):
+    """By the definition of each method; their sizes count, but for GraSP."""
+
+    def entropy(k, temperature=1.0):
+        logits = jax.nn.log_softmax(forward(k, bias, x) / temperature)
+        return -jnp.mean(logits[jnp.arange(24), y])
+
+    def half_norm(k):
+        grads = jax.grad(lambda q: entropy(q, 200.0))(k)
+        return 0.5 * sum(jnp.sum(g**2) for g in grads.values())
+
+    positive, shift = jax.tree.map(jnp.abs, (kernel, bias))
+    value, at = {
+        "magnitude": (lambda k: sum(map(jnp.sum, k.values())), kernel),
+        "snip": (entropy, kernel),
+        "logit_snip": (lambda k: jnp.sum(forward(k, bias, x) ** 2), kernel),
+        "grasp": (half_norm, kernel),
+        "synflow": (lambda k: jnp.sum(forward(k, shift, jnp.ones((1, 64)))), positive),
+    }[method]
+    return jax.tree.map(jnp.multiply, at, jax.grad(value)(at))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "snip", "logit_snip", "grasp", "synflow"])
@@ -43,35 +72,10 @@ def test_masks_of_scores_by_hand(method):
     config = get_config(f"mnist_{method}", rounds=1)
     runs, members = start(config)
     for seed in config.seeds:
-        params = tiny_mlp().init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+        params = drawn(tiny_mlp(), seed)
         bias = [params[f"Dense_{layer}"]["bias"] for layer in range(4)]
-        kernel = kernels(params)
-        kernel = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in kernel.items()}
-
-        def entropy(k, temperature=1.0, x=x, y=y, bias=bias):
-            logits = jax.nn.log_softmax(forward(k, bias, x) / temperature)
-            return -jnp.mean(logits[jnp.arange(24), y])
-
-        if method == "magnitude":
-            scores = kernel
-        elif method == "snip":
-            scores = jax.tree.map(jnp.multiply, kernel, jax.grad(entropy)(kernel))
-        elif method == "logit_snip":
-            norm = jax.grad(lambda k, b=bias: jnp.sum(forward(k, b, x) ** 2))(kernel)
-            scores = jax.tree.map(jnp.multiply, kernel, norm)
-        elif method == "synflow":
-            positive = jax.tree.map(jnp.abs, kernel)
-            shift = [jnp.abs(b) for b in bias]
-            ones = jnp.ones((1, 64))
-            flow = jax.grad(lambda k, b=shift, x=ones: jnp.sum(forward(k, b, x)))(positive)
-            scores = jax.tree.map(jnp.multiply, positive, flow)
-        else:
-
-            def half_norm(k, entropy=entropy):
-                grads = jax.grad(lambda q: entropy(q, 200.0))(k)
-                return 0.5 * sum(jnp.sum(g**2) for g in grads.values())
-
-            scores = jax.tree.map(jnp.multiply, kernel, jax.grad(half_norm)(kernel))
+        kernel = {name: leaf.astype(np.float32) for name, leaf in kernels(params).items()}
+        scores = scores_by_hand(method, kernel, bias, x, y)
         scores = {name: np.asarray(leaf, float) for name, leaf in scores.items()}
         if method != "grasp":
             scores = {name: np.abs(leaf) for name, leaf in scores.items()}
@@ -93,20 +97,22 @@ def test_rounds_and_densities_by_layer():
     total = np.asarray(sum(leaf.reshape(8, -1).sum(1) for leaf in jax.tree.leaves(many.masks)))
     assert total.tolist() == [303] * 4 + [101] * 4
     _, by_layer = start(get_config("mnist_snip", layer_densities="erk"))
-    params = tiny_mlp().init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = drawn(tiny_mlp(), 1)
     for index, density in ((0, 0.3), (7, 0.1)):
         report = masks.layer_densities(member_of(by_layer.masks, index))
         for name, fraction in densities.erk(params, density).items():
             assert report[name].kept == round(fraction * report[name].total)
 
 
-@pytest.mark.parametrize(
-    "method", ["rigl", *(pytest.param(each, marks=pytest.mark.slow) for each in ("set", "gradual"))]
-)
+# That counts stay is seen below in single steps, and in training that pruned weights do.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rigl", "set", "gradual"])
+@pytest.mark.usefixtures("narrow", "unrendered")
 def test_masks_change_in_training(tmp_path, method):
     """Counts stay (set, rigl) or fall to the ones asked for (gradual), and stay to the end."""
     config = get_config(
         f"mnist_{method}",
+        regularisers="l2",
         **{
             "supervised.max_steps": 24, "supervised.record_every": 2, "growth.every": 3,
             "growth.end": 0.75, "gradual.every": 3, "gradual.start": 0.1, "gradual.end": 0.7,
@@ -116,13 +122,13 @@ def test_masks_change_in_training(tmp_path, method):
     log = MetricsLog(tmp_path / "supervised.jsonl", "any")
     steps, kept = log.column("kept")
     steps = list(steps)
-    params = study.prepare(config, None).module.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
-    counts = methods.layer_counts(config, params["params"])
+    params = drawn(study.prepare(config, None).module, 1)
+    counts = methods.layer_counts(config, params)
     for index, run in enumerate(sparse_members.runs_of(config)):
         wanted = counts[run.density]
         history = kept[:, index].astype(int)
         if method == "gradual":
-            whole = sum(leaf.size for leaf in kernels(params["params"]).values())
+            whole = sum(leaf.size for leaf in kernels(params).values())
             totals = history.sum(1)
             assert totals[0] == whole and totals[-1] == wanted
             assert np.all(np.diff(totals) <= 0)
@@ -198,11 +204,19 @@ def test_norms_of_weights_are_regularisers(tmp_path):
     assert set(stages.training_terms(config)) == {"task", "norm"}
 
 
-def test_what_all_networks_are_trained_with(tmp_path):
-    """An L1 norm, smoothed labels and dropout for all, the one that is compared with too."""
+def with_all():
     fields = {"supervised.l1": 0.25, "supervised.label_smoothing": 0.2, "model.dropout": True}
-    config = get_config("mnist_snip", density=(0.3,), seeds=(1,), **fields)
-    study.run(config, tmp_path)
+    return get_config("mnist_snip", density=(0.3,), seeds=(1,), regularisers="l2", **fields)
+
+
+@pytest.mark.slow
+def test_a_study_with_an_l1_norm_smoothed_labels_and_dropout(tmp_path):
+    study.run(with_all(), tmp_path)
+
+
+def test_what_all_networks_are_trained_with():
+    """An L1 norm and smoothed labels for all, the one that is compared with too."""
+    config = with_all()
     _, members = start(get_config("mnist_random", density=(0.3,), seeds=(1,)))
     member = member_of(members, 0)
     batch = (None, jnp.array([0, 2, 1]))
@@ -219,6 +233,7 @@ def test_what_all_networks_are_trained_with(tmp_path):
     np.testing.assert_allclose(chosen["task"](inputs)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("narrow", "unrendered")
 def test_rigl_sees_the_gradient_of_weights_that_are_not_there(tmp_path, monkeypatch):
     """In the study itself: pruned weights get gradients, and are zero after each step."""
     seen = []
@@ -241,7 +256,7 @@ def test_rigl_sees_the_gradient_of_weights_that_are_not_there(tmp_path, monkeypa
 
     monkeypatch.setattr(study, "make_step", make_step)
     config = get_config(
-        "mnist_rigl", density=(0.1,), seeds=(1,),
+        "mnist_rigl", density=(0.1,), seeds=(1,), regularisers="l2",
         **{"growth.every": 2, "supervised.max_steps": 6, "supervised.record_every": 6},
     )  # fmt: skip
     study.run(config, tmp_path)
@@ -402,7 +417,7 @@ def test_images_of_a_folder(tmp_path):
 
 def test_every_seed_starts_from_the_weights_of_a_file(monkeypatch, tmp_path):
     module = tiny_mlp()
-    given = dict(module.init(jax.random.key(7), jnp.zeros((1, *tiny_split().x.shape[1:]))))
+    given = {"params": drawn(module, 7)}
     asked = []
 
     def load(path, network):

@@ -14,6 +14,9 @@ from experiments import sparse_training_study as study
 from experiments.configs import sparse_training as configs
 from ntt_sparse.training.metrics import MetricsLog
 
+# What is trained is of all regularisers the same: that of the smallest program.
+PLAIN = {"regularisers": "l2", "coefficients": (1e-3,)}
+
 
 @pytest.mark.parametrize(
     "restore",
@@ -22,6 +25,7 @@ from ntt_sparse.training.metrics import MetricsLog
         *(pytest.param(how, marks=pytest.mark.slow) for how in ("learning_rate", "random")),
     ],
 )
+@pytest.mark.usefixtures("narrow", "unrendered")
 def test_lottery_tickets(tmp_path, monkeypatch, restore):
     """Each level has the largest weights of the one before and goes back to the step asked for;
     the dense level is the dense run, bit for bit."""
@@ -35,7 +39,7 @@ def test_lottery_tickets(tmp_path, monkeypatch, restore):
     monkeypatch.setattr(study, "fit_stage", fit_stage)
     fields = {
         "density": (1.0, 0.5, 0.1), "supervised.max_steps": 12, "supervised.record_every": 4,
-        "supervised.batch_size": 600, "lth.rewind": 0.25, "supervised.milestones": (0.5,),
+        "supervised.batch_size": 600, "lth.rewind": 0.25, "supervised.milestones": (0.5,), **PLAIN,
     }  # fmt: skip
     config = get_config("mnist_lth", **fields, **{"lth.restore": restore})
     study.run(config, tmp_path / "lth")
@@ -86,6 +90,7 @@ def test_lottery_tickets(tmp_path, monkeypatch, restore):
 
 # Several cycles begin as one does.
 @pytest.mark.parametrize("cycles", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.usefixtures("narrow", "unrendered")
 def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycles):
     """DLTH: random places, the same as without it; the others shrink while all are trained."""
     ended, started, real = {}, {}, study.fit_stage
@@ -96,7 +101,7 @@ def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycl
         return ended[stage]
 
     monkeypatch.setattr(study, "fit_stage", fit_stage)
-    fields = {"supervised.max_steps": 4, "supervised.record_every": 4}
+    fields = {"supervised.max_steps": 4, "supervised.record_every": 4, **PLAIN}
     config = get_config(
         "mnist_dlth",
         **fields,
@@ -138,6 +143,7 @@ def test_what_is_going_to_be_pruned_is_drawn_to_zero(tmp_path, monkeypatch, cycl
         np.testing.assert_array_equal(leaf, np.where(mask, kernels(last.params)[name], 0))
 
 
+@pytest.mark.usefixtures("narrow", "unrendered")
 def test_gates_are_trained_before_weights_are_cut(tmp_path, monkeypatch):
     """L0: whole networks with gates, shared by all densities; then exact counts, gates applied."""
     started, ended, real = {}, {}, study.fit_stage
@@ -150,7 +156,7 @@ def test_gates_are_trained_before_weights_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "fit_stage", fit_stage)
     fields = {
         "supervised.max_steps": 4, "supervised.record_every": 4, "l0.max_steps": 60,
-        "l0.record_every": 60, "l0.learning_rate": 0.1, "l0.coefficient": 0.3,
+        "l0.record_every": 60, "l0.learning_rate": 0.1, "l0.coefficient": 0.3, **PLAIN,
     }  # fmt: skip
     config = get_config("mnist_l0", **fields)
     summary = study.run(config, tmp_path)
@@ -164,7 +170,7 @@ def test_gates_are_trained_before_weights_are_cut(tmp_path, monkeypatch):
     _, cut = started["supervised"]
     # The order of the data is that of other methods, before that another one.
     assert np.all(jax.random.key_data(cut.key[:4]) != jax.random.key_data(members.key))
-    _, random = start(get_config("mnist_random"), study.prepare(config, None).module)
+    _, random = start(get_config("mnist_random", **PLAIN), study.prepare(config, None).module)
     np.testing.assert_array_equal(jax.random.key_data(cut.key), jax.random.key_data(random.key))
     size = sum(leaf[0].size for leaf in alpha.values())
     for index, run in enumerate(runs):
@@ -181,7 +187,7 @@ def test_gates_are_trained_before_weights_are_cut(tmp_path, monkeypatch):
             np.testing.assert_allclose(params[name], effective, atol=1e-6)
         assert sum(leaf.sum() for leaf in masks.values()) == round(run.density * size)
     first, second = summary["gates"]
-    assert (first["regulariser"], second["regulariser"]) == ("none", "cka_sr")
+    assert (first["regulariser"], second["regulariser"]) == ("none", "l2")
     open_ = sum((leaf > -np.log(11)).reshape(4, -1).sum(1) for leaf in alpha.values())
     assert first["kept"] + second["kept"] == open_.tolist() and open_.max() < size
     assert "What gates alone kept" in (tmp_path / "report.md").read_text()

@@ -47,6 +47,7 @@ def trained(tmp_path_factory):
         folder, "text_snip", **{
             "supervised.max_steps": 60, "supervised.record_every": 60, "every": 1,
             "density": (0.3,), "supervised.learning_rate": 1e-2, "coefficients": (1.0,),
+            "seeds": (1,),
         },
     )  # fmt: skip
     return config, study.run(config, folder / "w"), folder / "w"
