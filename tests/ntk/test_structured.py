@@ -222,12 +222,15 @@ def test_derivative_rules_are_kept(x64):
     weights = {"w": jnp.zeros((2, 3)), "v": jnp.ones((3, 1))}
     x = jnp.ones((1, 2))
     values = [
-        empirical_ntk(
-            lambda p, x, activation=activation: activation(x @ p["w"]) @ p["v"],
-            weights, x, method="structured",
-        )
+        jax.jit(
+            functools.partial(
+                empirical_ntk,
+                lambda p, x, activation=activation: activation(x @ p["w"]) @ p["v"],
+                method="structured",
+            )
+        )(weights, x)
         for activation in (jax.nn.relu, lambda z: jnp.maximum(z, 0.0))
-    ]  # fmt: skip
+    ]
     # Only "w" contributes, the activations being zero: |x|^2 times the sum of slopes squared.
     np.testing.assert_allclose(np.ravel(values), [0.0, 2 * 3 * 0.25], atol=1e-15)
 
