@@ -1,10 +1,12 @@
 """The squared difference of kernels: held whole and in rows, against its formula."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import every_pair
 
 from ntt_sparse.ntk import difference, empirical_ntk
 from ntt_sparse.ntk.difference import squared_difference
@@ -58,6 +60,12 @@ def by_definition(params, masks, other, x1, x2, counted, wrt):
 
 # Compiled once for all.
 definition_and_grad = jax.jit(jax.value_and_grad(by_definition), static_argnums=6)
+kernel_by_jacobians = jax.jit(functools.partial(empirical_ntk, net, method="jacobian"))
+
+
+def outputs(params, x):
+    a, b, c, s = (np.asarray(params[name]) for name in "abcs")
+    return (np.tanh(x @ a + c) * s) @ b
 
 
 # Bytes held whole: everything, one row of pairs at a time (four columns of five outputs), two
@@ -65,11 +73,22 @@ definition_and_grad = jax.jit(jax.value_and_grad(by_definition), static_argnums=
 ROW = 4 * 5 * 5 * 8
 
 
+WAYS = itertools.product(
+    [2**24, 0, 2 * ROW, 3 * ROW + 1], ["masked", "all"], ["params", "kernel"], [2**30, 3000]
+)
+
+# Every value of an option, and rows with every value of the others.
+USUAL = [
+    (2**24, "masked", "params", 2**30),
+    (0, "all", "kernel", 2**30),
+    (2 * ROW, "masked", "params", 3000),
+    (3 * ROW + 1, "masked", "kernel", 3000),
+]
+
+
 @pytest.mark.parametrize(
     ("whole", "wrt", "given", "limit"),
-    every_pair(
-        [2**24, 0, 2 * ROW, 3 * ROW + 1], ["masked", "all"], ["params", "kernel"], [2**30, 3000]
-    ),
+    [pytest.param(*way, marks=[pytest.mark.slow] * (way not in USUAL)) for way in WAYS],
 )
 def test_equals_its_definition(x64, monkeypatch, whole, wrt, given, limit):
     monkeypatch.setattr(difference, "_WHOLE", whole)
@@ -78,7 +97,7 @@ def test_equals_its_definition(x64, monkeypatch, whole, wrt, given, limit):
     if given == "params":
         how["other_params"] = other
     else:
-        how["other_kernel"] = empirical_ntk(net, other, x1, x2, method="jacobian")
+        how["other_kernel"] = kernel_by_jacobians(other, x1, x2)
 
     def ours(params):
         result = squared_difference(net, params, x1, x2, counted, **how)
@@ -90,24 +109,25 @@ def test_equals_its_definition(x64, monkeypatch, whole, wrt, given, limit):
     np.testing.assert_allclose(jax.jit(ours)(params)[0], expected, rtol=1e-12)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, expected_grads[name], rtol=1e-9, atol=1e-9 * expected)
-    x = jnp.concatenate([x1, x2])
+    x = np.concatenate([x1, x2])
     kept = {n: leaf if masks[n] is None else leaf * masks[n] for n, leaf in params.items()}
-    np.testing.assert_allclose(result.outputs, net(kept, x), rtol=1e-12)
+    np.testing.assert_allclose(result.outputs, outputs(kept, x), rtol=1e-12)
     if given == "params":
-        np.testing.assert_allclose(result.other_outputs, net(other, x), rtol=1e-12)
+        np.testing.assert_allclose(result.other_outputs, outputs(other, x), rtol=1e-12)
 
 
 def test_no_gradient_reaches_the_other_network(x64, monkeypatch):
     params, masks, other, x1, x2, counted = problem()
     for whole in (2**24, 0):
         monkeypatch.setattr(difference, "_WHOLE", whole)
-        grads = jax.grad(
-            lambda other: (
-                squared_difference(
-                    net, params, x1, x2, counted, masks=masks, other_params=other
-                ).squares
-            )
-        )(other)
+
+        @jax.jit
+        @jax.grad
+        def gradient(other):
+            how = {"masks": masks, "other_params": other}
+            return squared_difference(net, params, x1, x2, counted, **how).squares
+
+        grads = gradient(other)
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
@@ -139,7 +159,11 @@ def test_kernels_of_other_shapes_are_refused(x64, monkeypatch, whole):
     params, masks, _, x1, x2, counted = problem()
     wrong = jnp.zeros((7, 4, 5, 1))
     with pytest.raises(ValueError, match=r"\(7, 4, 5, 1\), the student's \(7, 4, 5, 5\)"):
-        squared_difference(net, params, x1, x2, counted, masks=masks, other_kernel=wrong)
+        jax.eval_shape(
+            lambda: squared_difference(
+                net, params, x1, x2, counted, masks=masks, other_kernel=wrong
+            )
+        )
 
 
 @pytest.mark.variants(1)
@@ -163,18 +187,19 @@ def test_the_other_network_is_constant_in_its_parameters_alone(x64, monkeypatch,
 
     arguments = x1, x2, jnp.asarray(0.3)
     found = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(*arguments)
-    for grad, right in zip(found, jax.grad(expected, argnums=(0, 1, 2))(*arguments), strict=True):
+    by_hand = jax.jit(jax.grad(expected, argnums=(0, 1, 2)))(*arguments)
+    for grad, right in zip(found, by_hand, strict=True):
         np.testing.assert_allclose(grad, right, rtol=1e-9, atol=1e-9 * np.abs(right).max())
 
-    kernel = empirical_ntk(net, other, x1, x2, method="jacobian")
-    own = empirical_ntk(net, params, x1, x2, masks=masks, method="jacobian")
-    grad = jax.grad(lambda kernel: ours(x1, x2, 0.0, other_kernel=kernel))(kernel)
-    np.testing.assert_allclose(
-        grad, -2 * counted[:, None, None, None] * (own - kernel), rtol=1e-9, atol=1e-12
-    )
+    kernel = kernel_by_jacobians(other, x1, x2)
+    own = kernel_by_jacobians(params, x1, x2, masks=masks)
+    grad = jax.jit(jax.grad(lambda kernel: ours(x1, x2, 0.0, other_kernel=kernel)))(kernel)
+    by_hand = -2 * np.asarray(counted)[:, None, None, None] * np.subtract(own, kernel)
+    np.testing.assert_allclose(grad, by_hand, rtol=1e-9, atol=1e-12)
 
 
-def test_a_second_derivative(x64, monkeypatch):
+@pytest.mark.parametrize("whole", [2 * ROW, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_second_derivative(x64, monkeypatch, whole):
     params, masks, other, x1, x2, counted = problem()
 
     def curvature(whole):
@@ -186,11 +211,9 @@ def test_a_second_derivative(x64, monkeypatch):
             )
             return result.squares
 
-        return jax.grad(lambda w: jnp.sum(jax.grad(loss)(w) ** 2))(params["b"])
+        return jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(loss)(w) ** 2)))(params["b"])
 
-    expected = curvature(2**24)
-    for whole in (0, 2 * ROW):
-        np.testing.assert_allclose(curvature(whole), expected, rtol=1e-9)
+    np.testing.assert_allclose(curvature(whole), curvature(2**24), rtol=1e-9)
 
 
 @pytest.mark.variants(1)
@@ -209,10 +232,14 @@ def test_half_precision_sums_many_rows(monkeypatch, gradient):
 
     def value(whole):
         monkeypatch.setattr(difference, "_WHOLE", whole)
-        return jax.value_and_grad(loss)(half[0])[0] if gradient else loss(half[0])
+        if gradient:
+            return jax.jit(jax.value_and_grad(loss))(half[0])[0]
+        # Anew, as the limit is not among the arguments.
+        return jax.jit(lambda params: loss(params))(half[0])
 
-    assert value(0).dtype == value(2**30).dtype == jnp.bfloat16
-    np.testing.assert_allclose(float(value(0)), float(value(2**30)), rtol=0.02)
+    rows, whole = value(0), value(2**30)
+    assert rows.dtype == whole.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(rows), float(whole), rtol=0.02)
 
 
 def test_leaves_without_room_take_whole_kernels(x64, monkeypatch):
@@ -221,7 +248,8 @@ def test_leaves_without_room_take_whole_kernels(x64, monkeypatch):
 
     def value():
         how = {"masks": masks, "other_params": other, "memory_limit": 1}
-        return squared_difference(net, params, x1, x2, counted, **how).squares
+        fn = jax.jit(lambda p: squared_difference(net, p, x1, x2, counted, **how).squares)
+        return fn(params)
 
     expected = value()
     monkeypatch.setattr(difference, "_WHOLE", 0)

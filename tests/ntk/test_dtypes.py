@@ -57,6 +57,11 @@ def perceptron(w, x):
     return jnp.tanh(0.01 * jnp.matmul(x, w["a"])) @ w["b"]
 
 
+kernel_of_perceptron = jax.jit(
+    functools.partial(empirical_ntk, perceptron), static_argnames="method"
+)
+
+
 def mixer(w, x):
     """Several vectors per example."""
     return jnp.tanh(0.01 * jnp.einsum("nti,ij->ntj", x.reshape(-1, 2, 3), w["a"])).mean(1) @ w["b"]
@@ -111,12 +116,14 @@ def test_convolutions_keep_the_dtype_of_their_result(channels):
         ).reshape(len(x), -1)[:, :3]  # fmt: skip
 
     layout = structured.plan(lambda leaves, x: network(leaves[0], x), [w], x)
-    factors = structured._factors(layout, [w], {}, x, None, memory_limit=2**30)
-    exact = network(w.astype(jnp.float32), x.astype(jnp.float32))
+    factors = jax.jit(lambda w: structured._factors(layout, [w], {}, x, None, memory_limit=2**30))
+    outputs = factors(w).outputs
+    wide = w.astype(jnp.float32), x.astype(jnp.float32)
+    exact = jax.jit(network)(*wide)
     # A sum of 9 * channels exact products in float32, far below the rounding of bfloat16.
-    np.testing.assert_allclose(factors.outputs, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
-    kernel = empirical_ntk(network, w, x, method="structured")
-    exact = empirical_ntk(network, w.astype(jnp.float32), x.astype(jnp.float32), method="jacobian")
+    np.testing.assert_allclose(outputs, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    kernel_of = jax.jit(functools.partial(empirical_ntk, network), static_argnames="method")
+    kernel, exact = kernel_of(w, x, method="structured"), kernel_of(*wide, method="jacobian")
     assert kernel.dtype == jnp.float32
     np.testing.assert_allclose(kernel, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
@@ -153,7 +160,7 @@ class HalfPrecision(nn.Module):
 def test_computation_in_half_precision_keeps_its_structure():
     """Flax casts each weight once; the methods differ by rounding to bfloat16 and no more."""
     net, x = HalfPrecision(), draw(3, 5, 5, 2)
-    params = net.init(jax.random.key(0), x)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), x)["params"]
     leaves, treedef = jax.tree.flatten(params)
 
     def flat(leaves, x):
@@ -230,9 +237,9 @@ def test_batches_of_two_floating_dtypes_meet_in_the_wider(x64, method, one, two)
     weights = {"a": draw(6, 5), "b": draw(5, 2)}
     x1, x2 = draw(3, 6, dtype=one), draw(2, 6, seed=1, dtype=two)
     wide = jnp.promote_types(one, two)
-    kernel_of = jax.jit(functools.partial(empirical_ntk, perceptron, method=method))
     kernel, expected = (
-        kernel_of(weights, *batches) for batches in ((x1, x2), (x1.astype(wide), x2.astype(wide)))
+        kernel_of_perceptron(weights, *batches, method=method)
+        for batches in ((x1, x2), (x1.astype(wide), x2.astype(wide)))
     )
     np.testing.assert_array_equal(kernel, expected)
 
@@ -255,7 +262,6 @@ def test_leaves_that_are_not_floating_are_constants(method):
         "scale": jnp.asarray(3),
         "order": jnp.asarray([1, 0]),
         "key": jax.random.key(0),
-        "shift": True,
     }
     x = draw(3, 6)
 
@@ -264,10 +270,16 @@ def test_leaves_that_are_not_floating_are_constants(method):
         return perceptron(p, x)[:, p["order"]] * p["scale"] + noise + p["shift"]
 
     masks = {name: jnp.arange(w.size).reshape(w.shape) % 3 > 0 for name, w in weights.items()}
-    kernel = inspect.unwrap(empirical_ntk)(
-        network, weights | others, x, masks=masks | dict.fromkeys(others), method=method
-    )
-    plain = empirical_ntk(perceptron, weights, x, masks=masks, method="jacobian")
+    kernel = jax.jit(
+        lambda weights, others: inspect.unwrap(empirical_ntk)(
+            network,
+            weights | others | {"shift": True},
+            x,
+            masks=masks | dict.fromkeys(others | {"shift": True}),
+            method=method,
+        )
+    )(weights, others)
+    plain = kernel_of_perceptron(weights, x, masks=masks, method="jacobian")
     expected = 9 * plain[:, :, ::-1, ::-1]
     np.testing.assert_allclose(kernel, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 

@@ -85,45 +85,56 @@ def problem():
     return weights, masks, x1, x2
 
 
-def sum_of_sines(kernel):
-    return jnp.sum(jnp.sin(kernel))
+def sines_and_value(kernel):
+    return jnp.sum(jnp.sin(kernel)), kernel
 
 
-@pytest.mark.parametrize("place", ["pmap", "vmap", "sharded"])
-def test_value_and_gradient(x64, place):
+# Compiled once for all places.
+@jax.jit
+def by_jacobians(w, masks, x1, x2):
+    def objective(w):
+        kernel = empirical_ntk(network, w, x1, x2, masks=masks, method="jacobian")
+        return sines_and_value(kernel)
+
+    return jax.value_and_grad(objective, has_aux=True)(w)
+
+
+BLOCKS = {"memory_limit": 3000, "max_density": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("pmap", {}),
+        ("vmap", BLOCKS),
+        ("sharded", BLOCKS),
+        pytest.param("pmap", BLOCKS, marks=pytest.mark.slow),
+        pytest.param("vmap", {}, marks=pytest.mark.slow),
+        pytest.param("sharded", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_value_and_gradient(x64, place, options):
     weights, masks, x1, x2 = problem()
 
-    def kernel(w, x1, **how):
-        return empirical_ntk(network, w, x1, x2, masks=masks, **how)
-
-    def placed(w, x1, options):
+    def objective(w, x1):
         def part(x):
-            return kernel(w, x, method="structured", **options)
+            return empirical_ntk(network, w, x, x2, masks=masks, method="structured", **options)
 
         if place == "vmap":
-            return jax.vmap(part)(x1.reshape(8, 1, 4, 4, 2)).reshape(8, 3, 3, 3)
-        if place == "pmap":
-            return jax.pmap(part)(x1.reshape(4, 2, 4, 4, 2)).reshape(8, 3, 3, 3)
-        return part(x1)
-
-    def expected(w, x1):
-        value = kernel(w, x1, method="jacobian")
-        return sum_of_sines(value), value
-
-    reference = jax.jit(jax.value_and_grad(expected, has_aux=True))(weights, x1)
-    for options in ({}, {"memory_limit": 3000, "max_density": 0.2}):
-
-        def objective(w, x1, options=options):
-            value = placed(w, x1, options)
-            return sum_of_sines(value), value
-
-        step = jax.value_and_grad(objective, has_aux=True)
-        if place == "sharded":
-            mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-            rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-            result = jax.jit(step, in_shardings=(whole, rows))(weights, x1)
+            kernel = jax.vmap(part)(x1.reshape(8, 1, 4, 4, 2)).reshape(8, 3, 3, 3)
+        elif place == "pmap":
+            kernel = jax.pmap(part)(x1.reshape(4, 2, 4, 4, 2)).reshape(8, 3, 3, 3)
         else:
-            result = (step if place == "pmap" else jax.jit(step))(weights, x1)
-        for ours, theirs in zip(*map(jax.tree.leaves, (result, reference)), strict=True):
-            bound = 1e-11 * np.abs(theirs).max()
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=str(options))
+            kernel = part(x1)
+        return sines_and_value(kernel)
+
+    step = jax.value_and_grad(objective, has_aux=True)
+    if place == "sharded":
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+        rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        step = jax.jit(step, in_shardings=(whole, rows))
+    elif place == "vmap":
+        step = jax.jit(step)
+    expected = by_jacobians(weights, masks, x1, x2)
+    for ours, theirs in zip(*map(jax.tree.leaves, (step(weights, x1), expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-11 * np.abs(theirs).max())

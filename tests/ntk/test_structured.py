@@ -1,5 +1,6 @@
 """The structured kernel: which rule each weight gets, and that no rule gives a wrong number."""
 
+import functools
 import itertools
 
 import jax
@@ -126,33 +127,55 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.variants(9)
+def problem():
+    """Weights and two batches."""
+    rng = np.random.default_rng(2)
+    return matrices(), *(jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
+
+
 @pytest.mark.parametrize(
     ("network", "dense", "shared", "other"),
-    [
-        # Loops are in `inside_control_flow` too.
-        pytest.param(*row, marks=[pytest.mark.slow] * (row[0] is scanned), id=row[0].__name__)
-        for row in NETWORKS
-    ],
+    [pytest.param(*row, id=row[0].__name__) for row in NETWORKS],
 )
-def test_equals_the_jacobian_method(x64, network, dense, shared, other):
+def test_rules(x64, network, dense, shared, other):
     """Weights without a rule go through their own Jacobian, or NTK-vector products."""
-    weights = matrices()
-    rng = np.random.default_rng(2)
-    x1, x2 = (jnp.asarray(rng.normal(size=(n, 6))) for n in (4, 3))
+    weights, x, _ = problem()
 
     def rules(limit):
-        layout = structured.plan(as_flat(network, LEAVES), [*weights.values()], x1, limit)
+        layout = structured.plan(as_flat(network, LEAVES), [*weights.values()], x, limit)
         groups = layout.dense, layout.shared, layout.direct, layout.rest
         return [[list(LEAVES)[leaf] for leaf in group] for group in groups]
 
     assert rules(structured.MEMORY_LIMIT) == [dense, shared, other, []]
     too_large = [name for name in LEAVES if name in shared + other]
     assert rules(1) == [dense, [], [], too_large]
-    # Where every leaf has one vector per example, less memory takes pairs one at a time.
-    one_at_a_time = too_large or network in (chain, grouped)
-    limits = (structured.MEMORY_LIMIT, 1) if one_at_a_time else (structured.MEMORY_LIMIT,)
-    assert_equals_jacobian_method(network, weights, x1, x2, memory_limits=limits)
+
+
+# Less memory takes leaves that do not have one vector per example by NTK-vector products, and
+# pairs one at a time.
+LIMITS = {"whole": structured.MEMORY_LIMIT, "little": 1}
+
+# One of each kind: the others have their rules.
+USUAL = {
+    "whole": (
+        summed_over_last_axis, two_weights_in_one_product, grouped, also_the_square,
+        product_of_weights, some_unused, gram_of_weights, constant_output,
+    ),
+    "little": (chain, also_the_square),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "memory"),
+    [
+        pytest.param(row[0], memory, marks=[pytest.mark.slow] * (row[0] not in USUAL[memory]))
+        for row in NETWORKS
+        for memory in LIMITS
+    ],
+)
+def test_equals_the_jacobian_method(x64, network, memory):
+    weights, x1, x2 = problem()
+    assert_equals_jacobian_method(network, weights, x1, x2, memory_limits=[LIMITS[memory]])
 
 
 def biased(w, x):
@@ -199,12 +222,15 @@ def test_derivative_rules_are_kept(x64):
     weights = {"w": jnp.zeros((2, 3)), "v": jnp.ones((3, 1))}
     x = jnp.ones((1, 2))
     values = [
-        empirical_ntk(
-            lambda p, x, activation=activation: activation(x @ p["w"]) @ p["v"],
-            weights, x, method="structured",
-        )
+        jax.jit(
+            functools.partial(
+                empirical_ntk,
+                lambda p, x, activation=activation: activation(x @ p["w"]) @ p["v"],
+                method="structured",
+            )
+        )(weights, x)
         for activation in (jax.nn.relu, lambda z: jnp.maximum(z, 0.0))
-    ]  # fmt: skip
+    ]
     # Only "w" contributes, the activations being zero: |x|^2 times the sum of slopes squared.
     np.testing.assert_allclose(np.ravel(values), [0.0, 2 * 3 * 0.25], atol=1e-15)
 
@@ -240,6 +266,17 @@ def lenet(params, x):
     return x @ params[-1]["kernel"] + params[-1]["bias"]
 
 
+# Compiled once for all densities.
+@functools.partial(jax.jit, static_argnames="method")
+@functools.partial(jax.vmap, in_axes=(0, 0, None, None, None, None))
+def gradient_of_lenet(params, masks, x1, x2, target, method):
+    def objective(p):
+        value = empirical_ntk(lenet, p, x1, x2, masks=masks, method=method)
+        return 1e4 * jnp.mean((value - target) ** 2)
+
+    return jax.grad(objective)(params)
+
+
 @pytest.mark.parametrize("density", [0.03, 1.0])
 def test_members_of_a_sparse_lenet(x64, density):
     """Second derivatives under `vmap` and `jit`, with members of other weights and masks."""
@@ -259,17 +296,11 @@ def test_members_of_a_sparse_lenet(x64, density):
     ]
     x1, x2 = (jnp.asarray(rng.normal(size=(n, 40))) for n in (5, 4))
     target = jnp.asarray(rng.normal(size=(5, 4, 10, 10)))
-
-    def grads(method):
-        def objective(p, m):
-            value = empirical_ntk(lenet, p, x1, x2, masks=m, method=method)
-            return 1e4 * jnp.mean((value - target) ** 2)
-
-        return jax.jit(jax.vmap(jax.grad(objective)))(params, masks)
-
-    for leaf, expected in zip(
-        *map(jax.tree.leaves, map(grads, ("structured", "jacobian"))), strict=True
-    ):
+    ours, theirs = (
+        jax.tree.leaves(gradient_of_lenet(params, masks, x1, x2, target, method))
+        for method in ("structured", "jacobian")
+    )
+    for leaf, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 

@@ -1,5 +1,7 @@
 """The objective of a convolutional network on many devices, with members, and against Jacobians."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,24 +28,8 @@ def assert_close(ours, expected, rtol=1e-11):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-# Derivatives of several examples together, or one by one; kernels whole, or a row at a time.
-@pytest.mark.variants(3)
-@pytest.mark.parametrize(
-    ("cache", "whole", "options"),
-    [
-        (structured._CACHE, difference._WHOLE, {"max_density": 0.2}),
-        (0, difference._WHOLE, {"max_density": 0.2}),
-        (0, difference._WHOLE, {"distance": "sketch"}),
-        (0, 0, {"max_density": 0.2}),
-        (0, 0, {"memory_limit": 50_000}),
-    ],
-    ids=["together-full", "one_by_one-full", "one_by_one-sketch", "rows", "rows-in_blocks"],
-)
-def test_everywhere_the_same(x64, monkeypatch, cache, whole, options):
-    monkeypatch.setattr(structured, "_CACHE", cache)
-    monkeypatch.setattr(difference, "_WHOLE", whole)
-    if "distance" in options:
-        options = options | {"key": jax.random.key(0)}
+def draw():
+    """Student, masks, teacher and inputs."""
     rng = np.random.default_rng(0)
     student, teacher = (
         {name: jnp.asarray(rng.normal(size=shape) * 0.3) for name, shape in SHAPES.items()}
@@ -53,29 +39,75 @@ def test_everywhere_the_same(x64, monkeypatch, cache, whole, options):
         name: jnp.asarray(rng.random(shape) < 0.15) if len(shape) > 1 else None
         for name, shape in SHAPES.items()
     }
-    x = jnp.asarray(rng.normal(size=(8, 5, 6, 2)))
+    return student, masks, teacher, jnp.asarray(rng.normal(size=(8, 5, 6, 2)))
 
-    def value_and_grad(student, masks, teacher, x, **more):
-        def loss(params):
-            weight = {"kernel_weight": 0.3}
-            return ntt_loss(net, params, masks, teacher, x, **weight, **options, **more)[0]
 
-        return jax.value_and_grad(loss)(student)
+def value_and_grad(student, masks, teacher, x, **options):
+    def loss(params):
+        return ntt_loss(net, params, masks, teacher, x, kernel_weight=0.3, **options)[0]
 
-    expected = jax.jit(lambda *args: value_and_grad(*args, method="jacobian"))(
-        student, masks, teacher, x
-    )
-    assert_close(jax.jit(value_and_grad)(student, masks, teacher, x), expected)
+    return jax.value_and_grad(loss)(student)
 
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+# Compiled once for all cases of a distance.
+by_jacobians = jax.jit(
+    functools.partial(value_and_grad, method="jacobian"), static_argnames="distance"
+)
+
+
+def on_one_device(arguments, options):
+    return jax.jit(functools.partial(value_and_grad, **options))(*arguments)
+
+
+def on_four_devices(arguments, options):
     spread = jax.shard_map(
-        lambda *args: value_and_grad(*args, axis_name="data"),
-        mesh=mesh,
+        functools.partial(value_and_grad, axis_name="data", **options),
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
         in_specs=(P(), P(), P(), P("data")),
         out_specs=P(),
     )
-    assert_close(jax.jit(spread)(student, masks, teacher, x), expected)
+    return jax.jit(spread)(*arguments)
 
+
+def with_members(arguments, options):
+    student, masks, teacher, x = arguments
     members = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (student, masks))
-    stacked = jax.jit(jax.vmap(value_and_grad, (0, 0, None, None)))(*members, teacher, x)
-    assert_close(jax.tree.map(lambda leaf: leaf[1], stacked), expected)
+    batched = jax.vmap(functools.partial(value_and_grad, **options), (0, 0, None, None))
+    return jax.tree.map(lambda leaf: leaf[1], jax.jit(batched)(*members, teacher, x))
+
+
+PLACES = [on_one_device, on_four_devices, with_members]
+
+# Derivatives of several examples together, or one by one; kernels whole, or a row at a time.
+WAYS = {
+    "together-full": (structured._CACHE, difference._WHOLE, {"max_density": 0.2}),
+    "one_by_one-full": (0, difference._WHOLE, {"max_density": 0.2}),
+    "one_by_one-sketch": (0, difference._WHOLE, {"distance": "sketch"}),
+    "rows": (0, 0, {"max_density": 0.2}),
+    "rows-in_blocks": (0, 0, {"memory_limit": 50_000}),
+}
+
+# On one device, kernels of convolutions are compared elsewhere too.
+USUAL = [
+    ("together-full", with_members),
+    ("one_by_one-sketch", on_four_devices),
+    ("rows-in_blocks", with_members),
+    ("rows-in_blocks", on_four_devices),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "place"),
+    [
+        pytest.param(way, place, marks=[pytest.mark.slow] * ((way, place) not in USUAL))
+        for way in WAYS
+        for place in PLACES
+    ],
+)
+def test_everywhere_the_same(x64, monkeypatch, way, place):
+    cache, whole, options = WAYS[way]
+    monkeypatch.setattr(structured, "_CACHE", cache)
+    monkeypatch.setattr(difference, "_WHOLE", whole)
+    sketch = {"key": jax.random.key(0), "distance": "sketch"} if "distance" in options else {}
+    arguments = draw()
+    assert_close(place(arguments, options | sketch), by_jacobians(*arguments, **sketch))

@@ -1,5 +1,6 @@
 """The stand-ins for the kernel distance against the full kernels of both networks."""
 
+import functools
 import inspect
 import itertools
 
@@ -33,6 +34,19 @@ def problem(n, seed=0):
     return student, masks, teacher, jnp.asarray(rng.normal(size=(n, 4)))
 
 
+# Compiled once for all problems of a size.
+loss_of_net, loss_from_targets = (
+    jax.jit(
+        functools.partial(function, net),
+        static_argnames=("kernel_weight", "l2_weight", "distance", "probes"),
+    )
+    for function in (ntt_loss, ntt_loss_from_targets)
+)
+targets_of_net = jax.jit(
+    functools.partial(teacher_targets, net), static_argnames=("distance", "probes")
+)
+
+
 @jax.jit
 def kernel_difference(student, masks, teacher, x):
     """By explicit Jacobians."""
@@ -44,7 +58,7 @@ def kernel_difference(student, masks, teacher, x):
 @pytest.mark.parametrize("n", [2, 5])
 def test_trace(x64, n):
     arguments = problem(n)
-    _, terms = ntt_loss(net, *arguments, **WEIGHTS, distance="trace")
+    _, terms = loss_of_net(*arguments, **WEIGHTS, distance="trace")
     difference = kernel_difference(*arguments)
     traces = np.einsum("ijoo->ij", difference)
     np.testing.assert_allclose(terms.kernel, np.mean(traces**2) / 3 / 9, rtol=1e-12)
@@ -58,14 +72,20 @@ def test_trace_is_the_full_distance_of_multiples_of_the_identity(x64):
     rows = jnp.asarray([True, False, True, True])
     masks = {"w": jnp.broadcast_to(rows[:, None], (4, 3))}
     arguments = {"w": student["in"][:, :3]}, masks, {"w": teacher["in"][:, :3]}, x
-    full, trace = (
-        ntt_loss(lambda p, x: x @ p["w"], *arguments, **WEIGHTS, distance=distance)[1].kernel
-        for distance in ("full", "trace")
-    )
+
+    @jax.jit
+    def distances(*arguments):
+        return [
+            ntt_loss(lambda p, x: x @ p["w"], *arguments, **WEIGHTS, distance=distance)[1].kernel
+            for distance in ("full", "trace")
+        ]
+
+    full, trace = distances(*arguments)
     assert full > 0.01
     np.testing.assert_allclose(trace, full, rtol=1e-12)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("probes", [1, 3])
 def test_sketch_is_unbiased(x64, probes):
     """Value and gradient, within five standard errors of 4,000 draws."""
@@ -118,17 +138,18 @@ def test_variance_for_one_pair(x64, probes):
 def test_sketches_of_teacher_and_student_share_their_signs(x64):
     student, masks, teacher, x = problem(6)
     options = {"distance": "sketch", "probes": 2, "key": jax.random.key(3)}
-    whole, _ = ntt_loss(net, student, masks, teacher, x, **WEIGHTS, **options)
-    targets = teacher_targets(net, teacher, x, **options)
+    whole, _ = loss_of_net(student, masks, teacher, x, **WEIGHTS, **options)
+    targets = targets_of_net(teacher, x, **options)
     assert targets.kernel.shape == (3, 3, 2, 2)
-    parts, _ = ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS, **options)
+    parts, _ = loss_from_targets(student, masks, targets, x, **WEIGHTS, **options)
     np.testing.assert_allclose(parts, whole, rtol=1e-14)
     everywhere = jax.tree.map(jnp.ones_like, masks)
-    _, terms = ntt_loss(net, teacher, everywhere, teacher, x, **WEIGHTS, **options)
+    _, terms = loss_of_net(teacher, everywhere, teacher, x, **WEIGHTS, **options)
     assert terms.kernel < 1e-24
 
 
-@pytest.mark.parametrize("distance", ["trace", "sketch"])
+# A sketch is split over devices in the tests of convolutions.
+@pytest.mark.parametrize("distance", ["trace", pytest.param("sketch", marks=pytest.mark.slow)])
 def test_devices_equal_one_device(x64, distance):
     arguments = problem(12)
     options = {"distance": distance, "probes": 2, "key": jax.random.key(4)}
@@ -194,17 +215,16 @@ OPTIONS = {
 def test_targets_know_their_distance(x64, theirs, ours):
     """Also within and out of compiled programs; three probes of three outputs look like all."""
     student, masks, teacher, x = problem(6)
-    targets = jax.jit(lambda t, x: teacher_targets(net, t, x, **OPTIONS[theirs]))(teacher, x)
+    targets = targets_of_net(teacher, x, **OPTIONS[theirs])
     assert targets.distance == theirs
     assert len(jax.tree.leaves(targets)) == 2
 
-    @jax.jit
     def loss(student, targets):
         weights = WEIGHTS | OPTIONS[ours]
-        return ntt_loss_from_targets(net, student, masks, targets, x, **weights)[0]
+        return loss_from_targets(student, masks, targets, x, **weights)[0]
 
     if ours == theirs:
-        whole, _ = ntt_loss(net, student, masks, teacher, x, **WEIGHTS, **OPTIONS[ours])
+        whole, _ = loss_of_net(student, masks, teacher, x, **WEIGHTS, **OPTIONS[ours])
         np.testing.assert_allclose(loss(student, targets), whole, rtol=1e-12)
     else:
         message = f"^targets are for distance='{theirs}', the loss for '{ours}': give both"
@@ -223,6 +243,6 @@ def test_targets_of_each_device(x64):
     def loss(targets, x):
         return ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS, **options)[0]
 
-    whole, _ = ntt_loss(net, student, masks, teacher, x, **WEIGHTS, **OPTIONS["sketch"])
+    whole, _ = loss_of_net(student, masks, teacher, x, **WEIGHTS, **OPTIONS["sketch"])
     values = jax.pmap(loss, "data")(targets, parts)
     np.testing.assert_allclose(values, np.full(4, whole), rtol=1e-10)

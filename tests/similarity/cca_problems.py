@@ -1,8 +1,13 @@
 """Features, and what the tests of CCA compare with: general solvers, in float64 NumPy."""
 
+import types
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from ntt_sparse.similarity import cca
 
 # Rounding of one operation. A condition number of about 10 in the features below and sums over
 # at most 64 examples bring it to about 64 * 10 roundings, to 1000 with the references' own.
@@ -38,6 +43,21 @@ def invertible(rng, p):
     """A matrix of condition number at most 4."""
     left, right = (np.linalg.qr(rng.normal(size=(p, p)))[0] for _ in range(2))
     return left * rng.uniform(0.5, 2, p) @ right
+
+
+# Compiled once for all features of a shape.
+compiled = types.SimpleNamespace(
+    **{
+        function.__name__: jax.jit(function)
+        for function in (
+            cca.canonical_correlations,
+            cca.cca_similarity,
+            cca.svcca_similarity,
+            cca.pwcca_similarity,
+            cca.ridge_cca,
+        )
+    },
+)
 
 
 def arrays(dtype, *values):

@@ -22,6 +22,11 @@ cka_distance = jax.jit(cka.cka_distance, static_argnames="debiased")
 cka_matrix = jax.jit(cka.cka_matrix, static_argnames="debiased")
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def rbf_ckas(x, y, fractions):
+    return [cka.rbf_cka(x, y, fraction=fraction) for fraction in fractions]
+
+
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
@@ -48,6 +53,7 @@ def reference_debiased(x, y):
     return reference_hsic1(x, y) / np.sqrt(reference_hsic1(x, x) * reference_hsic1(y, y))
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize(
     ("first", "second", "debiased"),
     [
@@ -82,8 +88,15 @@ def of_independent(similarity, n, p):
     return np.asarray([compiled(x, y) for x, y in draws])
 
 
-@pytest.mark.variants(8)
-@pytest.mark.parametrize(("n", "p", "expected"), INDEPENDENT)
+@pytest.mark.variants(4)
+@pytest.mark.parametrize(
+    ("n", "p", "expected"),
+    # Millions of draws take seconds.
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] * (row[0] * row[1] > 10**6))
+        for row in INDEPENDENT
+    ],
+)
 def test_bias_of_independent_features(n, p, expected):
     values = of_independent(lambda x, y: cka.cka_matrix([x, y])[0, 1], n, p)
     # Published to three digits, over other draws.
@@ -101,7 +114,7 @@ def test_debiased_values_of_independent_features_are_around_zero(n, spread):
 @settings(max_examples=20, deadline=None)
 @given(
     # Few, so that programs serve several draws.
-    shape=st.sampled_from([(4, 30), (9, 1), (12, 7)]),
+    shape=st.sampled_from([(4, 30), (12, 7)]),
     scale=st.floats(1e-6, 1e6),
     debiased=st.booleans(),
     seed=st.integers(0, 1000),
@@ -109,9 +122,12 @@ def test_debiased_values_of_independent_features_are_around_zero(n, spread):
 def test_invariances(shape, scale, debiased, seed):
     with jax.enable_x64(True):
         n, p = shape
-        x, y = jnp.asarray(normal(n, p, seed=seed)), jnp.asarray(normal(n, 5, seed=seed + 1))
+        x, y = normal(n, p, seed=seed), normal(n, 5, seed=seed + 1)
         rotation, _ = np.linalg.qr(normal(p, p, seed=seed + 2))
-        similarity = functools.partial(linear_cka, debiased=debiased)
+
+        def similarity(x, y):
+            return linear_cka(jnp.asarray(x), jnp.asarray(y), debiased=debiased)
+
         expected = float(similarity(x, y))
         order = np.random.default_rng(seed).permutation(n)
         for changed in (
@@ -130,8 +146,8 @@ def test_invariances(shape, scale, debiased, seed):
 def test_not_invariant_to_other_linear_maps_or_to_another_order(x64):
     x = jnp.asarray(normal(12, 6))
     stretch = jnp.diag(jnp.asarray([10.0, 1, 1, 1, 1, 1]))
-    assert float(cka.linear_cka(x, x @ stretch)) < 0.9
-    assert float(cka.linear_cka(x, x[::-1])) < 0.9
+    assert float(linear_cka(x, x @ stretch)) < 0.9
+    assert float(linear_cka(x, x[::-1])) < 0.9
 
 
 @pytest.mark.parametrize("debiased", [False, True])
@@ -140,12 +156,19 @@ def test_both_forms_agree(x64, debiased):
     features = [normal(20, p, seed=p) + 2 for p in (1, 3, 7)]
     features = [jnp.asarray(x) for x in features]
     flat = [grams.flat(x) for x in features]
-    by_grams = cka._stacked_units(flat, debiased)
-    by_features = cka._by_features(flat, None, debiased)
+
+    @jax.jit
+    def forms(flat):
+        two_networks = cka._by_features(flat[:1], flat[1:], debiased)
+        return (
+            cka._stacked_units(flat, debiased),
+            cka._by_features(flat, None, debiased),
+            two_networks,
+        )
+
+    by_grams, by_features, two_networks = map(np.asarray, forms(flat))
     np.testing.assert_allclose(by_features, by_grams @ by_grams.T, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(
-        cka._by_features(flat[:1], flat[1:], debiased), by_features[:1, 1:], rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(two_networks, by_features[:1, 1:], rtol=0, atol=1e-12)
     assert cka._features_are_cheaper(flat)
     assert not cka._features_are_cheaper([jnp.zeros((4, 100))])
 
@@ -184,7 +207,7 @@ def test_gradients_are_those_of_finite_differences(x64, similarity, p, debiased)
 def test_float32_against_float64(shift):
     """Features far from zero compared with their spread lose no more digits than they have."""
     x, y = (normal(128, 500, seed=s).astype(np.float32) + np.float32(shift) for s in (0, 1))
-    value = float(cka.linear_cka(jnp.asarray(x), jnp.asarray(y)))
+    value = float(linear_cka(jnp.asarray(x), jnp.asarray(y)))
     exact = reference_cka(x.astype(float), y.astype(float))
     assert value == pytest.approx(exact, rel=1e-5)
 
@@ -197,6 +220,7 @@ CONSTANT = {
 }
 
 
+@pytest.mark.variants(4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
 @pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize("width", [1, 40])
@@ -260,13 +284,13 @@ def test_rbf(x64):
         h = np.eye(10) - 0.1
         return h @ k @ h / np.linalg.norm(h @ k @ h)
 
-    for fraction in (0.2, 1.0, 5.0):
-        value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=fraction)
+    fractions = (0.2, 1.0, 5.0)
+    *values, wide = rbf_ckas(jnp.asarray(x), jnp.asarray(y), (*fractions, 1e3))
+    for fraction, value in zip(fractions, values, strict=True):
         # The median of squares is the square of the median, where pairs come twice.
         assert float(value) == pytest.approx(np.sum(unit(x, fraction) * unit(y, fraction)))
     # A wide kernel is a linear one.
-    value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=1e3)
-    assert float(value) == pytest.approx(reference_cka(x, y), abs=1e-5)
+    assert float(wide) == pytest.approx(reference_cka(x, y), abs=1e-5)
     for fraction in (0.0, -1.0, 1e-20, 1e7, float("nan")):
         with pytest.raises(ValueError, match=r"fraction=.*, expected a multiple of the median"):
             cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=fraction)
@@ -275,8 +299,7 @@ def test_rbf(x64):
 def test_wide_kernels_keep_their_digits_in_float32():
     """One less a small number would lose them."""
     x, y = normal(16, 50).astype(np.float32), normal(16, 50, seed=1).astype(np.float32)
-    for fraction in (300.0, 1e4, 1e6):
-        value = cka.rbf_cka(jnp.asarray(x), jnp.asarray(y), fraction=fraction)
+    for value in rbf_ckas(jnp.asarray(x), jnp.asarray(y), (300.0, 1e4, 1e6)):
         assert float(value) == pytest.approx(reference_cka(x, y), rel=1e-4)
 
 
@@ -285,9 +308,10 @@ def test_nhsic(x64):
     flat = y.reshape(6, 4)
     expected = np.sum((flat.T @ x) ** 2)
     expected /= np.linalg.norm(x.T @ x) * np.linalg.norm(flat.T @ flat)
-    assert float(cka.nhsic(jnp.asarray(x), jnp.asarray(y))) == pytest.approx(expected, rel=1e-12)
-    assert cka.nhsic(jnp.zeros((6, 3)), jnp.asarray(y)) == 0
-    check_grads(jax.jit(cka.nhsic), (x, y), order=1, rtol=1e-6)
+    nhsic = jax.jit(cka.nhsic)
+    assert float(nhsic(jnp.asarray(x), jnp.asarray(y))) == pytest.approx(expected, rel=1e-12)
+    assert nhsic(jnp.zeros((6, 3)), jnp.asarray(y)) == 0
+    check_grads(nhsic, (x, y), order=1, rtol=1e-6)
 
 
 def test_minibatches_average_hsic_before_the_ratio(x64):
@@ -301,15 +325,15 @@ def test_minibatches_average_hsic_before_the_ratio(x64):
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
     pair = cka.minibatch_cka([[b[0]] for b in batches], [[b[1]] for b in batches])
     np.testing.assert_allclose(pair, expected[:1, 1:], rtol=0, atol=1e-12)
-    sums = [cka.hsic_sums(batch) for batch in batches[:3]]
-    total = jax.tree.map(lambda *terms: sum(terms), *sums)
+    sums = [jax.jit(cka.hsic_sums)(batch) for batch in batches[:3]]
+    total = jax.tree.map(lambda *terms: sum(map(np.asarray, terms)), *sums)
     np.testing.assert_allclose(cka.cka_of_sums(total), expected, rtol=0, atol=1e-12)
 
 
 def test_one_minibatch_is_the_debiased_value_and_many_approach_it(x64):
     hidden = normal(512, 8)
     x, y = (jnp.asarray(hidden @ normal(8, p, seed=p) + normal(512, p, seed=9)) for p in (6, 12))
-    whole = float(cka.linear_cka(x, y, debiased=True))
+    whole = float(linear_cka(x, y, debiased=True))
     assert cka.minibatch_cka([[x, y]])[0, 1] == pytest.approx(whole, rel=1e-12)
     errors = [
         abs(
@@ -344,7 +368,7 @@ def test_minibatches_that_do_not_fit():
 def test_features_that_overflow_are_not_taken_for_constant():
     """Infinite squares give NaN, which shows, and no silent zero."""
     x, y = (jnp.asarray(1e25 * normal(6, p), jnp.float32) for p in (20, 30))
-    assert np.isnan(cka.linear_cka(x, y))
+    assert np.isnan(linear_cka(x, y))
 
 
 def test_members_have_one_condition_together():
@@ -425,4 +449,4 @@ def test_members():
     x = jnp.asarray(normal(3, 8, 5), jnp.float32)
     y = jnp.asarray(normal(8, 30), jnp.float32)
     mapped = jax.jit(jax.vmap(cka.linear_cka, (0, None)))(x, y)
-    np.testing.assert_allclose(mapped, [cka.linear_cka(one, y) for one in x], rtol=1e-6)
+    np.testing.assert_allclose(mapped, [linear_cka(one, y) for one in x], rtol=1e-6)

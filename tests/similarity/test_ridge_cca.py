@@ -1,22 +1,42 @@
 """Ridge CCA by its formula, its limits and its gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cca_problems import ROUNDING, arrays, correlated, cosine, eigen_cca, precision, ridged, x64
+from cca_problems import (
+    ROUNDING,
+    arrays,
+    correlated,
+    cosine,
+    eigen_cca,
+    precision,
+    ridged,
+    x64,
+)
 
 from ntt_sparse.similarity import cca
 
 ridge_value = jax.jit(cca.ridge_cca, static_argnames="ridge")
 ridge_gradients = jax.jit(jax.value_and_grad(cca.ridge_cca, argnums=(0, 1)))
 
+
+@functools.partial(jax.jit, static_argnums=2)
+def kernel_and_values(x, y, ridge):
+    """The kernel of x, and its similarity to y and to itself."""
+    pairs = ((x, y), (x, x))
+    kernel = cca.whitened_kernel(x, ridge=ridge)
+    return kernel, *(cca.ridge_cca(*pair, ridge=ridge) for pair in pairs)
+
+
 # Ridge CCA: features in p x p matrices (5), n x n (100), and one of each.
 
 sizes = pytest.mark.parametrize(("p1", "p2"), [(5, 7), (100, 80), (5, 100), (100, 5)])
 
 
-@pytest.mark.variants(10)
+@pytest.mark.variants(6)
 @x64
 @precision
 @sizes
@@ -27,13 +47,11 @@ def test_ridge_cca_by_its_formula(dtype, p1, p2, ridge):
     features = arrays(dtype, x, y)
     # The condition number of a ridged kernel is below n / ridge, of a tenth of n over 0.1 here.
     tolerance = ROUNDING[dtype] * max(1, 0.1 / ridge)
-    kernel = cca.whitened_kernel(features[0], ridge=ridge)
+    kernel, value, itself = kernel_and_values(*features, ridge)
     np.testing.assert_allclose(kernel, a, rtol=0, atol=tolerance)
     np.testing.assert_allclose(kernel, kernel.T, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(np.sum(kernel, axis=0), 0, rtol=0, atol=64 * tolerance)
-    value = cca.ridge_cca(*features, ridge=ridge)
+    np.testing.assert_allclose(np.sum(np.asarray(kernel), axis=0), 0, rtol=0, atol=64 * tolerance)
     np.testing.assert_allclose(value, cosine(a, b), rtol=0, atol=tolerance)
-    itself = cca.ridge_cca(features[0], features[0], ridge=ridge)
     np.testing.assert_allclose(itself, 1, rtol=0, atol=ROUNDING[dtype])
 
 
@@ -42,7 +60,7 @@ def test_ridge_cca_by_its_formula(dtype, p1, p2, ridge):
 def test_ridge_cca_without_ridge_is_the_mean_square(p1, p2):
     x, y = correlated(p1=p1, p2=p2)
     ridge = 1e-9
-    value = cca.ridge_cca(*arrays("float64", x, y), ridge=ridge)
+    value = ridge_value(*arrays("float64", x, y), ridge=ridge)
     expected = np.sum(eigen_cca(x, y)[0] ** 2) / np.sqrt(p1 * p2)
     # Each side is damped by k / (k + ridge * mean) in product and norm; k > mean / 100 here.
     squares = [np.linalg.svd(z - z.mean(0), compute_uv=False) ** 2 for z in (x, y)]
@@ -53,33 +71,39 @@ def test_ridge_cca_without_ridge_is_the_mean_square(p1, p2):
         np.testing.assert_allclose(value, squared, rtol=damping + ROUNDING["float64"])
 
 
+@pytest.mark.variants(2)
 @x64
 @sizes
 def test_ridge_cca_with_a_large_ridge_is_linear_cka(p1, p2):
     x, y = correlated(p1=p1, p2=p2)
     ridge, n = 1e7, len(x)
     kernels = [(z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y)]
-    value = cca.ridge_cca(*arrays("float64", x, y), ridge=ridge)
+    value = ridge_value(*arrays("float64", x, y), ridge=ridge)
     # 1 / (k + ridge) varies by k / ridge < n / ridge, in product and norm of either side.
     np.testing.assert_allclose(value, cosine(*kernels), rtol=4 * n / ridge)
 
 
+@pytest.mark.variants(2)
 @x64
 @sizes
 def test_ridge_gradient_by_finite_differences(p1, p2):
     rng = np.random.default_rng(3)
-    x, y = arrays("float64", *correlated(n=12, p1=p1, p2=p2))
-    _, gradients = ridge_gradients(x, y)
+    x, y = correlated(n=12, p1=p1, p2=p2)
+    _, gradients = ridge_gradients(*arrays("float64", x, y))
     step = 1e-4
     for _ in range(5):
-        dx, dy = (jnp.asarray(rng.normal(size=z.shape) / np.sqrt(z.size)) for z in (x, y))
+        dx, dy = (rng.normal(size=z.shape) / np.sqrt(z.size) for z in (x, y))
         # Differences to fourth order: truncation of step^4 = 1e-16, rounding of 1e-15 / step.
-        ends = [float(ridge_value(x + t * dx, y + t * dy)) for t in step * np.array([-2, -1, 1, 2])]
+        ends = [
+            float(ridge_value(jnp.asarray(x + t * dx), jnp.asarray(y + t * dy)))
+            for t in step * np.array([-2, -1, 1, 2])
+        ]
         difference = (ends[0] - 8 * ends[1] + 8 * ends[2] - ends[3]) / (12 * step)
-        slope = jnp.sum(gradients[0] * dx) + jnp.sum(gradients[1] * dy)
+        slope = np.vdot(gradients[0], dx) + np.vdot(gradients[1], dy)
         np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-10)
 
 
+@pytest.mark.variants(2)
 @x64
 @sizes
 def test_ridge_gradient_in_single_precision(p1, p2):
@@ -99,6 +123,7 @@ def value_gradients_and_kernel(x, y):
 
 
 # One or two examples; then constants in p x p matrices, beside ones in n x n, and in these.
+@pytest.mark.variants(5)
 @x64
 @precision
 @pytest.mark.parametrize(
