@@ -41,7 +41,7 @@ def stack(trees: Sequence[Any]) -> Any:
     def stacked(*leaves: Any) -> jax.Array:
         if jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key):
             return jnp.stack(leaves)
-        return jnp.asarray(np.stack(jax.device_get(leaves)))
+        return jax.device_put(np.stack(jax.device_get(leaves)))
 
     return jax.tree.map(stacked, *trees)
 
