@@ -39,7 +39,7 @@ assert not any(name.startswith(("ntt_sparse", "flax")) for name in sys.modules)
 
 @pytest.fixture(scope="module")
 def small():
-    module, shape = PreResNet(3, 2, (4, 6), L1()), (9, 9, 2)
+    module, shape = PreResNet(3, 1, (4, 6), L1()), (9, 9, 2)
     variables = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, *shape)))
     rng = np.random.default_rng(0)
     gates = {

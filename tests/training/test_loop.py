@@ -218,14 +218,15 @@ def finish(process):
     assert process.returncode == 0, stderr.decode()[-2000:]
 
 
-def test_sigkill_at_random_moments_changes_no_bit(tmp_path):
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments_changes_no_bit(tmp_path, count):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     unbroken.mkdir()
     killed.mkdir()
     finish(start(unbroken))
     rng = random.Random(0)
     kills = 0
-    for _ in range(2):
+    for _ in range(count):
         process = start(killed)
         # Somewhere after the first new checkpoint: in a chunk, a record or a save.
         before = set((killed / "checkpoints").glob("*"))

@@ -1,5 +1,6 @@
 """Eight devices that share the parameters compute what one does, by every objective."""
 
+import functools
 import math
 from typing import Any
 
@@ -90,10 +91,12 @@ def distilled(inputs):
 
 SIMILARITIES = {
     "cka_sr": lambda inputs: (cka_sr([maps(inputs)]), {}),
+    "aug_cka_sr": lambda inputs: (aug_cka_sr(maps(inputs)), {}),
+}
+MORE_SIMILARITIES = {
     "of_five": lambda inputs: (cka_sr([maps(inputs)], samples=5), {}),
     "debiased": lambda inputs: (cka_sr([maps(inputs)], debiased=True), {}),
     "cca": lambda inputs: (cka_sr([maps(inputs)], similarity="cca"), {}),
-    "aug_cka_sr": lambda inputs: (aug_cka_sr(maps(inputs)), {}),
 }
 OBJECTIVES = {
     "task": {"task": terms.supervised(apply_fn)},
@@ -111,13 +114,19 @@ def loss_fn(params, examples):
     )
 
 
+def stepped(objectives: Any, one: state.Member, examples: Any) -> dict[str, Any]:
+    """The parameters after a step of each objective."""
+    found = {}
+    for name, loss in objectives.items():
+        after, logs = step.make_step(loss, OPTIMIZER)(one, examples, jnp.int32(0))
+        found[name] = after.params, after.opt_state, logs
+    return found
+
+
 def measured(one: state.Member, examples: Any) -> dict[str, Any]:
     """The parameters after a step of each objective, scores, and kernels of the batch."""
     x, _ = examples
-    found = {}
-    for name, loss in OBJECTIVES.items():
-        stepped, logs = step.make_step(loss, OPTIMIZER)(one, examples, jnp.int32(0))
-        found[name] = stepped.params, stepped.opt_state, logs
+    found = stepped(OBJECTIVES, one, examples)
     found["snip"] = saliency.snip(loss_fn, one.params, examples)
     found["logit_snip"] = saliency.logit_snip(apply_fn, one.params, x)
     found["grasp"] = saliency.grasp(loss_fn, one.params, examples)
@@ -127,8 +136,12 @@ def measured(one: state.Member, examples: Any) -> dict[str, Any]:
     return found
 
 
+MORE = functools.partial(stepped, {"similarities": MORE_SIMILARITIES})
+
+
 @pytest.mark.usefixtures("x64")
-def test_eight_devices_step_and_score_as_one():
+@pytest.mark.parametrize("measured", [measured, pytest.param(MORE, marks=pytest.mark.slow)])
+def test_eight_devices_step_and_score_as_one(measured):
     """With parameters, masks and optimiser cut over them, and the batch as well."""
     mesh = meshes.make_mesh(data=8)
     one, examples = member(), batch()

@@ -130,7 +130,8 @@ def test_where_nothing_tells_all_train_together():
     assert waves.sizes(7, None, lambda size: 1 / 0) == [7]
 
 
-@pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch", "eight devices"])
+@pytest.mark.variants(2)
+@pytest.mark.parametrize("mode", ["loop", "vmap", "dispatch", "eight devices"])
 def test_waves_end_as_the_stage_in_one_piece(tmp_path, monkeypatch, mode, one_device):
     """With a member that diverges: in its wave and in others."""
     if mode in ("loop", "dispatch"):
