@@ -104,9 +104,9 @@ def test_rounds_and_densities_by_layer():
             assert report[name].kept == round(fraction * report[name].total)
 
 
-# That counts stay is seen below in single steps, and in training that pruned weights do.
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["rigl", "set", "gradual"])
+@pytest.mark.parametrize(
+    "method", ["rigl", *(pytest.param(each, marks=pytest.mark.slow) for each in ("set", "gradual"))]
+)
 @pytest.mark.usefixtures("narrow", "unrendered")
 def test_masks_change_in_training(tmp_path, method):
     """Counts stay (set, rigl) or fall to the ones asked for (gradual), and stay to the end."""
