@@ -123,28 +123,29 @@ def supervised_members(
     score_fns = _score_fns(config, module, train)
     init = jax.jit(lambda key: models.init(module, key, input_shape))
 
-    @functools.partial(jax.jit, static_argnames="method")
-    def masked(key, params, masks, *, method):
+    @jax.jit
+    def masked(key, params, masks):
         masks = pruning_masks.full(params) if masks is None else masks
-        apply = pruning_masks.rescale if method == "random_scaled" else pruning_masks.apply
-        return create_member(apply(params, masks), masks, optimizer, key)
+        return create_member(pruning_masks.apply(params, masks), masks, optimizer, key)
 
-    @functools.partial(jax.jit, static_argnames="method")
-    def pruned(key, params, scores, counts, *, method):
-        return masked(key, params, pruning_masks.from_counts(scores, counts), method=method)
+    @functools.partial(jax.jit, static_argnames="rescale")
+    def pruned(key, params, scores, counts, *, rescale):
+        masks = pruning_masks.from_counts(scores, counts)
+        apply = pruning_masks.rescale if rescale else pruning_masks.apply
+        return create_member(apply(params, masks), masks, optimizer, key)
 
     def start(run: Run) -> Member:
         key = jax.random.key(run.seed)
         if run.method == "ntt":
             params, masks = jax.tree.map(lambda leaf: leaf[sources[run]], students)
-            return masked(key, params, masks, method=run.method)
+            return masked(key, params, masks)
         params = init(key)
         if run.method == "dense":
-            return masked(key, params, None, method=run.method)
+            return masked(key, params, None)
         scope = METHODS[run.method].scope or config.scope
         scores = score_fns[run.method](key, params)
         counts = pruning_masks.keep_counts(scores, run.density, scope=scope)
-        return pruned(key, params, scores, counts, method=run.method)
+        return pruned(key, params, scores, counts, rescale=run.method == "random_scaled")
 
     students = jax.device_get((transferred.params, transferred.masks)) if transferred else ()
     return stack([start(run) for run in runs])

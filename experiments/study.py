@@ -36,10 +36,17 @@ def asked_densities(config: Any) -> list[float]:
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of one structure as one, with a leading axis; on the host, which compiles nothing."""
+    """Trees of one structure and the same dtypes as one, with a leading axis.
+
+    Numbers and arrays are stacked on the host, where nothing is compiled; keys are not.
+    """
 
     def stacked(*leaves: Any) -> jax.Array:
-        if jnp.issubdtype(jnp.result_type(leaves[0]), jax.dtypes.prng_key):
+        if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+            # Python's numbers, with JAX's types and limits.
+            leaves = tuple(jnp.asarray(leaf) for leaf in leaves)
+        (dtype,) = {leaf.dtype for leaf in leaves}
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jnp.stack(leaves)
         return jax.device_put(np.stack(jax.device_get(leaves)))
 

@@ -1,6 +1,6 @@
 """Makes the notebooks of the scripts beside this file: `python notebooks/make.py`.
 
-Where `pyproject.toml` has `[project.urls]` with a `Repository` on GitHub, each notebook begins with a
+Where `pyproject.toml` has `[project.urls]` with a `Repository` (or `Source`) on GitHub, each notebook begins with a
 badge that opens it in Colab, its first cell of code installs the package from there, and the
 README's links to notebooks get the badges too. Without one there are none, and the cell says so.
 """
@@ -21,14 +21,19 @@ INSTALL = (
 
 def repository(root: Path) -> str | None:
     """The address `https://github.com/OWNER/NAME` in `pyproject.toml`, `None` without one."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    url = project.get("urls", {}).get("Repository")
-    if url is not None and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # Labels are compared as package indices do.
+    urls = {label.lower(): url for label, url in project.get("urls", {}).items()}
+    url = urls.get("repository", urls.get("source"))
+    if url is None:
+        return None
+    found = re.fullmatch(r"https://github\.com/([\w-][\w.-]*/[\w-][\w.-]*?)(\.git)?/?", url)
+    if found is None:
         raise ValueError(
             f"pyproject.toml: Repository is {url!r}; Colab opens notebooks of "
             "https://github.com/OWNER/NAME"
         )
-    return url
+    return f"https://github.com/{found[1]}"
 
 
 def badge(url: str, name: str) -> str:
@@ -41,10 +46,15 @@ def badge(url: str, name: str) -> str:
 def notebook(script: Path, url: str | None):
     """The notebook of a script, without outputs."""
     book = jupytext.read(script, fmt="py:percent")
-    (install,) = [cell for cell in book.cells if cell.source == INSTALL]
+    first, *rest = book.cells
+    installs = [cell for cell in rest if cell.source == INSTALL]
+    if first.cell_type != "markdown" or len(installs) != 1:
+        raise ValueError(
+            f"{script}: expected a title in Markdown first, and one cell of code that is: {INSTALL}"
+        )
     if url is not None:
-        book.cells[0].source = f"{badge(url, script.stem)}\n\n{book.cells[0].source}"
-        install.source = f'%pip install --quiet "ntt_sparse @ git+{url}"'
+        first.source = f"{badge(url, script.stem)}\n\n{first.source}"
+        installs[0].source = f'%pip install --quiet "ntt_sparse @ git+{url}"'
     for number, cell in enumerate(book.cells):
         cell.id = f"cell-{number}"
         cell.metadata = {}
@@ -64,10 +74,13 @@ def with_badges(readme: str, url: str | None) -> str:
 def main(root: Path = ROOT) -> None:
     """Writes the notebooks and the README's badges."""
     url = repository(root)
-    for script in sorted((root / "notebooks").glob("[0-9]*.py")):
-        jupytext.write(notebook(script, url), script.with_suffix(".ipynb"), fmt="ipynb")
+    scripts = sorted((root / "notebooks").glob("[0-9]*.py"))
+    # All are read before one is written.
+    for script, book in [(script, notebook(script, url)) for script in scripts]:
+        jupytext.write(book, script.with_suffix(".ipynb"), fmt="ipynb")
     readme = root / "README.md"
-    readme.write_text(with_badges(readme.read_text(), url))
+    text = with_badges(readme.read_text(encoding="utf-8"), url)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

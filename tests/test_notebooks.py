@@ -53,11 +53,23 @@ def test_what_is_committed_is_what_is_made(make, checkout):
     root = checkout(make.repository(ROOT))
     make.main(root)
     assert written(root) == written(ROOT), "run: python notebooks/make.py"
-    for script in SCRIPTS:
-        cells = json.loads(script.with_suffix(".ipynb").read_text())["cells"]
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        assert all(source in script.read_text() for source in code)
-        assert not any(cell.get("outputs") for cell in cells)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_notebook_is_that_of_the_script(make, script):
+    """Cell by cell as jupytext reads both, but for the badge and what installs."""
+    jupytext = pytest.importorskip("jupytext")
+    expected = jupytext.read(script, fmt="py:percent").cells
+    found = jupytext.read(script.with_suffix(".ipynb")).cells
+    url = make.repository(ROOT)
+    badge = f"{make.badge(url, script.stem)}\n\n" if url else ""
+    sources = [cell.source.removeprefix(badge) for cell in found]
+    if url:
+        (place,) = (n for n, source in enumerate(sources) if source.startswith("%pip install "))
+        sources[place] = make.INSTALL
+    assert sources == [cell.source for cell in expected], "run: python notebooks/make.py"
+    assert [cell.cell_type for cell in found] == [cell.cell_type for cell in expected]
+    assert not any(cell.get("outputs") for cell in found)
 
 
 def test_with_an_address_colab_opens_and_installs(make, checkout):
@@ -83,7 +95,15 @@ def test_with_an_address_colab_opens_and_installs(make, checkout):
     assert written(root)["README.md"] == make.with_badges((ROOT / "README.md").read_text(), None)
 
 
-@pytest.mark.parametrize("url", ["github.com/a/b", "https://github.com/a", "https://x.org/a/b"])
+@pytest.mark.parametrize("url", ["https://github.com/a/b.git", "https://github.com/a/b/"])
+def test_addresses_as_they_are_written(make, checkout, url):
+    assert make.repository(checkout(url)) == "https://github.com/a/b"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["github.com/a/b", "https://github.com/a", "https://x.org/a/b", "https://github.com/a/.."],
+)
 def test_other_addresses_are_refused(make, checkout, url):
     root = checkout(url)
     before = written(root)
@@ -110,3 +130,13 @@ def test_the_script_runs(script, capsys):
         assert float(abs(names["before"] - names["after"]).max()) < 1e-4
     if script.stem.startswith("4"):
         assert printed.count("CKA-SR:") == 2
+
+
+def test_a_script_without_its_cells_is_named_and_nothing_is_written(make, checkout):
+    root = checkout("https://github.com/a/b")
+    script = root / "notebooks" / SCRIPTS[-1].name
+    script.write_text(script.read_text().replace(make.INSTALL, "# Nothing."))
+    before = written(root)
+    with pytest.raises(ValueError, match=rf"{script.name}: expected a title in Markdown first"):
+        make.main(root)
+    assert written(root) == before

@@ -138,8 +138,7 @@ def ways(
 
 def _array_module(arrays: list[Any]) -> Any:
     """NumPy for its own arrays: of a deep network JAX would compile hundreds of operations."""
-    host = bool(arrays) and all(isinstance(each, np.ndarray) for each in arrays)
-    return np if host else jnp
+    return np if all(isinstance(each, np.ndarray) for each in arrays) else jnp
 
 
 def _forward(xp: Any, node: Node, given: list[Any], width: int, connected: Any) -> Any:

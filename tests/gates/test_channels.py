@@ -64,6 +64,32 @@ def opened(network, seed, closed=0.5):
     }
 
 
+@pytest.mark.parametrize("name", ["lenet", "preresnet", "vgg"])
+def test_numpy_finds_what_jax_does(name):
+    """With weights of zero as well, where a network has them."""
+    _, _, network = small(name)
+    rng = np.random.default_rng(5)
+    shapes = graph.shapes(network)
+    connected = {
+        key: rng.random((shapes[node.input][-1], node.channels)) < 0.7
+        for key, node in network.nodes.items()
+        if isinstance(node, Conv)
+    }
+    both = jax.jit(
+        lambda open_, connected: (
+            accounting.ways(network, open_, connected=connected),
+            accounting.count(network, open_, connected=connected),
+        )
+    )
+    open_ = {path: np.asarray(mask) for path, mask in opened(network, 3, 0.3).items()}
+    ways, count = both(open_, connected)
+    host = accounting.ways(network, open_, connected=connected)
+    jax.tree.map(np.testing.assert_array_equal, host, ways)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+    found = accounting.count(network, open_, connected=connected)
+    assert found == count and {type(number) for number in found} == {int}
+
+
 class Binary:
     """Gates that are given: one or zero."""
 
@@ -217,6 +243,8 @@ def test_numbers_beyond_int32():
     assert counts.parameters.dtype == jnp.int32
     assert counts.multiply_adds.dtype == jnp.float32
     np.testing.assert_allclose(counts.multiply_adds, (3 * 1000 * 49 + 1e4) * 2e4, rtol=1e-6)
+    exact = accounting.count(build.network(), {"a/gate": np.ones(1000, bool)})
+    assert exact.multiply_adds == (3 * 1000 * 49 + 10_000) * 20_000
 
 
 @pytest.mark.parametrize(
