@@ -2,6 +2,7 @@
 
     python benchmarks/readme.py --folder /tmp/readme
 
+Those of `results/README.md` too; what installs, and what stands inside of a sentence, is left out.
 Studies run with their `smoke` option: settings that it shrinks are its own, all others are those of
 the command. Benchmarks take one turn. `TFDS_DATA_DIR`, `PLANETOID_DIR` and `MONTI_DIR` say where
 the data is; what is not run is named. One line for each command, with its seconds; the exit code is
@@ -20,11 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Bash expands loops, functions and lines that go on; what would run says what it was given.
+# Bash expands loops, functions and lines that go on; what would run says what it was given, and
+# what it finds in the environment of what commands set there.
 _STUBS = {
-    "python": 'printf "%s\\0" "$@" >> "$LOG"; printf "\\n" >> "$LOG"',
+    "python": 'printf "%s\\0" "${NTT_SPARSE_MEMORY-}" "$@" >> "$LOG"; printf "\\n" >> "$LOG"',
     "taskset": 'shift 2; exec "$@"',
-    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "pip": "",
     "mount": "",
 }
@@ -34,24 +35,27 @@ _SIZES = {"epochs", "max_steps", "record_every", "decay_epochs", "ensemble"}
 # By a word of the command.
 _NOT_RUN = {
     "imagenet_random": "no such folder of images",
-    "--distributed": "no cluster; benchmarks/processes.py is the same on one machine",
-    "full_disk.py": "no small file system",
-    "soak.py": "hours",
     "sphinx": "tests/test_docs.py",
-    "processes.py": "its own command",
-    "pytest": "tests",
     "--readme=README.md": "tests/experiments/test_report.py",
 }
 
 
 def blocks() -> list[str]:
     """The blocks of shell commands, without those of an environment of their own, which CI runs."""
-    found = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    pages = (ROOT / "README.md", ROOT / "results" / "README.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    found = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
     return ["\n".join(line for line in b.splitlines() if ".venv/" not in line) for b in found]
 
 
-def commands_of(block: str) -> list[list[str]]:
-    """The arguments of every `python` in a block."""
+class Command(list[str]):
+    """The arguments of a `python`, and the memory that it is given for waves."""
+
+    memory: str = ""
+
+
+def commands_of(block: str) -> list[Command]:
+    """Every `python` in a block."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for stub, body in _STUBS.items():
@@ -61,10 +65,14 @@ def commands_of(block: str) -> list[list[str]]:
         log.touch()
         environment = {
             "PATH": f"{folder}:{os.environ['PATH']}", "HOME": HOME, "LOG": str(log),
-            "SCRATCH": "/scratch",
         }  # fmt: skip
         subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=environment, check=True)
-        return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+        found = []
+        for line in log.read_text().splitlines():
+            memory, *arguments = line.split("\0")[:-1]
+            found.append(Command(arguments))
+            found[-1].memory = memory
+        return found
 
 
 def config_of(study: str, arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -131,9 +139,10 @@ def with_data(arguments: list[str]) -> list[str]:
         f"{HOME}/data": "PLANETOID_DIR" if graphs else "MONTI_DIR",
     }
     for place, variable in places.items():
-        if place in line and variable not in os.environ:
-            raise LookupError(f"{variable} is not set")
-        line = line.replace(place, os.environ.get(variable, ""))
+        if place in line:
+            if not os.environ.get(variable):
+                raise LookupError(f"{variable} is not set")
+            line = line.replace(place, str(Path(os.environ[variable]).absolute()))
     return line.split("\0")
 
 
@@ -155,7 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the studies write")
-    parser.add_argument("--only", default="", help="commands with this in them")
+    parser.add_argument(
+        "--only", default="", help="commands with this in them; some need what others have written"
+    )
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     seen, failed = set(), 0
@@ -171,9 +182,13 @@ def main(argv: list[str] | None = None) -> None:
             except LookupError as error:
                 print(f"not run ({error}): python {line}", flush=True)
                 continue
+            memory = {"NTT_SPARSE_MEMORY": arguments.memory} if arguments.memory else {}
+            # Of this checkout, whatever is installed.
+            environment = os.environ | memory | {"PYTHONPATH": str(ROOT)}
             done = subprocess.run(
-                [sys.executable, *command], cwd=options.folder, capture_output=True, text=True
-            )
+                [sys.executable, *command], cwd=options.folder, env=environment,
+                capture_output=True, text=True,
+            )  # fmt: skip
             failed += done.returncode != 0
             word = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
             print(
@@ -181,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             if done.returncode:
                 print((done.stdout + done.stderr)[-2000:], flush=True)
+    if not seen:
+        parser.error(f"no command has {options.only!r} in it")
     print(f"{len(seen)} commands, {failed} failed")
     sys.exit(failed > 0)
 

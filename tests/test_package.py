@@ -17,6 +17,8 @@ import ntt_sparse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+# With what was measured.
+PAGES = README + (ROOT / "results" / "README.md").read_text()
 HEAVY = (
     *("tensorflow", "matplotlib", "sklearn", "orbax", "tensorflow_datasets", "tensorboardX"),
     "neural_tangents",
@@ -96,7 +98,7 @@ def test_every_public_function_is_documented():
 
 def test_the_readme_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made_small, transfer = re.findall(r"```python\n(.*?)```", README, re.S)
+    transfer, made_small = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(transfer, "README.md", "exec"), {})
     assert re.search(r"total\s+2,510\s+50,200\s+0\.05000", capsys.readouterr().out)
     names = {}
@@ -142,7 +144,7 @@ def test_the_readme_names_what_exists():
     }
     commands = re.findall(
         r"--config=experiments/configs/(\w+)\.py(?::([\w,]+))?((?:[^\n]*\\\n)*[^\n]*)",
-        README,
+        PAGES,
     )
     assert {study for study, _, _ in commands} == set(configs)
     for study, options, rest in commands:
@@ -151,8 +153,24 @@ def test_the_readme_names_what_exists():
             assert has_field(config, path), (study, options, path)
     # In the text around the commands a field is of any of the studies.
     defaults = [module.get_config() for module in configs.values()]
-    for path in re.findall(r"--config\.([\w.]+)=", README):
+    for path in re.findall(r"--config\.([\w.]+)=", PAGES):
         assert any(has_field(config, path) for config in defaults), path
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!https?://)([^)#\s]+)", text)
+    assert links
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+def test_style(arguments):
+    pytest.importorskip("ruff")
+    command = [sys.executable, "-m", "ruff", *arguments, "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_private_jax_is_imported():
