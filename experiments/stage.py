@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import waves
+from experiments.study import concatenate
 from ntt_sparse.data.stream import Stream
 from ntt_sparse.training import mesh as meshes
 from ntt_sparse.training import processes
@@ -221,7 +222,7 @@ def _join_members(trained: Sequence[Member]) -> Member:
         return trained[0]
     # One device holds them all, as at the start.
     trained = jax.device_put(trained, jax.local_devices()[0])
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trained)
+    return concatenate(trained)
 
 
 def _bytes_taken(

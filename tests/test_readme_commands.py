@@ -1,7 +1,7 @@
 """Every command of the README: its flags parse, and the study accepts its settings."""
 
 import argparse
-import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -14,10 +14,10 @@ from ml_collections import config_flags
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from readme import HOME, blocks, commands_of, config_of, small  # noqa: E402
-
-BLOCKS = blocks()
+_SPEC = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+readme = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(readme)
+BLOCKS = readme.blocks()
 
 
 def accept(monkeypatch, load_benchmark, arguments: list[str]) -> None:
@@ -70,7 +70,7 @@ def parse_benchmark(monkeypatch, load_benchmark, arguments: list[str]) -> None:
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_commands_of_a_block_are_accepted(monkeypatch, load_benchmark, number):
     monkeypatch.chdir(ROOT)
-    for arguments in commands_of(BLOCKS[number]):
+    for arguments in readme.commands_of(BLOCKS[number]):
         with monkeypatch.context() as patch:
             accept(patch, load_benchmark, arguments)
 
@@ -79,9 +79,9 @@ def test_no_two_commands_share_a_work_directory():
     """Which the second would refuse, unless it is the same command."""
     settings = {}
     for block in BLOCKS:
-        for command in commands_of(block):
+        for command in readme.commands_of(block):
             study = command[1].removeprefix("experiments.") if command[0] == "-m" else ""
-            config, arguments = config_of(study, command[2:])
+            config, arguments = readme.config_of(study, command[2:])
             for workdir in (a for a in arguments if a.startswith("--workdir=")):
                 mine = {study, config, *arguments}
                 assert settings.setdefault(workdir, mine) == mine, workdir
@@ -91,12 +91,12 @@ def test_no_two_commands_share_a_work_directory():
 def test_what_is_run_small_is_accepted_too(monkeypatch, load_benchmark):
     monkeypatch.chdir(ROOT)
     for name in ("TFDS_DATA_DIR", "PLANETOID_DIR", "MONTI_DIR"):
-        monkeypatch.setenv(name, f"{HOME}/of/{name}")
+        monkeypatch.setenv(name, f"{readme.HOME}/of/{name}")
     run = 0
     for block in BLOCKS:
-        for arguments in commands_of(block):
+        for arguments in readme.commands_of(block):
             try:
-                command = small(arguments)
+                command = readme.small(arguments)
             except LookupError:
                 continue
             run += 1
@@ -108,12 +108,14 @@ def test_what_is_run_small_is_accepted_too(monkeypatch, load_benchmark):
     assert run > 100
     monkeypatch.delenv("MONTI_DIR")
     with pytest.raises(LookupError, match="MONTI_DIR"):
-        small(["benchmarks/subgraphs.py", f"--data_dir={HOME}/data"])
+        readme.small(["benchmarks/subgraphs.py", f"--data_dir={readme.HOME}/data"])
 
 
 def test_what_is_refused_is_seen(monkeypatch, load_benchmark):
     monkeypatch.chdir(ROOT)
-    found = commands_of('for m in a b; do python -m experiments.ntt "--x=$m c" \\\n -y; done')
+    found = readme.commands_of(
+        'for m in a b; do python -m experiments.ntt "--x=$m c" \\\n -y; done'
+    )
     assert found == [["-m", "experiments.ntt", f"--x={m} c", "-y"] for m in "ab"]
     for arguments, error in (
         (["--config=experiments/configs/ntt.py:none"], flags.IllegalFlagValueError),

@@ -95,7 +95,8 @@ def used(
         By the name of the node, `(channels,)`.
 
     Raises:
-        ValueError: Gates are missing, unknown or of another size.
+        ValueError: Gates are missing, unknown or of another size, or what is connected does not
+            fit the network.
     """
     return ways(network, open_, connected=connected)[1]
 
@@ -109,6 +110,7 @@ def ways(
     """Which channels depend on the input, and which of them count; see `used`."""
     _check_open(network, open_)
     connected = connected or {}
+    _check_connected(network, connected)
     xp = _array_module([*open_.values(), *connected.values()])
     width = {name: shape[-1] for name, shape in graph.shapes(network).items()}
     reached: dict[str, Any] = {}
@@ -214,6 +216,26 @@ def _check_open(network: Network, open_: Mapping[str, Any]) -> None:
         raise ValueError(f"open channels are {', '.join(kinds)}, expected booleans")
 
 
+def _check_connected(network: Network, connected: Mapping[str, Any]) -> None:
+    shapes = graph.shapes(network)
+    for name, passes in connected.items():
+        node = network.nodes.get(name)
+        if isinstance(node, Conv | Dense):
+            expected = (shapes[node.input][-1], node.channels)
+        elif isinstance(node, Norm) and not node.groups:
+            expected = shapes[name][-1:]
+        else:
+            raise ValueError(
+                f"connected has {name!r}, expected names of convolutions, dense layers and batch "
+                "normalisation"
+            )
+        if passes.shape != expected or passes.dtype != bool:
+            raise ValueError(
+                f"connected[{name!r}] is {passes.dtype} of shape {passes.shape}, expected booleans "
+                f"of shape {expected}"
+            )
+
+
 def count(
     network: Network,
     open_: Mapping[str, Any],
@@ -232,7 +254,8 @@ def count(
         NumPy's arrays exact Python integers.
 
     Raises:
-        ValueError: Gates are missing, unknown or of another size.
+        ValueError: Gates are missing, unknown or of another size, or what is connected does not
+            fit the network.
     """
     return tally(network, open_, used(network, open_, connected=connected))
 

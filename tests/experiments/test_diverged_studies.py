@@ -88,6 +88,7 @@ def test_graphs(tmp_path, monkeypatch):
     assert np.isnan(aucs[[0, 3, 4, 5]]).all()
 
 
+@pytest.mark.slow
 def test_autoencoders(tmp_path):
     """A coefficient of which one seed is left, and one of which none is."""
     fields = {

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from ntt_sparse import models
 from ntt_sparse.gates import budget, layer, network_text
@@ -88,6 +89,21 @@ def test_numpy_finds_what_jax_does(name):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
     found = accounting.count(network, open_, connected=connected)
     assert found == count and {type(number) for number in found} == {int}
+
+
+@pytest.mark.parametrize(
+    ("connected", "message"),
+    [
+        ({"Conv_9": np.ones((2, 2), bool)}, "connected has 'Conv_9', expected names of"),
+        ({"Conv_0": np.ones((2, 1), bool)}, r"bool of shape \(2, 1\), expected .* \(2, 2\)"),
+        ({"Conv_0": np.ones((2, 2), np.int8)}, "int8 of shape .*, expected booleans"),
+    ],
+)
+def test_what_does_not_connect_the_network(connected, message):
+    _, _, network = small("lenet")
+    # Type checks of the tests are before the function's own.
+    with pytest.raises((ValueError, TypeCheckError), match=rf"{message}|Parameter annotations"):
+        accounting.used(network, opened(network, 0), connected=connected)
 
 
 class Binary:

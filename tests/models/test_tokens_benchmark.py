@@ -13,6 +13,7 @@ def benchmark(load_benchmark):
     return load_benchmark("tokens")
 
 
+@pytest.mark.slow
 def test_every_candidate_is_timed(benchmark, capsys, monkeypatch):
     tiny = VisionTransformer(3, patch=4, width=12, depth=4, heads=3)
     monkeypatch.setattr(models, "create", lambda name, num_outputs: tiny)

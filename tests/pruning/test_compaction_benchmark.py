@@ -10,6 +10,7 @@ def benchmark(load_benchmark):
     return load_benchmark("compaction")
 
 
+@pytest.mark.slow
 def test_each_kind_is_pruned_and_measured(benchmark, capsys, tmp_path):
     path = tmp_path / "rows.json"
     benchmark.main(

@@ -72,7 +72,7 @@ def zoo(module, shape):
         (models.create("lenet_300_100"), (8, 8, 1)),
         (Vgg(3, ((4, 6), (8,))), (8, 8, 3)),
         (ResNet(num_outputs=3, blocks_per_stage=1, channels=(4, 6)), (8, 8, 3)),
-        (PreResNet(3, 2, (4, 6)), (8, 8, 3)),
+        (PreResNet(3, 1, (4, 6)), (8, 8, 3)),
     ],
 )
 def test_as_its_definition_in_double_precision(module, shape):

@@ -57,6 +57,7 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(our, their)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
 def test_a_frozen_member_stays_as_before_its_bad_step_and_the_others_are_untouched(
     tmp_path, mode, caplog

@@ -40,6 +40,7 @@ def run(workdir, program, data, plan=PLAN):
     return jax.tree.map(np.asarray, (state.members.params, state.sums))
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("steps", [1, 4, 32])
 def test_as_with_data_on_the_device(tmp_path, program, steps):
     """Bit for bit, for windows within a pass and longer than it; members of a seed share them."""

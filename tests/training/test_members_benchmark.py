@@ -12,6 +12,7 @@ def benchmark(load_benchmark):
     return load_benchmark("members")
 
 
+@pytest.mark.slow
 def test_every_way_is_timed(benchmark, capsys, tmp_path):
     path = tmp_path / "rows.json"
     flags = "--network lenet_300_100 --members 3 --batch 2 --steps 2 --rounds 1".split()

@@ -24,6 +24,7 @@ def data_on(mesh):
     return jax.device_put(problems.data(), meshes.replicated(mesh))
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
 def test_nothing_is_compiled_after_the_first_record(tmp_path, compiled, mode):
     """Over epochs, records, checkpoints and chunks of several lengths."""
@@ -58,6 +59,7 @@ def test_nothing_is_compiled_after_the_first_record(tmp_path, compiled, mode):
     assert counts[2:] == [counts[2]] * 7, compiled[counts[2] :]
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("mode", ["vmap", "loop"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_no_chunk_asks_the_host(mode, devices):

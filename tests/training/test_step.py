@@ -74,6 +74,7 @@ def test_chunks_follow_a_loop_written_by_hand():
     assert state.since.tolist() == [9, 9]
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
 def test_where_chunks_are_cut_changes_no_bit(mode):
     program = problems.program(mode=mode)
@@ -96,6 +97,7 @@ def one_device():
     return run_chunks(problems.program(), problems.members(), [6, 9])
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize(
     ("shape", "mode"),
     [((4, 1), "vmap"), ((1, 8), "vmap"), ((2, 4), "vmap"), ((2, 4), "loop"), ((1, 8), "dispatch")],

@@ -174,7 +174,8 @@ def test_a_wave_may_diverge_whole_but_not_all(tmp_path, monkeypatch, caplog):
             fit(tmp_path / "all", ends=(7, 4, 5, 6, 7))
 
 
-@pytest.mark.parametrize("killed", [2, 7])
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("killed", [7, 2])
 def test_a_run_that_was_stopped_in_any_wave_goes_on_the_same(tmp_path, monkeypatch, killed):
     """Also where less memory is free then: as it was begun."""
     cut_into(monkeypatch, 3, 2)
@@ -198,6 +199,7 @@ def test_a_run_that_was_stopped_in_any_wave_goes_on_the_same(tmp_path, monkeypat
     assert_same(fit(tmp_path / "stopped"), unbroken)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("alone", [True, False])
 def test_early_stops_are_those_of_the_stage_in_one_piece(tmp_path, monkeypatch, alone):
     """Each member by itself, or when none has a new best value: the last is at step 9."""
@@ -241,6 +243,7 @@ def test_waves_of_other_members_are_refused(tmp_path, text):
         fit(tmp_path)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("mode", ["vmap", "loop", "dispatch"])
 def test_what_a_wave_takes_is_asked_without_compiling_more(
     tmp_path, monkeypatch, compilations, mode
