@@ -123,5 +123,5 @@ for name, (params, kept) in starts.items():
 
 # %% [markdown]
 # One seed and a few hundred steps prove nothing. `python -m experiments.ntt` repeats this with all
-# baselines, several densities and seeds, as one compiled program; its numbers on MNIST are in the
-# README.
+# baselines, several densities and seeds, as one compiled program; its numbers on MNIST are in
+# `results/README.md`.

@@ -91,5 +91,5 @@ figure.colorbar(image, ax=axes, label="debiased CKA")
 
 # %% [markdown]
 # Whether that makes sparse networks better is another question: see "Sparse training of every kind"
-# in the README, where on MNIST there is no effect, and `python -m experiments.sparse_training
+# in `results/README.md`, where on MNIST there is no effect, and `python -m experiments.sparse_training
 # --config=experiments/configs/sparse_training.py:digits_vit_random` for transformers.
