@@ -1,8 +1,9 @@
 """Makes the notebooks of the scripts beside this file: `python notebooks/make.py`.
 
-Where `pyproject.toml` has `[project.urls]` with a `Repository` (or `Source`) on GitHub, each notebook begins with a
-badge that opens it in Colab, its first cell of code installs the package from there, and the
-README's links to notebooks get the badges too. Without one there are none, and the cell says so.
+Where `pyproject.toml` has `[project.urls]` with a `Repository` (or `Source`) on GitHub, each
+notebook begins with a badge that opens it in Colab, its first cell of code installs the package
+from there, and the README's links to notebooks get the badges too. Without one there are none, and
+the cell says so.
 """
 
 import re
@@ -30,7 +31,7 @@ def repository(root: Path) -> str | None:
     found = re.fullmatch(r"https://github\.com/([\w-][\w.-]*/[\w-][\w.-]*?)(\.git)?/?", url)
     if found is None:
         raise ValueError(
-            f"pyproject.toml: Repository is {url!r}; Colab opens notebooks of "
+            f"pyproject.toml: the repository is {url!r}; Colab opens notebooks of "
             "https://github.com/OWNER/NAME"
         )
     return f"https://github.com/{found[1]}"

@@ -211,7 +211,13 @@ def with_all():
 
 @pytest.mark.slow
 def test_a_study_with_an_l1_norm_smoothed_labels_and_dropout(tmp_path):
-    study.run(with_all(), tmp_path)
+    """All of them are in the loss of every network, and the numbers stay finite."""
+    rows = study.run(with_all(), tmp_path)["supervised"]
+    assert {row["regulariser"] for row in rows} == {"none", "l2"}
+    assert all(0 <= row["test_accuracy_last"]["mean"] <= 1 for row in rows)
+    log = MetricsLog(tmp_path / "supervised.jsonl", "any")
+    for name in ("train/task", "train/l1"):
+        assert np.all(log.column(name)[1] > 0)
 
 
 def test_what_all_networks_are_trained_with():
