@@ -51,25 +51,27 @@ print("first and last block:", float(linear_cka(features["block_0"], features["b
 
 
 # %%
+optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=0.05)
+
+
+@jax.jit
+def step(params, state, key, coefficient):
+    chosen = jax.random.choice(key, len(x_train), (32,), replace=False)
+
+    def loss_fn(params):
+        outputs, features = apply({"params": params}, x_train[chosen])
+        task = jnp.mean(example_losses(outputs, y_train[chosen], "cross_entropy"))
+        return task + coefficient * aug_cka_sr(list(features.values()), samples=8), task
+
+    (_, task), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, task
+
+
 def train(coefficient):
-    optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=0.05)
-
-    @jax.jit
-    def step(params, state, key):
-        chosen = jax.random.choice(key, len(x_train), (32,), replace=False)
-
-        def loss_fn(params):
-            outputs, features = apply({"params": params}, x_train[chosen])
-            task = jnp.mean(example_losses(outputs, y_train[chosen], "cross_entropy"))
-            return task + coefficient * aug_cka_sr(list(features.values()), samples=8), task
-
-        (_, task), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, task
-
     trained, state = params, optimizer.init(params)
     for number in range(STEPS):
-        trained, state, task = step(trained, state, jax.random.key(number))
+        trained, state, task = step(trained, state, jax.random.key(number), coefficient)
     outputs, features = jax.jit(apply)({"params": trained}, jnp.asarray(data.test.x))
     accuracy = float(jnp.mean(jnp.argmax(outputs, 1) == data.test.y))
     print(f"coefficient {coefficient}: task {task:.3f}, {100 * accuracy:.1f} % of the test digits")

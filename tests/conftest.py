@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(items):
         for index, item in enumerate(found):
             if index not in usual:
                 item.add_marker(pytest.mark.slow)
+    # The longest first, so that no process waits for another one's last test.
+    items.sort(key=lambda item: item.path.name not in ("test_docs.py", "test_notebooks.py"))
 
 
 @pytest.fixture

@@ -296,6 +296,7 @@ def test_a_killed_study_ends_bit_identical(tmp_path, finished_smoke, stages):
         assert (workdir / name).read_bytes() == (finished_smoke.workdir / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_config_is_refused(tmp_path, finished_smoke):
     workdir = tmp_path / "work"
     shutil.copytree(finished_smoke.workdir, workdir)

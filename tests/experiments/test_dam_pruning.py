@@ -112,7 +112,7 @@ def test_a_random_order_closes_other_channels():
     assert members.orders(small(), sizes, 0) == {}
 
 
-@pytest.mark.variants(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["parameters", "layers"])
 @pytest.mark.usefixtures("unrendered")
 def test_budgets_are_met_to_within_a_channel(tmp_path, budget):

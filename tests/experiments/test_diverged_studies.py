@@ -259,6 +259,7 @@ def test_neurons(tmp_path):
     assert [row.seeds for row in read][2:] == [(2, 3), (3,), (3,)]
 
 
+@pytest.mark.slow
 def test_transfer(tmp_path, monkeypatch):
     """A network whose student diverged is in no row, as one that does so itself."""
     monkeypatch.setattr(models, "create", lambda name, num_outputs: LeNet(num_outputs, hidden=(5,)))

@@ -225,6 +225,7 @@ def test_a_run_goes_on_and_a_finished_one_only_reports_again(finished, tmp_path)
     assert study.run(config, workdir) == summary
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unrendered")
 def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
     _, workdir, summary = finished
@@ -243,10 +244,10 @@ def test_zeros_in_place_of_neurons_give_the_same_networks(finished, tmp_path):
     assert len(other["groups"]) == len(summary["groups"])
 
 
-@pytest.mark.variants(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", ["total", "threshold"])
 @pytest.mark.usefixtures("unrendered")
-def test_layers_can_share_a_similarity(amount, tmp_path):
+def test_studies_of_layers_that_share_a_similarity(amount, tmp_path):
     names = ["cka" if amount == "threshold" else "cka_oneshot", "l1"]
     config = get_config(
         amount=amount,
@@ -266,6 +267,23 @@ def test_layers_can_share_a_similarity(amount, tmp_path):
         else:
             assert min(cell["similarity"].values()) >= 0.97
             assert 2 <= left < 28
+
+
+@pytest.mark.parametrize("amount", ["total", "threshold"])
+def test_layers_can_share_a_similarity(amount):
+    """As many neurons as asked for go of both layers together, or all that are alike enough."""
+    config = get_config(networks="16-12", seeds=(1,), amount=amount, threshold=0.97)
+    network = whole_network(config, "16-12", (8, 8, 1))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8, 8, 1)), jnp.float32)
+    module = study.own_module(network, 10)
+    for name in ("cka_oneshot", "l1"):
+        decision = decide(config, module, network, Run(name, 0.5, 1), 0.4, x, 0)
+        gone = {layer: len(units) for layer, units in decision.removed.items()}
+        if amount == "total":
+            assert sum(gone.values()) == round(0.4 * 28)
+        else:
+            assert min(decision.similarity.values()) >= 0.97
+        assert 0 < min(gone.values()) and gone["Dense_0"] < 16 and gone["Dense_1"] < 12
 
 
 def test_sequential_pruning_differs_in_later_layers_alone():

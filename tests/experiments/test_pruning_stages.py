@@ -52,10 +52,12 @@ def quick_latencies():
     params=[pytest.param("mnist_slimming", marks=pytest.mark.slow), "mnist_chipnet"],
 )
 def finished(request, tmp_path_factory):
-    """A finished study of two targets and two seeds, budgets of channels as published."""
+    """A finished study of two targets, budgets of channels as published."""
     workdir = tmp_path_factory.mktemp(request.param)
     # The schedule of ChipNet in 12 steps would leave all gates above 0.9, where they stay.
-    config = small(request.param, budget="channels", **{"chipnet.continuation_epochs": 0})
+    config = small(
+        request.param, budget="channels", seeds=(1,), **{"chipnet.continuation_epochs": 0}
+    )
     return config, workdir, study.run(config, workdir)
 
 
@@ -90,7 +92,7 @@ def test_networks_are_cut_to_their_targets(finished):
                 assert kept == 142 - int(np.round((1 - row["target"]) * 142, 3)) - 1
 
 
-@pytest.mark.variants(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist_slimming", "mnist_l1", "mnist_dam", "mnist_chipnet"])
 @pytest.mark.usefixtures("unrendered")
 def test_networks_of_one_size(tmp_path, name):
@@ -227,7 +229,7 @@ def test_training_on_keeps_what_is_cut_and_trains_the_rest(finished):
     )(cut)  # fmt: skip
     for path, mask in kept.items():
         counts = np.asarray(mask).sum(-1)
-        assert len(counts) == 4 and np.all(counts[2:] <= counts[:2]), path
+        assert len(counts) == 2 and counts[1] <= counts[0], path
     assert np.any(cut.key != whole.key)
 
 
@@ -293,6 +295,7 @@ def test_with_normalisation(tmp_path, monkeypatch, name):
     assert found["parameters"] == row["parameters"]["values"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unrendered")
 def test_of_a_layer_without_open_channels_the_constant_is_left(tmp_path):
     """Nothing holds Network Slimming from emptying a layer; it cuts one more than asked."""

@@ -42,6 +42,12 @@ def test_configs_fit_their_data(tmp_path, name):
     checks.check_sizes(config, setup.module, setup.data, setup.plan)
 
 
+def two_blocks(patch):
+    """One block less."""
+    two = functools.partial(TextTransformer, width=48, depth=2, heads=3)
+    patch.setattr(study, "make_model", lambda config, num_outputs: two(num_outputs))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
@@ -53,9 +59,7 @@ def trained(tmp_path_factory):
         },
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        # One block less.
-        two = functools.partial(TextTransformer, width=48, depth=2, heads=3)
-        patch.setattr(study, "make_model", lambda config, num_outputs: two(num_outputs))
+        two_blocks(patch)
         summary = study.run(config, folder / "w")
     return config, summary, folder / "w"
 
@@ -94,8 +98,9 @@ def test_only_weights_of_layers_are_pruned(trained):
         assert np.all(np.asarray(params["position"]) != 0)
 
 
-def test_snip_of_a_text_by_hand(tmp_path):
+def test_snip_of_a_text_by_hand(tmp_path, monkeypatch):
     """The absolute product of each weight and the derivative of the mean loss of all bytes."""
+    two_blocks(monkeypatch)
     config = get_config(tmp_path, "text_snip", **{"score_batch_size": 6, "density": (0.25,)})
     setup = study.prepare(config, None)
     x, y = (leaf[:6] for leaf in setup.data.train)

@@ -218,7 +218,9 @@ def finish(process):
     assert process.returncode == 0, stderr.decode()[-2000:]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow)])
+# Whole studies are killed in tests/experiments/test_cli.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
 def test_sigkill_at_random_moments_changes_no_bit(tmp_path, count):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     unbroken.mkdir()

@@ -130,7 +130,7 @@ def test_where_nothing_tells_all_train_together():
     assert waves.sizes(7, None, lambda size: 1 / 0) == [7]
 
 
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("mode", ["loop", "vmap", "dispatch", "eight devices"])
 def test_waves_end_as_the_stage_in_one_piece(tmp_path, monkeypatch, mode, one_device):
     """With a member that diverges: in its wave and in others."""
@@ -267,6 +267,7 @@ def test_what_a_wave_takes_is_asked_without_compiling_more(
     assert least < taken[0] < least + 2 * state + 5 * 16_000
 
 
+@pytest.mark.slow
 def test_the_window_of_a_wave_is_what_it_is_compiled_for(tmp_path, monkeypatch, compilations):
     """Of the orders of its own members, not of all."""
 
