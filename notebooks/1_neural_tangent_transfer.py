@@ -9,7 +9,7 @@
 # scikit-learn.
 
 # %%
-# Where the package is not installed, such as on Colab, a `%pip install` of its repository goes here.
+# Notebooks install the package here.
 
 # %%
 import functools

@@ -7,7 +7,7 @@
 # A minute on a CPU.
 
 # %%
-# Where the package is not installed, such as on Colab, a `%pip install` of its repository goes here.
+# Notebooks install the package here.
 
 # %%
 import jax

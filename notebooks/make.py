@@ -2,8 +2,8 @@
 
 Where `pyproject.toml` has `[project.urls]` with a `Repository` (or `Source`) on GitHub, each
 notebook begins with a badge that opens it in Colab, its first cell of code installs the package
-from there, and the README's links to notebooks get the badges too. Without one there are none, and
-the cell says so.
+from there, and the README's links to notebooks get the badges too. Without one there are no badges,
+and the cell installs the checkout that the notebook lies in, unless there is an installation.
 """
 
 import re
@@ -14,10 +14,13 @@ import jupytext
 
 ROOT = Path(__file__).parents[1]
 # The cell of the scripts that an installation takes the place of.
-INSTALL = (
-    "# Where the package is not installed, such as on Colab, "
-    "a `%pip install` of its repository goes here."
-)
+INSTALL = "# Notebooks install the package here."
+# Kernels start in the folder of their notebook. What is installed there may be editable: it stays.
+FROM_CHECKOUT = """\
+import importlib.util
+
+if importlib.util.find_spec("ntt_sparse") is None:
+    %pip install --quiet .."""
 
 
 def repository(root: Path) -> str | None:
@@ -44,6 +47,11 @@ def badge(url: str, name: str) -> str:
     return f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{path})"
 
 
+def installation(url: str | None) -> str:
+    """The first cell of code."""
+    return FROM_CHECKOUT if url is None else f'%pip install --quiet "ntt_sparse @ git+{url}"'
+
+
 def notebook(script: Path, url: str | None):
     """The notebook of a script, without outputs."""
     book = jupytext.read(script, fmt="py:percent")
@@ -53,9 +61,9 @@ def notebook(script: Path, url: str | None):
         raise ValueError(
             f"{script}: expected a title in Markdown first, and one cell of code that is: {INSTALL}"
         )
+    installs[0].source = installation(url)
     if url is not None:
         first.source = f"{badge(url, script.stem)}\n\n{first.source}"
-        installs[0].source = f'%pip install --quiet "ntt_sparse @ git+{url}"'
     for number, cell in enumerate(book.cells):
         cell.id = f"cell-{number}"
         cell.metadata = {}

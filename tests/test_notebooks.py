@@ -64,9 +64,7 @@ def test_the_notebook_is_that_of_the_script(make, script):
     url = make.repository(ROOT)
     badge = f"{make.badge(url, script.stem)}\n\n" if url else ""
     sources = [cell.source.removeprefix(badge) for cell in found]
-    if url:
-        (place,) = (n for n, source in enumerate(sources) if source.startswith("%pip install "))
-        sources[place] = make.INSTALL
+    sources[sources.index(make.installation(url))] = make.INSTALL
     assert sources == [cell.source for cell in expected], "run: python notebooks/make.py"
     assert [cell.cell_type for cell in found] == [cell.cell_type for cell in expected]
     assert not any(cell.get("outputs") for cell in found)
@@ -92,7 +90,12 @@ def test_with_an_address_colab_opens_and_installs(make, checkout):
         ]
     checkout(None)
     make.main(root)
-    assert written(root)["README.md"] == make.with_badges((ROOT / "README.md").read_text(), None)
+    made = written(root)
+    assert made["README.md"] == make.with_badges((ROOT / "README.md").read_text(), None)
+    for script in SCRIPTS:
+        cells = json.loads(made[f"{script.stem}.ipynb"])["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert code[0].splitlines()[-1].split() == ["%pip", "install", "--quiet", ".."]
 
 
 @pytest.mark.parametrize("url", ["https://github.com/a/b.git", "https://github.com/a/b/"])
