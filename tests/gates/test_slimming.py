@@ -55,7 +55,7 @@ def test_bad_input():
         Slimming().penalty([])
 
 
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("module", "shape"),
     [

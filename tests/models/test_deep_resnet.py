@@ -55,7 +55,7 @@ def test_published_multiply_adds():
     ("stem", "bottleneck"),
     [
         ("cifar", True),
-        ("imagenet", False),
+        pytest.param("imagenet", False, marks=pytest.mark.slow),
         pytest.param("cifar", False, marks=pytest.mark.slow),
         pytest.param("imagenet", True, marks=pytest.mark.slow),
     ],

@@ -86,7 +86,8 @@ def test_what_is_hidden_and_what_is_removed_agree(redundancy):
     assert np.max(np.abs(outputs(small(keep=1.0)) - hidden(variables(), images()))) > 1e-2
 
 
-@pytest.mark.parametrize("redundancy", [None, Redundancy(0.3)])
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("redundancy", [Redundancy(0.3), None])
 def test_a_training_pass_is_what_is_hidden(monkeypatch, redundancy):
     """With the decisions of inference in place of drawn ones, in outputs and in features."""
     module, values = small(redundancy=redundancy), variables()

@@ -98,13 +98,12 @@ def assert_close(actual, expected):
 
 
 # The gradients below come with kernels of "mlp".
-@pytest.mark.variants(2)
 @installed
 @pytest.mark.parametrize(
     ("network", "wrt"),
     [
-        ("residual", "masked"),
-        ("convolutional", "masked"),
+        pytest.param("residual", "masked", marks=pytest.mark.slow),
+        pytest.param("convolutional", "masked", marks=pytest.mark.slow),
         pytest.param("mlp", "masked", marks=pytest.mark.slow),
         pytest.param("shared", "masked", marks=pytest.mark.slow),
         ("shared", "all"),
@@ -162,8 +161,7 @@ def test_kernels_agree_leaf_by_leaf(x64, network):
     ("network", "output", "methods"),
     [
         ("mlp", "full", METHODS),
-        # Those of the others are JAX's, whatever the network.
-        ("convolutional", "trace", ("structured",)),
+        # Those of convolutions are compared with Jacobians in tests of `structured`.
         pytest.param("convolutional", "trace", METHODS, marks=pytest.mark.slow),
     ],
 )
@@ -181,7 +179,7 @@ def test_gradients_agree(x64, network, output, methods):
         assert_close(gradient(params, method), expected)
 
 
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 @installed
 @pytest.mark.parametrize("network", NETWORKS)
 def test_all_implementations_agree(x64, network):

@@ -106,7 +106,7 @@ BLOCKS = {"memory_limit": 3000, "max_density": 0.2}
     ("place", "options"),
     [
         ("pmap", {}),
-        ("vmap", BLOCKS),
+        pytest.param("vmap", BLOCKS, marks=pytest.mark.slow),
         ("sharded", BLOCKS),
         pytest.param("pmap", BLOCKS, marks=pytest.mark.slow),
         pytest.param("vmap", {}, marks=pytest.mark.slow),

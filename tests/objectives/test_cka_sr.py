@@ -142,8 +142,8 @@ def test_all_layers_dead():
     assert not any(np.any(grad) for grad in grads)
 
 
-@pytest.mark.variants(2)
-@pytest.mark.parametrize(("samples", "options"), [(None, {}), (3, {}), (12, {"similarity": "cca"})])
+@pytest.mark.variants(1)
+@pytest.mark.parametrize(("samples", "options"), [(3, {}), (None, {}), (12, {"similarity": "cca"})])
 def test_split_over_devices(x64, samples, options):
     """Value and gradient of the global batch and of its first samples."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)))

@@ -90,8 +90,6 @@ WAYS = {
 # On one device, kernels of convolutions are compared elsewhere too.
 USUAL = [
     ("together-full", with_members),
-    ("one_by_one-sketch", on_four_devices),
-    ("rows-in_blocks", with_members),
     ("rows-in_blocks", on_four_devices),
 ]
 

@@ -183,7 +183,7 @@ def random_description(seed):
     return build
 
 
-@pytest.mark.variants(5)
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_networks_and_what_is_left_of_them_compacted_again(seed):
     build = random_description(seed)

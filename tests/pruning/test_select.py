@@ -74,6 +74,8 @@ KINDS = [random_bits, distinct, few_values, tied_here_and_there, equal, tied_in_
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64]
 
 
+# Each form and each dtype.
+@pytest.mark.variants(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -51,7 +51,7 @@ one_by_one = functools.partial(by_definition, transform=lambda function: functio
 
 
 def double(tree):
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
 def zoo(module, shape):
@@ -64,7 +64,7 @@ def zoo(module, shape):
     return params, variables, apply_fn
 
 
-@pytest.mark.variants(2)
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
@@ -102,7 +102,8 @@ def test_scores_of_a_chain_by_hand():
     np.testing.assert_allclose(scores["b"], [[16], [12.5]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e5])
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("scale", [1e5, 1e-6])
 def test_deep_networks_stay_in_range(scale):
     """60 layers, R = 1e-300 or more than 1e300: the scores of a scale of one, all finite.
 
@@ -259,6 +260,7 @@ def test_no_layer_collapses_where_single_rounds_do():
     module = Vgg(10, ((16,), (32,), (64,)))
     params, state, apply_fn = zoo(module, (8, 8, 3))
 
+    @jax.jit
     def score_fn(p):
         return saliency.synflow(functools.partial(apply_fn, state), p, (8, 8, 3))
 
