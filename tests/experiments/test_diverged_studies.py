@@ -112,6 +112,7 @@ def test_autoencoders(tmp_path):
     assert {path.stem for path in (tmp_path / "downstream").iterdir()} == left
 
 
+@pytest.mark.slow
 def test_representations(tmp_path):
     """A map with an empty cell; the others are what they are without those that diverge."""
     fields = {

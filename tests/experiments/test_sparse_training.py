@@ -239,6 +239,8 @@ def test_what_all_networks_are_trained_with():
     np.testing.assert_allclose(chosen["task"](inputs)[0], expected, rtol=1e-5)
 
 
+# What it brings is seen in `test_masks_change_in_training`.
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow", "unrendered")
 def test_rigl_sees_the_gradient_of_weights_that_are_not_there(tmp_path, monkeypatch):
     """In the study itself: pruned weights get gradients, and are zero after each step."""

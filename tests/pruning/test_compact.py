@@ -64,8 +64,16 @@ def test_descriptions_are_the_models(name):
     assert channels.whole(network).parameters == sum(map(np.prod, expected.values()))
 
 
-@pytest.mark.variants(4)
-@pytest.mark.parametrize("name", sorted(GATED, key="vgg19".__eq__))
+# One small network of each class.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name not in ("same", "narrow", "vgg", "quadratic"))
+        )
+        for name in GATED
+    ],
+)
 def test_gated_networks_keep_their_outputs(name):
     module, shape, _ = large(name)
     variables = with_gates(name, 1)

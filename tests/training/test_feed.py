@@ -40,8 +40,8 @@ def run(workdir, program, data, plan=PLAN):
     return jax.tree.map(np.asarray, (state.members.params, state.sums))
 
 
-@pytest.mark.variants(2)
-@pytest.mark.parametrize("steps", [1, 4, 32])
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("steps", [4, 1, 32])
 def test_as_with_data_on_the_device(tmp_path, program, steps):
     """Bit for bit, for windows within a pass and longer than it; members of a seed share them."""
     expected = run(tmp_path / "arrays", program, jax.tree.map(jax.numpy.asarray, (X, Y)))

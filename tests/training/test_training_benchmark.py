@@ -12,6 +12,7 @@ def benchmark(load_benchmark):
     return load_benchmark("training")
 
 
+@pytest.mark.slow
 def test_both_loops_are_timed(benchmark, capsys, tmp_path):
     path = tmp_path / "rows.json"
     flags = ["--network", "lenet_300_100", "--batch", "2", "--steps", "2", "--rounds", "1"]
