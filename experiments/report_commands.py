@@ -1,6 +1,7 @@
 """Which study a summary is of, all of its settings, and the command that repeats it."""
 
 import importlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,8 +100,13 @@ def command(study: str, name: str, changed: Mapping[str, Any], data: str) -> str
         f"--config=experiments/configs/{study}.py:{name}",
         *(f"--config.{field}={_flag(value)}" for field, value in changed.items()),
     ]  # fmt: skip
-    text = shlex.join(words)
-    return text if data in _EMBEDDED else f"{text} --data_dir=DATA"
+    return on_any_machine(shlex.join(words), data)
+
+
+def on_any_machine(line: str, data: str) -> str:
+    """A command line with `DATA` for the folder of its data, whoever named that."""
+    line = re.sub(r" --?data_dir[= ]('[^']*'|\S+)", "", line)
+    return line if data in _EMBEDDED else f"{line} --data_dir=DATA"
 
 
 def data_of(settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import provenance
-from experiments.report_commands import COMPARED, command, data_of, origin_of, shortest
+from experiments.report_commands import (
+    COMPARED,
+    command,
+    data_of,
+    on_any_machine,
+    origin_of,
+    shortest,
+)
 from experiments.report_readings import READINGS, Reading, Row, add_gains
 
 # A stage cut to fewer steps shows that a command works, and says nothing of accuracy.
@@ -140,9 +147,11 @@ def _run(path: Path, folder: Path) -> tuple[Run, list[str]]:
     except ValueError as error:
         made, problems = [], [str(error)]
     beside = path.parent.relative_to(folder)
+    data = data_of(settings)
+    recorded = dict.fromkeys(on_any_machine(origin.command, data) for origin in made)
     source = Source(
         beside,
-        [each for each in dict.fromkeys(origin.command for origin in made) or (line,) if each],
+        [each for each in recorded or (line,) if each],
         list(dict.fromkeys(each.commit or f"version {each.version}" for each in made)),
         "" if made else provenance.committed_with(path.resolve()),
         [each.relative_to(folder) for each in _figures(path.parent)],

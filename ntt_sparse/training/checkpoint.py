@@ -85,6 +85,7 @@ class Checkpoints:
 
         Raises:
             ValueError: `keep` is below 1.
+            CheckpointError: What the directory says of its checkpoints cannot be read.
         """
         if keep < 1:
             raise ValueError(f"{keep=} checkpoints: expected at least 1")
@@ -98,11 +99,19 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
-        return ocp.training.Checkpointer(
-            str(self.directory),
-            preservation_policy=newest,
-            cleanup_tmp_directories=True,
-        )
+        try:
+            return ocp.training.Checkpointer(
+                str(self.directory),
+                preservation_policy=newest,
+                cleanup_tmp_directories=True,
+            )
+        except (ArithmeticError, TypeError, ValueError) as error:
+            # Of the times at which they were saved, say; which of them it is Orbax does not tell.
+            raise CheckpointError(
+                f"a checkpoint in {self.directory} is damaged ({one_line(error)}): move the newest "
+                "of them elsewhere to go on from the one before it, or the directory to start this "
+                "stage again"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

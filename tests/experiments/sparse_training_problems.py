@@ -1,5 +1,7 @@
 """Small studies of sparse training, and what their tests share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,9 +45,13 @@ def networks(workdir):
     return {path.stem: load_network(path) for path in sorted((workdir / "networks").iterdir())}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def drawn(module, seed):
+    return module.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+
+
 def tiny_init(config, seed):
-    module = study.prepare(config, None).module
-    return jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+    return drawn(study.prepare(config, None).module, seed)
 
 
 def largest(scores, count):

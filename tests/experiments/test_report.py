@@ -19,7 +19,15 @@ from experiments.configs import dam_pruning, dam_recommender
 from experiments.published import item
 from experiments.report import pages, report
 from experiments.report_build import answers, build
-from experiments.report_commands import COMPARED, command, configs_of, data_of, origin_of, plain
+from experiments.report_commands import (
+    COMPARED,
+    command,
+    configs_of,
+    data_of,
+    on_any_machine,
+    origin_of,
+    plain,
+)
 from experiments.report_document import (
     Code,
     Command,
@@ -164,17 +172,26 @@ def test_trials_stand_beside_nothing(tmp_path):
 
 def test_what_was_recorded_is_said(tmp_path):
     table5a(tmp_path / "a", (1, 2), [0.96, 0.97])
-    made = [{"command": "python -m experiments.x 'a b'", "version": "1", "commit": "1" * 40}]
-    made.append({**made[0], "commit": "2" * 40 + "-changed"})
+    called = "python -m experiments.x 'a b'"
+    made = [{"command": f"{called} --data_dir=x/y", "version": "1", "commit": "1" * 40}]
+    # Where the environment says where data are, a command does not.
+    made.append({"command": called, "version": "1", "commit": "2" * 40 + "-changed"})
     (tmp_path / "a" / "provenance.json").write_text(json.dumps({"runs": made}))
     (tmp_path / "a" / "figures").mkdir()
     (tmp_path / "a" / "figures" / "my figure.png").write_bytes(b"")
     report(tmp_path)
     text = (tmp_path / "REPORT.md").read_text()
     assert "commit `111111111111`, `222222222222-changed`." in text
-    assert "```bash\npython -m experiments.x 'a b'\n```" in text
+    assert "```bash\npython -m experiments.x 'a b' --data_dir=DATA\n```" in text
     assert "[my figure.png](a/figures/my%20figure.png)" in text
     assert 'src="a/figures/my%20figure.png"' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("given", ["", " --data_dir=/a/b", " --data_dir '/a b'", " -data_dir x"])
+def test_no_command_names_a_folder_of_one_machine(given):
+    line = f"python -m experiments.x{given} --workdir=w"
+    assert on_any_machine(line, "mnist") == "python -m experiments.x --workdir=w --data_dir=DATA"
+    assert on_any_machine(line, "digits") == "python -m experiments.x --workdir=w"
 
 
 def test_a_report_whose_summary_is_not_there(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cka_problems import normal, reference_cka, reference_debiased
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -25,32 +26,6 @@ cka_matrix = jax.jit(cka.cka_matrix, static_argnames="debiased")
 @functools.partial(jax.jit, static_argnums=2)
 def rbf_ckas(x, y, fractions):
     return [cka.rbf_cka(x, y, fraction=fraction) for fraction in fractions]
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def reference_cka(x, y):
-    """The definition, with the centring matrix."""
-    x, y, n = x.reshape(len(x), -1), y.reshape(len(y), -1), len(x)
-    h = np.eye(n) - 1 / n
-    k, m = h @ x @ x.T @ h, h @ y @ y.T @ h
-    return np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
-
-
-def reference_hsic1(x, y):
-    """The unbiased estimate of Song et al. 2012, Eq. 5, from raw Gram matrices."""
-    x, y, n = x.reshape(len(x), -1), y.reshape(len(y), -1), len(x)
-    k, m = x @ x.T, y @ y.T
-    np.fill_diagonal(k, 0)
-    np.fill_diagonal(m, 0)
-    total = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2))
-    return (total - 2 / (n - 2) * (k @ m).sum()) / (n * (n - 3))
-
-
-def reference_debiased(x, y):
-    return reference_hsic1(x, y) / np.sqrt(reference_hsic1(x, x) * reference_hsic1(y, y))
 
 
 @pytest.mark.variants(6)
@@ -314,57 +289,6 @@ def test_nhsic(x64):
     check_grads(nhsic, (x, y), order=1, rtol=1e-6)
 
 
-def test_minibatches_average_hsic_before_the_ratio(x64):
-    sizes = (8, 5, 4, 2)
-    parts = [[normal(n, p, seed=7 * n + p) for p in (3, 6)] for n in sizes]
-    batches = [[jnp.asarray(x) for x in part] for part in parts]
-    value = cka.minibatch_cka(batches)
-    # The last batch is too small to be unbiased.
-    cross = [[sum(reference_hsic1(p[i], p[j]) for p in parts[:3]) for j in (0, 1)] for i in (0, 1)]
-    expected = np.array(cross) / np.sqrt(np.outer(np.diag(cross), np.diag(cross)))
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
-    pair = cka.minibatch_cka([[b[0]] for b in batches], [[b[1]] for b in batches])
-    np.testing.assert_allclose(pair, expected[:1, 1:], rtol=0, atol=1e-12)
-    sums = [jax.jit(cka.hsic_sums)(batch) for batch in batches[:3]]
-    total = jax.tree.map(lambda *terms: sum(map(np.asarray, terms)), *sums)
-    np.testing.assert_allclose(cka.cka_of_sums(total), expected, rtol=0, atol=1e-12)
-
-
-def test_one_minibatch_is_the_debiased_value_and_many_approach_it(x64):
-    hidden = normal(512, 8)
-    x, y = (jnp.asarray(hidden @ normal(8, p, seed=p) + normal(512, p, seed=9)) for p in (6, 12))
-    whole = float(linear_cka(x, y, debiased=True))
-    assert cka.minibatch_cka([[x, y]])[0, 1] == pytest.approx(whole, rel=1e-12)
-    errors = [
-        abs(
-            cka.minibatch_cka([[x[i : i + b], y[i : i + b]] for i in range(0, 512, b)])[0, 1]
-            - whole
-        )
-        for b in (16, 128)
-    ]
-    assert errors[1] < errors[0] < 0.1
-
-
-@pytest.mark.parametrize("scale", [1e-10, 1e8])
-def test_minibatches_of_any_scale(scale):
-    """Fourth powers of features do not fit float32."""
-    batches = [[normal(8, p, seed=p + s) for p in (3, 70)] for s in (0, 100)]
-    cross = [[sum(reference_hsic1(b[i], b[j]) for b in batches) for j in (0, 1)] for i in (0, 1)]
-    expected = np.array(cross) / np.sqrt(np.outer(np.diag(cross), np.diag(cross)))
-    scaled = [[jnp.asarray(scale * x, jnp.float32) for x in batch] for batch in batches]
-    np.testing.assert_allclose(cka.minibatch_cka(scaled), expected, atol=1e-5)
-
-
-def test_minibatches_that_do_not_fit():
-    x, y = (jnp.asarray(normal(5, p)) for p in (2, 3))
-    with pytest.raises(ValueError, match=r"batches hold \(2, 2\) and \(1, 1\) layers"):
-        cka.minibatch_cka([[x, y], [x]])
-    with pytest.raises(ValueError, match="a batch of features holds no layer"):
-        cka.minibatch_cka([[]])
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        cka.minibatch_cka([[x], [x]], [[y]])
-
-
 def test_features_that_overflow_are_not_taken_for_constant():
     """Infinite squares give NaN, which shows, and no silent zero."""
     x, y = (jnp.asarray(1e25 * normal(6, p), jnp.float32) for p in (20, 30))
@@ -385,14 +309,6 @@ def test_members_have_one_condition_together():
     # A member that needs it does not change the others.
     alone = jax.jit(batched)(x[:1])
     np.testing.assert_allclose(jax.jit(batched)(x)[0], alone[0], rtol=1e-4, atol=1e-5)
-
-
-def test_minibatches_that_are_too_small():
-    small, large = [jnp.ones((3, 2))], [jnp.asarray(normal(4, 2))]
-    with pytest.raises(ValueError, match="needs a batch of four examples or more, there is none"):
-        cka.minibatch_cka([small])
-    with pytest.raises(ValueError, match="fewer than four examples is not the last one"):
-        cka.minibatch_cka([large, small, large])
 
 
 def test_bad_input():

@@ -1,5 +1,7 @@
 """Checkpoints: what goes in comes out bit for bit, and nothing else does."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,23 @@ def test_damage_everywhere_is_an_error_that_leaves_everything(tmp_path):
         with pytest.raises(checkpoint.CheckpointError, match="Delete or move that directory"):
             checkpoints.restore(make_state())
     assert (tmp_path / "c" / "1").is_dir()
+
+
+@pytest.mark.parametrize("time", [10**40, "yesterday"])
+def test_damage_that_keeps_orbax_from_opening_is_one_line_that_says_what_to_do(tmp_path, time):
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, make_state(1), records=1)
+        checkpoints.save(2, make_state(2), records=2)
+    described = tmp_path / "c" / "2" / "_CHECKPOINT_METADATA"
+    content = json.loads(described.read_text()) | {"commit_timestamp_nsecs": time}
+    described.write_text(json.dumps(content))
+    with pytest.raises(checkpoint.CheckpointError, match="move the newest of them") as raised:
+        checkpoint.Checkpoints(tmp_path / "c")
+    assert "\n" not in str(raised.value) and str(tmp_path / "c") in str(raised.value)
+    # What it says to do.
+    (tmp_path / "c" / "2").rename(tmp_path / "2")
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(make_state())[1] == 1
 
 
 def test_a_checkpoint_of_another_network_is_an_error(tmp_path):
