@@ -4,17 +4,17 @@
 collective waits for participants that never get a thread, and XLA aborts.
 
 Nearly all time goes into compiling programs that run once. So they are compiled without
-the optimisations of LLVM (`XLA_FLAGS= python -m pytest` tests with them), and the processes
-of a session share what they compile.
+the optimisations of LLVM (`XLA_FLAGS= python -m pytest` tests with them), and what was
+compiled is kept for the other processes of a session and for the next sessions of a week
+(`JAX_COMPILATION_CACHE_DIR= python -m pytest` keeps nothing).
 """
 
-import atexit
 import contextlib
 import importlib
 import os
-import shutil
+import runpy
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,11 +22,17 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # By the first process, which outlives its workers.
-    compiled = tempfile.mkdtemp(prefix="ntt_sparse-compiled-")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # The file alone: the package is imported later, under the hook that checks its types.
+    compilation = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "compilation.py"))
+    compiled = compilation["folder"]() / "tests"
+    # Where there is no home to write in, nothing is kept.
+    with contextlib.suppress(OSError):
+        compiled.mkdir(parents=True, exist_ok=True)
+        for program in compiled.iterdir():
+            if program.stat().st_mtime < time.time() - 7 * 24 * 3600:
+                program.unlink()
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
