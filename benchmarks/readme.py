@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,10 +49,16 @@ def blocks() -> list[str]:
     return ["\n".join(line for line in b.splitlines() if ".venv/" not in line) for b in found]
 
 
-class Command(list[str]):
-    """The arguments of a `python`, and the memory that it is given for waves."""
+class Command(NamedTuple):
+    """A `python` of a block.
 
-    memory: str = ""
+    Attributes:
+        memory: That its environment gives it for waves; empty where it says nothing.
+        arguments: Of its command line.
+    """
+
+    memory: str
+    arguments: list[str]
 
 
 def commands_of(block: str) -> list[Command]:
@@ -67,12 +74,8 @@ def commands_of(block: str) -> list[Command]:
             "PATH": f"{folder}:{os.environ['PATH']}", "HOME": HOME, "LOG": str(log),
         }  # fmt: skip
         subprocess.run(["bash", "-euo", "pipefail", "-c", block], env=environment, check=True)
-        found = []
-        for line in log.read_text().splitlines():
-            memory, *arguments = line.split("\0")[:-1]
-            found.append(Command(arguments))
-            found[-1].memory = memory
-        return found
+        lines = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+        return [Command(memory, arguments) for memory, *arguments in lines]
 
 
 def config_of(study: str, arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -160,6 +163,26 @@ def small(arguments: list[str]) -> list[str]:
     return with_data(small_benchmark(arguments))
 
 
+def run(command: list[str], folder: Path, memory: str, seconds: float) -> tuple[str, str]:
+    """Runs a command with the code of this checkout, whatever is installed.
+
+    Returns:
+        What became of it, and the end of what it printed; empty where all went well.
+    """
+    given = {"NTT_SPARSE_MEMORY": memory} if memory else {}
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, timeout=seconds, text=True,
+            env=os.environ | given | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        return "FAILED (ended)", (error.stdout or b"").decode(errors="replace")[-2000:]
+    if done.returncode:
+        return f"FAILED ({done.returncode})", done.stdout[-2000:]
+    return "ok", ""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,35 +190,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", default="", help="commands with this in them; some need what others have written"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="after which a command has failed"
+    )
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     seen, failed = set(), 0
-    for block in blocks():
-        for arguments in commands_of(block):
-            line = " ".join(arguments)
-            if line in seen or options.only not in line:
-                continue
-            seen.add(line)
-            begin = time.monotonic()
-            try:
-                command = small(arguments)
-            except LookupError as error:
-                print(f"not run ({error}): python {line}", flush=True)
-                continue
-            memory = {"NTT_SPARSE_MEMORY": arguments.memory} if arguments.memory else {}
-            # Of this checkout, whatever is installed.
-            environment = os.environ | memory | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run(
-                [sys.executable, *command], cwd=options.folder, env=environment,
-                capture_output=True, text=True,
-            )  # fmt: skip
-            failed += done.returncode != 0
-            word = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
-            print(
-                f"{word} {time.monotonic() - begin:.0f} s: python {' '.join(command)}", flush=True
-            )
-            if done.returncode:
-                print((done.stdout + done.stderr)[-2000:], flush=True)
+    for memory, arguments in (each for block in blocks() for each in commands_of(block)):
+        line = " ".join(arguments)
+        if line in seen or options.only not in line:
+            continue
+        seen.add(line)
+        try:
+            command = small(arguments)
+        except LookupError as error:
+            print(f"not run ({error}): python {line}", flush=True)
+            continue
+        begin = time.monotonic()
+        word, said = run(command, options.folder, memory, options.seconds)
+        took = time.monotonic() - begin
+        print(f"{word} {took:.0f} s: python {' '.join(command)}\n{said}".rstrip(), flush=True)
+        failed += word != "ok"
     if not seen:
         parser.error(f"no command has {options.only!r} in it")
     print(f"{len(seen)} commands, {failed} failed")

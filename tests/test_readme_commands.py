@@ -70,7 +70,7 @@ def parse_benchmark(monkeypatch, load_benchmark, arguments: list[str]) -> None:
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_commands_of_a_block_are_accepted(monkeypatch, load_benchmark, number):
     monkeypatch.chdir(ROOT)
-    for arguments in readme.commands_of(BLOCKS[number]):
+    for _, arguments in readme.commands_of(BLOCKS[number]):
         with monkeypatch.context() as patch:
             accept(patch, load_benchmark, arguments)
 
@@ -79,7 +79,7 @@ def test_no_two_commands_share_a_work_directory():
     """Which the second would refuse, unless it is the same command."""
     settings = {}
     for block in BLOCKS:
-        for command in readme.commands_of(block):
+        for _, command in readme.commands_of(block):
             study = command[1].removeprefix("experiments.") if command[0] == "-m" else ""
             config, arguments = readme.config_of(study, command[2:])
             for workdir in (a for a in arguments if a.startswith("--workdir=")):
@@ -94,7 +94,7 @@ def test_what_is_run_small_is_accepted_too(monkeypatch, load_benchmark):
         monkeypatch.setenv(name, f"{readme.HOME}/of/{name}")
     run = 0
     for block in BLOCKS:
-        for arguments in readme.commands_of(block):
+        for _, arguments in readme.commands_of(block):
             try:
                 command = readme.small(arguments)
             except LookupError:
@@ -114,9 +114,10 @@ def test_what_is_run_small_is_accepted_too(monkeypatch, load_benchmark):
 def test_what_is_refused_is_seen(monkeypatch, load_benchmark):
     monkeypatch.chdir(ROOT)
     found = readme.commands_of(
-        'for m in a b; do python -m experiments.ntt "--x=$m c" \\\n -y; done'
+        'for m in 1 2; do NTT_SPARSE_MEMORY=$m python -m experiments.ntt "--x=$m c" \\\n -y; done'
     )
-    assert found == [["-m", "experiments.ntt", f"--x={m} c", "-y"] for m in "ab"]
+    assert found == [(m, ["-m", "experiments.ntt", f"--x={m} c", "-y"]) for m in "12"]
+    assert readme.commands_of("python a.py") == [("", ["a.py"])]
     for arguments, error in (
         (["--config=experiments/configs/ntt.py:none"], flags.IllegalFlagValueError),
         (["--config.density=2"], ValueError),
@@ -127,3 +128,13 @@ def test_what_is_refused_is_seen(monkeypatch, load_benchmark):
             accept(monkeypatch, load_benchmark, ["-m", "experiments.ntt", *arguments])
     with pytest.raises(SystemExit):
         accept(monkeypatch, load_benchmark, ["benchmarks/cka.py", "--nothing"])
+
+
+def test_a_command_that_fails_or_does_not_end_says_so(tmp_path):
+    program = tmp_path / "a.py"
+    program.write_text("import os\nprint(os.environ['NTT_SPARSE_MEMORY'])")
+    assert readme.run(["a.py"], tmp_path, "12", 60) == ("ok", "")
+    program.write_text("import sys\nsys.exit('no')")
+    assert readme.run(["a.py"], tmp_path, "", 60) == ("FAILED (1)", "no\n")
+    program.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
+    assert readme.run(["a.py"], tmp_path, "", 3) == ("FAILED (ended)", "begun\n")
