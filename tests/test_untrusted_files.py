@@ -228,10 +228,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traced():
-    """Memory of all tests: before Python 3.13.2 each `tracemalloc.stop` may crash the process where
-    threads of a library allocate, as those of checkpoints do (python/cpython#128679)."""
-    tracemalloc.start()
+def traced_at_most_once():
+    """Before Python 3.13.2 each `tracemalloc.stop` may crash the process where threads of a library
+    allocate, as those of checkpoints do (python/cpython#128679)."""
     yield
     tracemalloc.stop()
 
@@ -239,6 +238,8 @@ def traced():
 @contextlib.contextmanager
 def little_memory():
     """What happens inside takes no more than `MOST_BYTES` at once."""
+    if not tracemalloc.is_tracing():
+        tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     yield
