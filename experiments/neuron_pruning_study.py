@@ -164,7 +164,7 @@ def train(
     members = fit_stage(
         config, workdir, stage, names, members, step_fn, setup.plan,
         tuple(data.train), functools.partial(evaluate, module), (tuple(data.validation),),
-        member_mode(members), batch_size=config.training.batch_size,
+        stopping_mode(members), batch_size=config.training.batch_size,
         stopping=EarlyStopping("validation/loss", config.training.patience), freeze=True,
     )  # fmt: skip
     gone = diverged.gone(workdir, stage, names)
@@ -176,7 +176,7 @@ def train(
     return {run: each for index, (run, each) in enumerate(found) if index not in gone}
 
 
-def member_mode(members: Member) -> meshes.MemberMode:
+def stopping_mode(members: Member) -> meshes.MemberMode:
     """One after another on CPU, where members that have stopped then cost nothing."""
     mode = study.member_mode(members)
     return "loop" if mode == "vmap" and jax.default_backend() == "cpu" else mode

@@ -173,6 +173,16 @@ def test_style(arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="NumPy and JAX for this Python know less of their own types"
+)
+def test_types():
+    pytest.importorskip("basedpyright")
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_no_private_jax_is_imported():
     # It restores a name that neural-tangents looks for there, for as long as that is imported.
     exempt = ROOT / "ntt_sparse" / "ntk" / "neural_tangents.py"
