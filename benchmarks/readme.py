@@ -10,9 +10,11 @@ the data is; what is not run is named. One line for each command, with its secon
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -169,18 +171,28 @@ def run(command: list[str], folder: Path, memory: str, seconds: float) -> tuple[
     Returns:
         What became of it, and the end of what it printed; empty where all went well.
     """
-    given = {"NTT_SPARSE_MEMORY": memory} if memory else {}
-    try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=folder, timeout=seconds, text=True,
-            env=os.environ | given | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if memory:
+        environment["NTT_SPARSE_MEMORY"] = memory
+    with tempfile.TemporaryFile() as printed:
+        # In a session of its own, so that what it starts ends with it.
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=folder, env=environment, stdout=printed,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        return "FAILED (ended)", (error.stdout or b"").decode(errors="replace")[-2000:]
-    if done.returncode:
-        return f"FAILED ({done.returncode})", done.stdout[-2000:]
-    return "ok", ""
+        word = ""
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            word = f"FAILED (more than {seconds:.0f} s)"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if not (word or process.wait()):
+            return "ok", ""
+        printed.seek(0)
+        said = printed.read().decode(errors="replace")[-2000:]
+        return word or f"FAILED ({process.returncode})", said
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -20,7 +21,7 @@ from ml_collections import config_flags
 
 from experiments import cluster, provenance
 from experiments.compilation import keep_programs
-from ntt_sparse.training.files import write_text
+from ntt_sparse.training.files import one_line, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +54,20 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _find_devices() -> None:
+    """Starts JAX, which fails in many ways where what `JAX_PLATFORMS` says is not there."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        raise UserError(
+            f"JAX finds no device (JAX_PLATFORMS={asked!r}; {one_line(error).rstrip(': ')}): without that "
+            "variable it takes the best that there is; for a GPU, install jax[cuda13]"
+        ) from error
 
 
 def start(
@@ -112,6 +127,7 @@ def start(
         if together.value:
             with user_errors():
                 cluster.join()
+        _find_devices()
         # What the environment says is wrong before any work; imported here, as it imports this.
         importlib.import_module("experiments.waves").memory_limit()
         module = importlib.import_module(f"experiments.{study or name}_study")

@@ -12,7 +12,7 @@ COMPARED = "sparse_training_compare"
 # Those whose names are looked up; the configs of two studies have the same fields.
 _STUDIES = tuple(name for name in READINGS if name != COMPARED)
 # What needs no files: it is made, or ships with a package.
-_EMBEDDED = ("digits", "blocks", "made", "")
+_EMBEDDED = ("digits", "blocks", "made", "pydoc", "")
 
 
 class Origin(NamedTuple):
@@ -104,9 +104,25 @@ def command(study: str, name: str, changed: Mapping[str, Any], data: str) -> str
 
 
 def on_any_machine(line: str, data: str) -> str:
-    """A command line with `DATA` for the folder of its data, whoever named that."""
-    line = re.sub(r" --?data_dir[= ]('[^']*'|\S+)", "", line)
-    return line if data in _EMBEDDED else f"{line} --data_dir=DATA"
+    """A command line with `DATA` for the folder of its data, whoever named that.
+
+    What is no command line stays as it is.
+    """
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return line
+    kept, given = [], iter(words)
+    for word in given:
+        if re.fullmatch("--?data_dir", word):
+            # Its value is the next one.
+            next(given, None)
+        elif not re.match("--?data_dir=", word):
+            kept.append(word)
+    made = data in _EMBEDDED or data.endswith((".npz", ".txt"))
+    if not made and f"experiments.{COMPARED}" not in kept:
+        kept.append("--data_dir=DATA")
+    return shlex.join(kept)
 
 
 def data_of(settings: Mapping[str, Any]) -> str:

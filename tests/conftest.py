@@ -28,11 +28,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Where there is no home to write in, nothing is kept.
     with contextlib.suppress(OSError):
         compiled.mkdir(parents=True, exist_ok=True)
-        for program in compiled.iterdir():
-            if program.stat().st_mtime < time.time() - 7 * 24 * 3600:
-                program.unlink()
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    for program in compiled.glob("*-cache"):
+        # Which another session may do, too.
+        with contextlib.suppress(OSError):
+            if program.stat().st_mtime < time.time() - 7 * 24 * 3600:
+                program.unlink()
 
 import jax
 import pytest

@@ -136,5 +136,14 @@ def test_a_command_that_fails_or_does_not_end_says_so(tmp_path):
     assert readme.run(["a.py"], tmp_path, "12", 60) == ("ok", "")
     program.write_text("import sys\nsys.exit('no')")
     assert readme.run(["a.py"], tmp_path, "", 60) == ("FAILED (1)", "no\n")
-    program.write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
-    assert readme.run(["a.py"], tmp_path, "", 3) == ("FAILED (ended)", "begun\n")
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    word, said = readme.run(["a.py"], tmp_path, "", 3)
+    assert word == "FAILED (more than 3 s)"
+    # Nothing is left of it: whoever was killed may not be reaped yet.
+    state = Path(f"/proc/{int(said)}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -1,6 +1,7 @@
 """Checkpoints: a whole run state through Orbax, verified bit by bit when it comes back."""
 
 import contextlib
+import datetime
 import hashlib
 import logging
 import re
@@ -105,13 +106,27 @@ class Checkpoints:
                 preservation_policy=newest,
                 cleanup_tmp_directories=True,
             )
-        except (ArithmeticError, TypeError, ValueError) as error:
-            # Of the times at which they were saved, say; which of them it is Orbax does not tell.
+        except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
+            # Of what Orbax writes beside the arrays, such as when they were saved.
+            which = ", ".join(path.name for path in self._undescribed()) or "which cannot be told"
             raise CheckpointError(
-                f"a checkpoint in {self.directory} is damaged ({one_line(error)}): move the newest "
-                "of them elsewhere to go on from the one before it, or the directory to start this "
-                "stage again"
+                f"a checkpoint in {self.directory} is damaged ({which}: {one_line(error)}): move "
+                "it elsewhere to go on from another one, or the directory to start this stage again"
             ) from error
+
+    def _undescribed(self) -> list[Path]:
+        """The checkpoints whose description cannot be read."""
+        from orbax.checkpoint import v1 as ocp
+
+        found = []
+        for path in sorted(self.directory.iterdir()):
+            if path.name.isdigit():
+                try:
+                    saved = ocp.metadata(str(path)).commit_timestamp_nsecs or 0
+                    datetime.datetime.fromtimestamp(saved / 1e9, tz=datetime.UTC)
+                except Exception:  # Of damage, as in `restore`.
+                    found.append(path)
+        return found
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -66,6 +66,14 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, arguments, code, messag
     assert not workdir.exists()
 
 
+def test_a_platform_that_is_not_there_is_one_line_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    result = run(f"--workdir={tmp_path / 'work'}")
+    assert result.returncode == 1 and not (tmp_path / "work").exists()
+    (line,) = result.stderr.splitlines()
+    assert "JAX finds no device (JAX_PLATFORMS='abacus'; RuntimeError: " in line
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

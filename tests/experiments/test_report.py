@@ -187,11 +187,23 @@ def test_what_was_recorded_is_said(tmp_path):
     assert 'src="a/figures/my%20figure.png"' in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("given", ["", " --data_dir=/a/b", " --data_dir '/a b'", " -data_dir x"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "", " --data_dir=/a/b", " --data_dir '/a b'", " -data_dir x", " '--data_dir=/a b/c'",
+        """ --data_dir "/it's" """.rstrip(),
+    ],
+)  # fmt: skip
 def test_no_command_names_a_folder_of_one_machine(given):
     line = f"python -m experiments.x{given} --workdir=w"
     assert on_any_machine(line, "mnist") == "python -m experiments.x --workdir=w --data_dir=DATA"
-    assert on_any_machine(line, "digits") == "python -m experiments.x --workdir=w"
+    for data in ("digits", "pydoc", "a.npz"):
+        assert on_any_machine(line, data) == "python -m experiments.x --workdir=w"
+    # It has no such flag.
+    line = f"python -m experiments.sparse_training_compare --runs='a b'{given}"
+    expected = "python -m experiments.sparse_training_compare '--runs=a b'"
+    assert on_any_machine(line, "mnist") == expected
+    assert on_any_machine("it's none", "mnist") == "it's none"
 
 
 def test_a_report_whose_summary_is_not_there(tmp_path):

@@ -110,21 +110,24 @@ def test_damage_everywhere_is_an_error_that_leaves_everything(tmp_path):
     assert (tmp_path / "c" / "1").is_dir()
 
 
-@pytest.mark.parametrize("time", [10**40, "yesterday"])
-def test_damage_that_keeps_orbax_from_opening_is_one_line_that_says_what_to_do(tmp_path, time):
+@pytest.mark.parametrize(
+    "time", [str(10**40), '"yesterday"', "[" * 100_000], ids=["late", "text", "nested"]
+)
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_damage_that_keeps_orbax_from_opening_says_which_to_move(tmp_path, damaged, time):
     with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(1, make_state(1), records=1)
         checkpoints.save(2, make_state(2), records=2)
-    described = tmp_path / "c" / "2" / "_CHECKPOINT_METADATA"
-    content = json.loads(described.read_text()) | {"commit_timestamp_nsecs": time}
-    described.write_text(json.dumps(content))
-    with pytest.raises(checkpoint.CheckpointError, match="move the newest of them") as raised:
+    described = tmp_path / "c" / str(damaged) / "_CHECKPOINT_METADATA"
+    content = json.loads(described.read_text()) | {"commit_timestamp_nsecs": "here"}
+    described.write_text(json.dumps(content).replace('"here"', time))
+    message = rf"c is damaged \({damaged}: .*move it elsewhere"
+    with pytest.raises(checkpoint.CheckpointError, match=message) as raised:
         checkpoint.Checkpoints(tmp_path / "c")
-    assert "\n" not in str(raised.value) and str(tmp_path / "c") in str(raised.value)
-    # What it says to do.
-    (tmp_path / "c" / "2").rename(tmp_path / "2")
+    assert "\n" not in str(raised.value)
+    (tmp_path / "c" / str(damaged)).rename(tmp_path / "elsewhere")
     with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.restore(make_state())[1] == 1
+        assert checkpoints.restore(make_state())[1] == 3 - damaged
 
 
 def test_a_checkpoint_of_another_network_is_an_error(tmp_path):
