@@ -64,8 +64,9 @@ def _find_devices() -> None:
         jax.devices()
     except Exception as error:
         asked = os.environ.get("JAX_PLATFORMS")
+        said = one_line(error).rstrip(": ")
         raise UserError(
-            f"JAX finds no device (JAX_PLATFORMS={asked!r}; {one_line(error).rstrip(': ')}): without that "
+            f"JAX finds no device (JAX_PLATFORMS={asked!r}; {said}): without that "
             "variable it takes the best that there is; for a GPU, install jax[cuda13]"
         ) from error
 
