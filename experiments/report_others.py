@@ -58,8 +58,9 @@ def _extent(run: Run, name: str) -> str:
     if len(found) == 1:
         text = measured(found[0], column)
     else:
-        means = [mean(values) for values in found]
-        text = f"{formatted(min(means), column)} to {formatted(max(means), column)}"
+        means = sorted(map(mean, found))
+        ends = dict.fromkeys(formatted(value, column) for value in (means[0], means[-1]))
+        text = " to ".join(ends)
     return " ".join(filter(None, (column.heading, text, column.unit)))
 
 

@@ -35,10 +35,10 @@ def short(found: Answers, prefix: str = "") -> list[Block]:
         blocks.append(Table(head, rows))
         blocks.append(
             Paragraph(
-                "Settings differ from the config of the table or figure, and from what is published "
-                "where that is recorded; those that change no result are left out. Differences "
-                "are of the first quantity, row by row; where the ratio is not 1, of networks of "
-                "other sizes."
+                "Settings differ from the config of the table or figure, and from what is "
+                "published where that is recorded; those that change no result are left out. "
+                "Differences are of the first quantity, row by row; where the ratio is not 1, of "
+                "networks of other sizes."
             )
         )
     blocks += others(found.others, prefix)

@@ -50,7 +50,7 @@ def size_of(item: Item, reading: Reading) -> str | None:
 
 def _size_ratio(item: Item, entry: Mapping[str, Any], run: Run, row: Row) -> float | None:
     name = size_of(item, run.reading)
-    if name is None or entry[name] is None or name not in row.values:
+    if name is None or entry.get(name) is None or name not in row.values:
         return None
     column = run.reading.columns()[name]
     ours, published = column.scale * mean(row.values[name]), _number(entry[name])
