@@ -45,14 +45,28 @@ class Answer(NamedTuple):
     alone: Sequence[Alone]
 
 
-def answers(gathered: Gathered) -> list[Answer]:
-    """What there is of every table and figure that has results, in the order of the papers."""
-    return [
+class Answers(NamedTuple):
+    """What there is of all items that have results, and what is of none.
+
+    Attributes:
+        items: In the order of the papers.
+        others: Runs that stand beside no table: other data, networks or settings, and trials.
+    """
+
+    items: Sequence[Answer]
+    others: Sequence[Run]
+
+
+def answers(gathered: Gathered) -> Answers:
+    """What there is of every table and figure that has results, and the other runs."""
+    items = [
         _answer(paper, item, gathered)
         for paper, items in papers().values()
         for item in items
         if item.kind in (NUMBERS, FIGURE)
     ]
+    used = {id(run) for answer in items for run in answer.runs}
+    return Answers(items, [run for run in gathered.runs if id(run) not in used])
 
 
 def _answer(paper: Paper, item: Item, gathered: Gathered) -> Answer:
@@ -102,9 +116,9 @@ def build(gathered: Gathered, short: Sequence[Block]) -> list[Block]:
         *(
             block
             for paper, items in papers().values()
-            for block in _paper(paper, items, found, labels)
+            for block in _paper(paper, items, found.items, labels)
         ),
-        *_other_runs(gathered.runs, found, labels),
+        *_other_runs(found.others, labels),
         *_reports(gathered.alone),
     ]  # fmt: skip
     if gathered.problems:
@@ -186,14 +200,14 @@ def _links(runs: Sequence[Run], labels: dict[int, str]) -> list[str | Link]:
     line: list[str | Link] = []
     for run in runs:
         label = labels[id(run)]
-        line.append(Link(label, _anchor(run.sources[0])))
+        line.append(Link(label, anchor(run.sources[0])))
         line.append(f" ({run.trial} steps), " if run.trial else ", ")
     line[-1] = str(line[-1]).removesuffix(", ") + "."
     return line
 
 
-def _anchor(source: Source) -> str:
-    """The report of a study, or its folder."""
+def anchor(source: Source) -> str:
+    """Where a summary is to be read: the report of its study, or its folder."""
     return (source.folder / "report.md" if source.report else source.folder).as_posix()
 
 
@@ -201,7 +215,7 @@ def _made(run: Run) -> Iterator[Block]:
     """What made the numbers of a run, and its figures."""
     for source in run.sources:
         line: list[str | Code | Link] = [
-            Link(source.folder.as_posix(), _anchor(source)),
+            Link(source.folder.as_posix(), anchor(source)),
             f", {_count(run.seeds, 'seed')}" if len(run.sources) == 1 else "",
             ", commit ",
         ]
@@ -228,16 +242,11 @@ def _short(commit: str) -> str:
     return re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit)
 
 
-def _other_runs(
-    runs: Sequence[Run], found: Sequence[Answer], labels: dict[int, str]
-) -> Iterator[Block]:
-    """Runs that stand beside no table: other data, networks or settings, and trials."""
-    used = {id(run) for answer in found for run in answer.runs}
-    rest = [run for run in runs if id(run) not in used]
-    if rest:
+def _other_runs(others: Sequence[Run], labels: dict[int, str]) -> Iterator[Block]:
+    if others:
         yield Heading(2, "Other runs")
         yield Paragraph("Of data, networks or settings that the papers have no table of.")
-    for run in rest:
+    for run in others:
         trial = f", {run.trial} steps to see that it works" if run.trial else ""
         yield Heading(3, f"{labels[id(run)]} ({run.study}{trial})")
         yield run_table(run)

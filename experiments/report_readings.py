@@ -57,12 +57,15 @@ class Reading(NamedTuple):
         keys: Headings of what names an entry.
         values: What it measured; the first is what is compared.
         baseline: What others are compared with, if there is such a thing.
+        sizes: Quantities that say how large a network is, what tells most first, and what a ratio
+            of two is of. Of those in `%`, which are what is pruned, it is of what is kept.
     """
 
     rows: Callable[[Mapping[str, Any], Mapping[str, Any]], list[Row]]
     keys: Mapping[str, str]
     values: Mapping[str, Column]
     baseline: Baseline | None = None
+    sizes: Mapping[str, str] = {}
 
     def columns(self) -> dict[str, Column]:
         """The quantities, and under `GAIN` the first less that of the baseline."""
@@ -251,6 +254,7 @@ READINGS = {
             "multiply_adds": Column("multiply-adds", digits=0),
         },
         Baseline("cka", "no", "less without CKA"),
+        {"multiply_adds": "multiply-adds", "parameters": "parameters"},
     ),
     "neuron_pruning": Reading(
         _neurons,
@@ -289,6 +293,11 @@ READINGS = {
             "similarity_max": Column("largest", digits=3),
         },
         Baseline("cka_sr", 0.0, "less without CKA-SR"),
+        {
+            "parameters": "parameters",
+            "pruned_parameters": "kept parameters",
+            "pruned_channels": "kept channels",
+        },
     ),
     "dam_representation": Reading(
         _entries(
@@ -320,6 +329,7 @@ READINGS = {
             "bottleneck": Column("open channels", digits=1),
             "macro_f1": Column("macro-F1", digits=3),
         },
+        sizes={"bottleneck": "open channels"},
     ),
     "dam_graph": Reading(
         _entries(
@@ -333,6 +343,7 @@ READINGS = {
             "test_ap": Column("test AP", "%"),
             "dimensions": Column("open dimensions", digits=1),
         },
+        sizes={"dimensions": "open dimensions"},
     ),
     "dam_recommender": Reading(
         _recommenders,
@@ -343,6 +354,7 @@ READINGS = {
             "dimension": Column("open channels", digits=1),
         },
         Baseline("gate", "none", "less dropout", ("coefficient",)),
+        {"dimension": "open channels"},
     ),
 }
 """By the command of a study."""

@@ -2,37 +2,47 @@
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.published import NOT_RUN
-from experiments.report_build import Answer
+from experiments.report_build import Answer, Answers
 from experiments.report_document import Block, Items, Line, Link, Paragraph, Table, markdown
 from experiments.report_gather import Run
+from experiments.report_others import others
 from experiments.report_readings import READINGS
-from experiments.report_tables import beside
+from experiments.report_settings import differing
+from experiments.report_tables import beside, ratio, size_of
 
-# Fields of the settings that say how much is done.
-_LENGTHS = ("epochs", "max_steps", "examples", "iterations")
 START, END = "<!-- report: python -m experiments.report -->", "<!-- end of the report -->"
 
 
-def short(found: Sequence[Answer], prefix: str = "") -> list[Block]:
+def short(found: Answers, prefix: str = "") -> list[Block]:
     """The short form as blocks.
 
     Args:
-        found: Of all tables and figures.
+        found: Of all tables and figures, and the other runs.
         prefix: Of paths, from the page to the folder of the results.
     """
-    rows = [_row(answer, run, prefix) for answer in found for run in answer.runs]
+    rows = [_row(answer, run, prefix) for answer in found.items for run in answer.runs]
     blocks: list[Block] = []
     if rows:
         head = [
-            *("published", "what", "ours", "cut to", "seeds", "rows beside"),
+            *("published", "what", "ours", "settings that differ", "seeds", "rows beside"),
             "ours less published: median (lowest to highest row)",
+            "size, ours / published: likewise",
         ]
         blocks.append(Table(head, rows))
-    blocks += _not_run(found, prefix)
+        blocks.append(
+            Paragraph(
+                "Settings differ from the config of the table or figure, and from what is "
+                "published where that is recorded; those that change no result are left out. "
+                "Differences are of the first quantity, row by row; where the ratio is not 1, of "
+                "networks of other sizes."
+            )
+        )
+    blocks += others(found.others, prefix)
+    blocks += _not_run(found.items, prefix)
     return blocks
 
 
@@ -46,6 +56,7 @@ def _row(answer: Answer, run: Run, prefix: str) -> list[Line]:
     differences = [
         each.difference for found in pairs for each in found if each.difference is not None
     ]
+    sizes = [each.size for found in pairs for each in found if each.size is not None]
     column = READINGS[item.study].columns()[next(iter(item.values))]
     count = f"{sum(map(bool, pairs))} of {len(pairs)}" if pairs else ""
     links: list[str | Link] = []
@@ -53,27 +64,19 @@ def _row(answer: Answer, run: Run, prefix: str) -> list[Line]:
         folder = source.folder.as_posix()
         links += [Link(folder, f"{prefix}{folder}"), ", "]
     return [
-        _name(answer), item.what, links[:-1], _cut(run), str(run.seeds), count,
-        _spread(differences, column.digits, "points" if column.unit == "%" else column.heading),
+        _name(answer), item.what, links[:-1], differing(run, item), str(run.seeds), count,
+        _spread(differences, lambda value: f"{value:+.{column.digits}f}",
+                "points" if column.unit == "%" else column.heading),
+        _spread(sizes, ratio, run.reading.sizes.get(size_of(item, run.reading) or "", "")),
     ]  # fmt: skip
 
 
-def _cut(run: Run) -> str:
-    """What makes a run shorter or longer than its config."""
-    return ", ".join(
-        f"{field}={value}"
-        for field, value in run.changed.items()
-        if field.rpartition(".")[2] in _LENGTHS
-    )
-
-
-def _spread(differences: Sequence[float], digits: int, unit: str) -> str:
-    if not differences:
+def _spread(values: Sequence[float], text_of: Callable[[float], str], unit: str) -> str:
+    if not values:
         return ""
-    middle, low, high = statistics.median(differences), min(differences), max(differences)
-    text = f"{middle:+.{digits}f}"
-    if len(differences) > 1:
-        text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
+    text = text_of(statistics.median(values))
+    if len(values) > 1:
+        text += f" ({text_of(min(values))} to {text_of(max(values))})"
     return f"{text} {unit}"
 
 

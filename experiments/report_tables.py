@@ -6,16 +6,25 @@ from typing import Any, NamedTuple
 from experiments.published import Item
 from experiments.report_document import Link, Table
 from experiments.report_gather import Run, mean
-from experiments.report_readings import Column, Row
+from experiments.report_readings import READINGS, Column, Reading, Row
 from experiments.statistics import interval
 
 
 class Beside(NamedTuple):
-    """One of ours beside a published row, with the difference of the first quantity of the two."""
+    """One of ours beside a published row.
+
+    Attributes:
+        run: Of ours.
+        row: Of that run.
+        difference: Of the first quantity, ours less published.
+        size: Of the network, ours through published; without it a difference may be that of
+            networks of other sizes.
+    """
 
     run: Run
     row: Row
-    difference: float | None
+    difference: float | None = None
+    size: float | None = None
 
 
 def beside(item: Item, entry: Mapping[str, Any], run: Run) -> list[Beside]:
@@ -29,8 +38,25 @@ def beside(item: Item, entry: Mapping[str, Any], run: Run) -> list[Beside]:
             if printed is not None and ours is not None:
                 scale = run.reading.columns()[first].scale
                 difference = scale * mean(ours) - _number(printed)
-            found.append(Beside(run, row, difference))
+            found.append(Beside(run, row, difference, _size_ratio(item, entry, run, row)))
     return found
+
+
+def size_of(item: Item, reading: Reading) -> str | None:
+    """The published quantity that says how large a network is, unless it is what is compared."""
+    first, *rest = item.values
+    return None if first in reading.sizes else next((n for n in reading.sizes if n in rest), None)
+
+
+def _size_ratio(item: Item, entry: Mapping[str, Any], run: Run, row: Row) -> float | None:
+    name = size_of(item, run.reading)
+    if name is None or entry.get(name) is None or name not in row.values:
+        return None
+    column = run.reading.columns()[name]
+    ours, published = column.scale * mean(row.values[name]), _number(entry[name])
+    if column.unit == "%":
+        ours, published = 100.0 - ours, 100.0 - published
+    return ours / published if published > 0 else None
 
 
 def _number(printed: Any) -> float:
@@ -53,7 +79,7 @@ def table(item: Item, columns: Mapping[str, Column], headings: Mapping[str, str]
     shown: set[int] = set()
     for entry in item.entries():
         cells = [_printed(entry[name], columns[name]) for name in names]
-        lines.append(([entry[key] for key in item.keys], ["published", *cells, ""]))
+        lines.append(([entry[key] for key in item.keys], ["published", *cells, "", ""]))
         for label, run in runs:
             for each in beside(item, entry, run):
                 shown.add(id(each.row))
@@ -61,7 +87,7 @@ def table(item: Item, columns: Mapping[str, Column], headings: Mapping[str, str]
     for label, run in runs:
         for row in run.rows:
             if id(row) not in shown:
-                lines.append(_ours(item, columns, label, Beside(run, row, None)))
+                lines.append(_ours(item, columns, label, Beside(run, row)))
     return _compact(item, columns, headings, lines)
 
 
@@ -71,8 +97,15 @@ def _ours(
     cells = [measured(each.row.values.get(name), columns[name]) for name in item.values]
     first = columns[next(iter(item.values))]
     less = "" if each.difference is None else f"{each.difference:+.{first.digits}f}"
+    size = "" if each.size is None else ratio(each.size)
     keys = [each.row.keys[key] for key in item.keys]
-    return keys, [f"{label} ({len(each.row.seeds)})", *cells, less]
+    return keys, [f"{label} ({len(each.row.seeds)})", *cells, less, size]
+
+
+def ratio(value: float) -> str:
+    """A ratio of sizes, as a cell."""
+    # Else networks that are all but empty have none.
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"
 
 
 def _compact(
@@ -89,7 +122,9 @@ def _compact(
     ] or [0]
     head = [headings[item.keys[index]] for index in varied]
     units = [f"{columns[name].heading}{_unit(columns[name])}" for name in item.values]
-    cells = ["of (seeds)", *units, "less published"]
+    reading = READINGS[item.study]
+    size = reading.sizes.get(size_of(item, reading) or "", "size")
+    cells = ["of (seeds)", *units, "less published", f"{size}, ours / published"]
     filled = [index for index in range(len(cells)) if any(row[index] for _, row in lines)]
     rows = [
         [*(key_text(keys[index]) for index in varied), *(row[index] for index in filled)]
@@ -146,14 +181,15 @@ def measured(values: Sequence[float] | None, column: Column) -> str:
     """A mean with its 95 % interval, such as `"97.31 [97.20, 97.42]"`."""
     if not values:
         return ""
-    text = _format(mean(values), column)
+    text = formatted(mean(values), column)
     ends = interval(values)
     if ends is None:
         return text
-    return f"{text} [{_format(ends[0], column)}, {_format(ends[1], column)}]"
+    return f"{text} [{formatted(ends[0], column)}, {formatted(ends[1], column)}]"
 
 
-def _format(value: float, column: Column) -> str:
+def formatted(value: float, column: Column) -> str:
+    """A number without its unit."""
     sign = "+" if column.unit == "points" else ""
     return f"{column.scale * value:{sign},.{column.digits}f}"
 

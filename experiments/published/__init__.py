@@ -7,6 +7,7 @@ One JSON file for each paper. An item of its `items` is a table, a part of one, 
 - `study` and `configs`: the commands that make ours. `where`: fields of the settings a run of ours
   has to have to stand beside it. `related`: configs of other data or networks about the same
   question. `not_run`: which of `NOT_RUN` explains that there is no run.
+- `settings`: fields of what is published where that is known and `configs` have other values.
 - `rows`: first the values of `keys`, which name one entry of ours each (`null` where the paper does
   not say it, which agrees with any), then those of `values`, `{quantity of ours: unit}`; `null` is
   not printed, a pair is mean and standard deviation.
@@ -58,6 +59,7 @@ class Item(NamedTuple):
     keys: Sequence[str] = ()
     values: Mapping[str, str] = {}
     rows: Sequence[Sequence[Any]] = ()
+    settings: Mapping[str, Any] = {}
 
     def entries(self) -> list[dict[str, Any]]:
         """The rows by names of keys and values."""

@@ -24,6 +24,11 @@ def test_items_name_what_there_is(one):
     assert settings and one.not_run in NOT_RUN and one.values
     # What its configs make stands beside it.
     assert all(agrees(one.where, each) for each in settings[:1])
+    # What is published with other settings than those of the configs.
+    for name, value in one.settings.items():
+        group, field = name.split(".")
+        assert all(field in each[group] for each in settings)
+        assert not any(agrees({name: value}, each) for each in settings)
     reading = READINGS[one.study]
     assert set(one.keys) <= set(reading.keys)
     for name, unit in one.values.items():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from summaries import cells, pruned, table5a, write_summary
 
 from experiments.cli import UserError
 from experiments.configs import dam_pruning, dam_recommender
@@ -51,38 +52,6 @@ RESULTS = ROOT / "results"
 EVIL = "<script>alert('x')</script> | a `b` [c](http://d) \n# e"
 
 
-def pruned(coefficient, accuracies, seeds, **fields):
-    row = {"coefficient": coefficient, "target": 1.0, "order": 0, "seeds": seeds}
-    for name, value in {
-        "test_accuracy": accuracies, "parameters": [100.0] * len(seeds),
-        "pruned_channels": [0.5] * len(seeds), "pruned_parameters": [0.5] * len(seeds),
-        "test_accuracy_best_validation": accuracies,
-    }.items():  # fmt: skip
-        row[name] = spread(value)
-    return row | fields
-
-
-def write_summary(folder, config, **content):
-    folder.mkdir(parents=True)
-    summary = {"config": json.loads(json.dumps(config.to_dict())), **content}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return summary
-
-
-def table5a(folder, seeds, accuracies, **fields):
-    config = dam_pruning.get_config("table5a")
-    with config.unlocked():
-        config.update_from_flattened_dict({"seeds": tuple(seeds), **fields})
-    return write_summary(folder, config, networks=[pruned(0.1, accuracies, list(seeds))])
-
-
-def cells(text, first, section="### Table 5a"):
-    """Of lines of the tables of a section that begin with a cell."""
-    text = text.partition(f"\n{section}")[2].partition("\n### ")[0] if section else text
-    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in row] for row in rows if row[0] == first]
-
-
 def test_ours_stand_beside_what_is_published(tmp_path):
     table5a(tmp_path / "a", (1, 2, 3), [0.96, 0.97, 0.98])
     report(tmp_path)
@@ -92,14 +61,14 @@ def test_ours_stand_beside_what_is_published(tmp_path):
     # Student's t with two degrees of freedom has 4.302653 there.
     half = 4.302653 * 1.0 / math.sqrt(3)
     assert ours[1:3] == ["a (3)", f"97.00 [{97 - half:.2f}, {97 + half:.2f}]"]
-    assert ours[-1] == "-0.49"
+    assert ours[-2:] == ["-0.49", "0.03"]
     # Of all other rows what is published alone.
     assert [row[1] for row in cells(text, "0.2")] == ["published"]
     assert "commit not recorded" in text
     assert "dam_pruning.py:table5a --config.seeds=1,2,3 --data_dir=DATA" in text
     assert "Not run: needs an accelerator" in text
     line = cells(text, "Bu et al. 2021, Table 5a", section="")[0]
-    assert line[2:] == ["[a](a)", "", "3", "1 of 10", "-0.49 points"]
+    assert line[2:] == ["[a](a)", "", "3", "1 of 10", "-0.49 points", "0.03 parameters"]
 
 
 def test_runs_that_differ_in_seeds_alone_are_one(tmp_path):
