@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import provenance
+from experiments import provenance, summaries
 from experiments.report_commands import (
     COMPARED,
     command,
@@ -22,6 +22,10 @@ from experiments.report_readings import READINGS, Reading, Row, add_gains
 _TRIAL = 100
 # What differs between runs that are parts of one.
 _PARTS = ("seeds", "checkpoint_seconds")
+# What reading a summary raises that is not whole; it is a line, and the rest is reported.
+_DAMAGES = (
+    *(KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, OSError),
+)
 
 
 class Source(NamedTuple):
@@ -110,7 +114,7 @@ def gather(folder: Path) -> Gathered:
         there.add(path.parent)
         try:
             run, noted = _run(path, folder)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
+        except _DAMAGES as error:
             problems.append(f"{path}: {_reason(error)}")
             continue
         runs.append(run)
@@ -130,7 +134,7 @@ def _reason(error: Exception) -> str:
 
 def _run(path: Path, folder: Path) -> tuple[Run, list[str]]:
     """The run of a summary, and what is wrong with what made it."""
-    summary = _load(path)
+    summary = summaries.read(path)
     if "methods" in summary:
         shared = dict(summary["shared"])
         study, name, settings, changed, line = COMPARED, COMPARED, shared, {}, ""
@@ -158,19 +162,6 @@ def _run(path: Path, folder: Path) -> tuple[Run, list[str]]:
         path.with_name("report.md").is_file(),
     )
     return Run(study, name, settings, changed, rows, [source]), problems
-
-
-def _load(path: Path) -> dict[str, Any]:
-    def refuse(name: str) -> float:
-        raise ValueError(f"it holds {name}")
-
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(summary, dict):
-        raise ValueError("it is no object of JSON")
-    return summary
 
 
 def _figures(folder: Path) -> list[Path]:
@@ -231,11 +222,11 @@ def _add(one: Row, other: Row) -> Row:
     return Row(one.keys, ordered, one.seeds + other.seeds)
 
 
-def _alone(folder: Path, summaries: set[Path]) -> list[Alone]:
+def _alone(folder: Path, there: set[Path]) -> list[Alone]:
     """Reports of studies that stand alone, by their first line, `# TITLE: NAME`."""
     found = []
     for path in sorted(folder.rglob("*.md")):
-        if path.parent in summaries and path.name == "report.md":
+        if path.parent in there and path.name == "report.md":
             continue
         try:
             with path.open(encoding="utf-8") as file:

@@ -220,6 +220,9 @@ def test_a_report_whose_summary_is_not_there(tmp_path):
         ('{"config": 3}', "a field is not what it should be"),
         ("[" * 100_000, "it is nested too deeply"),
         (b"\xff", "can't decode"),
+        (f'{{"config": 1{"0" * 400}}}', "it holds 10000000000000000000..., a number beyond 1e+100"),
+        (f'{{"config": -{"9" * 5000}}}', "a number beyond 1e+100"),
+        ('{"config": -1e999}', "it holds -1e999, a number beyond"),
         ({}, "it has no field 'networks'"),
         ({"networks": []}, "it has no entries"),
         ({"networks": [3]}, "a field is not what it should be"),
@@ -227,6 +230,9 @@ def test_a_report_whose_summary_is_not_there(tmp_path):
         ({"networks": [pruned(0.1, [0.5], [1], parameters={"values": ["a"]})]}, "'a' is no finite"),
         ({"networks": [pruned([1], [0.5], [1])]}, "coefficient is [1]"),
         ({"networks": [pruned(0.1, [0.5], [1], target={})]}, "target is {}"),
+        ({"networks": [pruned(10**400, [0.5], [1])]}, "a number beyond"),
+        # Sums of such, and their squares, are beyond what a float holds.
+        ({"networks": [pruned(0.1, [0.5], [1], parameters={"values": [1.7e308]})]}, "1.7e+308, a"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -243,6 +249,16 @@ def test_what_cannot_be_read_is_a_line(tmp_path, content, message):
     assert line.startswith(f"{path}: ") and message in line and "\n" not in line
     assert len(gathered.runs) == 1
     assert "## Not read" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_a_summary_whose_numbers_overflow_is_a_line(tmp_path, monkeypatch):
+    def overflow(summary, settings):
+        raise OverflowError("int too large to convert to float")
+
+    table5a(tmp_path / "a", (1,), [0.96])
+    monkeypatch.setitem(READINGS, "dam_pruning", READINGS["dam_pruning"]._replace(rows=overflow))
+    (line,) = gather(tmp_path).problems
+    assert line == f"{tmp_path / 'a' / 'summary.json'}: int too large to convert to float"
 
 
 def test_nothing_to_report(tmp_path):
