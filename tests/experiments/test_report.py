@@ -1,7 +1,9 @@
 """The report: what it reads, what it says of it, and that what is committed is what it makes."""
 
+import errno
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -261,6 +263,58 @@ def test_a_summary_whose_numbers_overflow_is_a_line(tmp_path, monkeypatch):
     assert line == f"{tmp_path / 'a' / 'summary.json'}: int too large to convert to float"
 
 
+def test_folders_and_pages_that_cannot_be_read_are_lines(tmp_path, monkeypatch):
+    for name in ("a", "closed"):
+        table5a(tmp_path / name, (1,), [0.96])
+    for name in ("gone.md", "summary.json"):
+        (tmp_path / name).symlink_to("nowhere")
+    scandir = os.scandir
+
+    def refuse(path):
+        # Root, as whom tests may run, may search every folder.
+        if os.fspath(path) == os.fspath(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    closed = tmp_path / "closed"
+    assert report(tmp_path).problems == [
+        f"{closed}: it cannot be searched (Permission denied)",
+        f"{tmp_path / 'summary.json'}: it cannot be read (No such file or directory)",
+        f"{tmp_path / 'gone.md'}: it cannot be read (No such file or directory)",
+    ]
+    closed = tmp_path
+    with pytest.raises(UserError, match=r"cannot be searched \(Permission denied\)\): mend that"):
+        report(tmp_path)
+
+
+def test_what_made_a_summary_is_no_folder(tmp_path):
+    table5a(tmp_path / "a", (1,), [0.96])
+    (tmp_path / "a" / "provenance.json").mkdir()
+    (line,) = report(tmp_path).problems
+    assert line.startswith(f"{tmp_path / 'a' / 'provenance.json'} cannot be read")
+
+
+def test_what_cannot_be_written_leaves_the_readme_as_it_was(tmp_path):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    table5a(results / "a", (1,), [0.96])
+    # Nothing is written where the README has no markers.
+    readme.write_text("no markers")
+    with pytest.raises(UserError, match=r"README\.md: expected one line"):
+        report(results, readme)
+    assert [path.name for path in results.iterdir()] == ["a"]
+    old = f"a\n{START}\nold\n{END}\nb\n"
+    readme.write_text(old)
+    (results / "report.html").mkdir()
+    with pytest.raises(UserError) as raised:
+        report(results, readme)
+    assert str(raised.value) == (
+        f"{results / 'report.html'} cannot be written (Is a directory): "
+        "mend that and run this again"
+    )
+    assert readme.read_text() == old
+
+
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match=r"no summary\.json.*run a study first"):
         report(tmp_path)
@@ -417,4 +471,7 @@ def test_the_command(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert failed.returncode == 1
-    assert failed.stderr.strip().startswith("error: ") and failed.stderr.strip().count("\n") == 0
+    assert failed.stderr.strip() == (
+        f"error: {tmp_path / 'no.md'} cannot be read (No such file or directory): "
+        "choose a file with --readme"
+    )
