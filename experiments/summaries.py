@@ -13,8 +13,8 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no object of JSON, is nested too deeply, or holds NaN, an infinity or
-            a number that cannot be reckoned with.
+        ValueError: It is no object of JSON, is nested too deeply, or holds NaN, an infinity, a
+            number that cannot be reckoned with or a text that cannot be written.
     """
     try:
         summary = json.loads(
@@ -23,8 +23,12 @@ def read(path: Path) -> dict[str, Any]:
             parse_int=_integer,
             parse_float=_number,
         )
+        # JSON can spell half of a character, which no report can be written with.
+        json.dumps(summary, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a character (a lone surrogate)") from error
     if not isinstance(summary, dict):
         raise ValueError("it is no object of JSON")
     return summary

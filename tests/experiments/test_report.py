@@ -232,6 +232,7 @@ def test_a_report_whose_summary_is_not_there(tmp_path):
         ({"networks": [pruned(0.1, [0.5], [1], parameters={"values": ["a"]})]}, "'a' is no finite"),
         ({"networks": [pruned([1], [0.5], [1])]}, "coefficient is [1]"),
         ({"networks": [pruned(0.1, [0.5], [1], target={})]}, "target is {}"),
+        ({"networks": [pruned("\ud800", [0.5], [1])]}, "it holds half of a character"),
         ({"networks": [pruned(10**400, [0.5], [1])]}, "a number beyond"),
         # Sums of such, and their squares, are beyond what a float holds.
         ({"networks": [pruned(0.1, [0.5], [1], parameters={"values": [1.7e308]})]}, "1.7e+308, a"),
