@@ -61,11 +61,11 @@ def read(path: Path) -> list[Origin]:
     Raises:
         ValueError: It is damaged; one line.
     """
-    if not path.is_file():
-        return []
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
         found = [Origin(**{name: each[name] for name in Origin._fields}) for each in runs]
+    except FileNotFoundError:
+        return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error!r})") from error
     if any(not isinstance(value, str) for each in found for value in each):

@@ -45,22 +45,38 @@ def report(results: Path, readme: Path | None = None) -> Gathered:
     gathered = gather(results)
     if not gathered.runs:
         found = "; ".join(gathered.problems) or "no summary.json"
-        raise cli.UserError(f"{results} holds nothing to report ({found}): run a study first")
+        todo = "mend that or run a study first" if gathered.problems else "run a study first"
+        raise cli.UserError(f"{results} holds nothing to report ({found}): {todo}")
     found = answers(gathered)
     blocks = build(gathered, short(found))
     with cli.user_errors():
+        # All texts before any file, and last the README, which holds more than the report.
+        texts = dict(zip((results / name for name in _PAGES), pages(blocks), strict=True))
         if readme is not None:
-            write_text(readme, _with_short(readme, short(found, prefix_from(readme, results))))
-        for name, text in zip(_PAGES, pages(blocks), strict=True):
-            write_text(results / name, text)
+            texts[readme] = _with_short(readme, short(found, prefix_from(readme, results)))
+        for path, text in texts.items():
+            _write(path, text)
     return gathered
 
 
 def _with_short(readme: Path, blocks: Sequence[Block]) -> str:
     try:
         return put_into(readme.read_text(encoding="utf-8"), blocks)
+    except OSError as error:
+        raise OSError(
+            f"{readme} cannot be read ({error.strerror}): choose a file with --readme"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{readme}: {error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror}): mend that and run this again"
+        ) from error
 
 
 def pages(blocks: Sequence[Block]) -> tuple[str, str]:

@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import provenance
+from experiments import provenance, summaries
 from experiments.report_commands import (
     COMPARED,
     command,
@@ -22,6 +23,10 @@ from experiments.report_readings import READINGS, Reading, Row, add_gains
 _TRIAL = 100
 # What differs between runs that are parts of one.
 _PARTS = ("seeds", "checkpoint_seconds")
+# What reading a summary raises that is not whole; it is a line, and the rest is reported.
+_DAMAGES = (
+    *(KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, OSError),
+)
 
 
 class Source(NamedTuple):
@@ -105,17 +110,34 @@ def gather(folder: Path) -> Gathered:
     Returns:
         What could be read, in the order of paths, and what could not.
     """
-    runs, problems, there = [], [], set()
-    for path in sorted(folder.rglob("summary.json")):
-        there.add(path.parent)
+    paths, pages, problems = _walk(folder)
+    runs = []
+    for path in paths:
         try:
             run, noted = _run(path, folder)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
+        except _DAMAGES as error:
             problems.append(f"{path}: {_reason(error)}")
             continue
         runs.append(run)
         problems += noted
-    return Gathered(_joined(runs), _alone(folder, there), problems)
+    there = {path.parent for path in paths}
+    alone, unread = _alone(folder, pages, there)
+    return Gathered(_joined(runs), alone, [*problems, *unread])
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Summaries and pages below a folder, and a line for each folder that cannot be searched."""
+    # Not rglob, which passes over such folders: their results would be missed without a word.
+    summaries, pages, problems = [], [], []
+
+    def note(error: OSError) -> None:
+        problems.append(f"{error.filename}: it cannot be searched ({error.strerror})")
+
+    for root, folders, files in os.walk(folder, onerror=note):
+        if "summary.json" in (*folders, *files):
+            summaries.append(Path(root, "summary.json"))
+        pages += [Path(root, name) for name in files if name.endswith(".md")]
+    return sorted(summaries), sorted(pages), sorted(problems)
 
 
 def _reason(error: Exception) -> str:
@@ -123,6 +145,8 @@ def _reason(error: Exception) -> str:
         return f"it has no field {error.args[0]!r}"
     if isinstance(error, json.JSONDecodeError):
         return f"it is no JSON ({error})"
+    if isinstance(error, OSError):
+        return f"it cannot be read ({error.strerror})"
     if isinstance(error, TypeError | AttributeError | IndexError):
         return f"a field is not what it should be ({' '.join(str(error).split())})"
     return " ".join(str(error).split())
@@ -130,7 +154,7 @@ def _reason(error: Exception) -> str:
 
 def _run(path: Path, folder: Path) -> tuple[Run, list[str]]:
     """The run of a summary, and what is wrong with what made it."""
-    summary = _load(path)
+    summary = summaries.read(path)
     if "methods" in summary:
         shared = dict(summary["shared"])
         study, name, settings, changed, line = COMPARED, COMPARED, shared, {}, ""
@@ -158,19 +182,6 @@ def _run(path: Path, folder: Path) -> tuple[Run, list[str]]:
         path.with_name("report.md").is_file(),
     )
     return Run(study, name, settings, changed, rows, [source]), problems
-
-
-def _load(path: Path) -> dict[str, Any]:
-    def refuse(name: str) -> float:
-        raise ValueError(f"it holds {name}")
-
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(summary, dict):
-        raise ValueError("it is no object of JSON")
-    return summary
 
 
 def _figures(folder: Path) -> list[Path]:
@@ -231,20 +242,28 @@ def _add(one: Row, other: Row) -> Row:
     return Row(one.keys, ordered, one.seeds + other.seeds)
 
 
-def _alone(folder: Path, summaries: set[Path]) -> list[Alone]:
-    """Reports of studies that stand alone, by their first line, `# TITLE: NAME`."""
-    found = []
-    for path in sorted(folder.rglob("*.md")):
-        if path.parent in summaries and path.name == "report.md":
+def _alone(
+    folder: Path, pages: Sequence[Path], there: Collection[Path]
+) -> tuple[list[Alone], list[str]]:
+    """Reports of studies that stand alone, by their first line, `# TITLE: NAME`.
+
+    Second are lines for pages that cannot be read, as they may be such.
+    """
+    found, problems = [], []
+    for path in pages:
+        if path.parent in there and path.name == "report.md":
             continue
         try:
             with path.open(encoding="utf-8") as file:
                 first = file.readline(300)
-        except (OSError, ValueError):
+        except OSError as error:
+            problems.append(f"{path}: {_reason(error)}")
+            continue
+        except ValueError:
             continue
         if match := re.fullmatch(r"# ([^:]+): ([\w,.-]+)\n", first):
             found.append(Alone(path.relative_to(folder), match[1], match[2]))
-    return found
+    return found, problems
 
 
 def mean(values: Sequence[float]) -> float:

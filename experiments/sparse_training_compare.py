@@ -10,18 +10,18 @@ its training and the seeds have to be the same.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli, diverged, figures, provenance
+from experiments import cli, diverged, figures, provenance, summaries
 from experiments.sparse_training_report import label
-from experiments.sparse_training_stages import BASELINE
+from experiments.sparse_training_stages import BASELINE, REGULARISERS
 from experiments.statistics import correct
 from experiments.tables import percent
-from ntt_sparse.training.files import write_text
+from ntt_sparse.training.files import one_line, write_text
 
 # Fields of the settings that are a method's own; all others have to be the same.
 _OWN = frozenset({
@@ -32,6 +32,7 @@ _OWN = frozenset({
 _NEEDED = frozenset({
     *("regulariser", "coefficient", "density", "test_accuracy_last", "empty_layers"),
 })  # fmt: skip
+_A_COMPARISON = "a comparison: low <= mean <= high, p_value in [0, 1] and n"
 
 
 def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
@@ -53,13 +54,13 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
     with cli.user_errors():
         if workdir.resolve() in [Path(run).resolve() for run in runs]:
             raise ValueError(f"--workdir is {workdir}, a study that is compared: expected another")
-        summaries = _summaries([Path(run) for run in runs])
-    rows = [row for summary in summaries.values() for row in summary["supervised"]]
+        found = _summaries([Path(run) for run in runs])
+    rows = [row for summary in found.values() for row in summary["supervised"]]
     for name in ("less_baseline_last", "less_baseline_best_validation"):
         correct([row[name] for row in rows if name in row])
     compared = {
-        "shared": _shared(next(iter(summaries.values()))),
-        "methods": {name: summary["supervised"] for name, summary in summaries.items()},
+        "shared": _shared(next(iter(found.values()))),
+        "methods": {name: summary["supervised"] for name, summary in found.items()},
     }
     with cli.user_errors():
         (workdir / "figures").mkdir(parents=True, exist_ok=True)
@@ -108,15 +109,94 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is not there: run the study to its end first")
     try:
-        summary = json.loads(path.read_text())
+        summary = summaries.read(path)
         rows = summary["supervised"]
         complete = "method" in summary["config"] and rows and "seeds" in summary["config"]
         complete = complete and all(row.keys() >= _NEEDED for row in rows)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): run its study again") from error
+        if complete:
+            _check(summary)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({one_line(error)}): run its study again"
+        ) from error
     if not complete:
         raise ValueError(f"{path} is of another study, expected one of experiments.sparse_training")
     return summary
+
+
+def _check(summary: Mapping[str, Any]) -> None:
+    """Checks the fields that the comparison uses.
+
+    Raises:
+        ValueError: One is damaged; the message names it.
+    """
+    config = summary["config"]
+    _expect("config.method", config["method"], isinstance(config["method"], str), "a name")
+    _expect("config.seeds", config["seeds"], isinstance(config["seeds"], list), "a list")
+    for index, row in enumerate(summary["supervised"]):
+        for name, (fits, expected) in _FIELDS.items():
+            if name in row:
+                _expect(f"supervised[{index}].{name}", row[name], fits(row[name]), expected)
+
+
+def _expect(name: str, value: Any, fits: bool, expected: str) -> None:
+    if not fits:
+        short = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+        raise ValueError(f"{name} is {short}, expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    # Not a bool; NaN and infinities are refused as the file is read.
+    return type(value) in (int, float)
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_regulariser(value: Any) -> bool:
+    return isinstance(value, str) and value in (BASELINE, *REGULARISERS)
+
+
+def _is_spread(value: Any) -> bool:
+    # Figures draw no deviation below zero, and no interval that ends before its middle.
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"mean", "std", "values"}
+        and _is_number(value["mean"])
+        and _is_number_or_none(value["std"])
+        and (value["std"] or 0) >= 0
+        and isinstance(value["values"], list)
+    )
+
+
+def _is_paired(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"mean", "low", "high", "p_value", "n"}
+        and _is_number(value["mean"])
+        and _is_number(value["n"])
+        and all(_is_number_or_none(value[name]) for name in ("low", "high", "p_value"))
+        and (value["low"] is None or value["low"] <= value["mean"])
+        and (value["high"] is None or value["high"] >= value["mean"])
+        and (value["p_value"] is None or 0 <= value["p_value"] <= 1)
+    )
+
+
+# Of an entry, each with what tells whether it is whole, and what is expected.
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "regulariser": (_is_regulariser, f"one of {', '.join((BASELINE, *REGULARISERS))}"),
+    "coefficient": (_is_number_or_none, "a number or null"),
+    "density": (_is_fraction, "a fraction in (0, 1]"),
+    "test_accuracy_last": (_is_spread, "a spread over seeds: mean, std and values"),
+    "empty_layers": (lambda value: isinstance(value, dict), "numbers by layer"),
+    "less_baseline_last": (_is_paired, _A_COMPARISON),
+    "less_baseline_best_validation": (_is_paired, _A_COMPARISON),
+}
 
 
 def _markdown(compared: dict[str, Any]) -> str:

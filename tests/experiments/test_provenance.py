@@ -99,3 +99,6 @@ def test_damaged_files_are_one_line(tmp_path, text):
     with pytest.raises(ValueError, match="something else than texts"):
         provenance.read(path)
     assert provenance.read(tmp_path / "missing.json") == []
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.json cannot be read"):
+        provenance.read(tmp_path / "folder.json")

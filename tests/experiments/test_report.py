@@ -1,7 +1,9 @@
 """The report: what it reads, what it says of it, and that what is committed is what it makes."""
 
+import errno
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -201,6 +203,9 @@ def test_a_report_whose_summary_is_not_there(tmp_path):
         ('{"config": 3}', "a field is not what it should be"),
         ("[" * 100_000, "it is nested too deeply"),
         (b"\xff", "can't decode"),
+        (f'{{"config": 1{"0" * 400}}}', "it holds 10000000000000000000..., a number beyond 1e+100"),
+        (f'{{"config": -{"9" * 5000}}}', "a number beyond 1e+100"),
+        ('{"config": -1e999}', "it holds -1e999, a number beyond"),
         ({}, "it has no field 'networks'"),
         ({"networks": []}, "it has no entries"),
         ({"networks": [3]}, "a field is not what it should be"),
@@ -208,6 +213,10 @@ def test_a_report_whose_summary_is_not_there(tmp_path):
         ({"networks": [pruned(0.1, [0.5], [1], parameters={"values": ["a"]})]}, "'a' is no finite"),
         ({"networks": [pruned([1], [0.5], [1])]}, "coefficient is [1]"),
         ({"networks": [pruned(0.1, [0.5], [1], target={})]}, "target is {}"),
+        ({"networks": [pruned("\ud800", [0.5], [1])]}, "it holds half of a character"),
+        ({"networks": [pruned(10**400, [0.5], [1])]}, "a number beyond"),
+        # Sums of such, and their squares, are beyond what a float holds.
+        ({"networks": [pruned(0.1, [0.5], [1], parameters={"values": [1.7e308]})]}, "1.7e+308, a"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -224,6 +233,68 @@ def test_what_cannot_be_read_is_a_line(tmp_path, content, message):
     assert line.startswith(f"{path}: ") and message in line and "\n" not in line
     assert len(gathered.runs) == 1
     assert "## Not read" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_a_summary_whose_numbers_overflow_is_a_line(tmp_path, monkeypatch):
+    def overflow(summary, settings):
+        raise OverflowError("int too large to convert to float")
+
+    table5a(tmp_path / "a", (1,), [0.96])
+    monkeypatch.setitem(READINGS, "dam_pruning", READINGS["dam_pruning"]._replace(rows=overflow))
+    (line,) = gather(tmp_path).problems
+    assert line == f"{tmp_path / 'a' / 'summary.json'}: int too large to convert to float"
+
+
+def test_folders_and_pages_that_cannot_be_read_are_lines(tmp_path, monkeypatch):
+    for name in ("a", "closed"):
+        table5a(tmp_path / name, (1,), [0.96])
+    for name in ("gone.md", "summary.json"):
+        (tmp_path / name).symlink_to("nowhere")
+    scandir = os.scandir
+
+    def refuse(path):
+        # Root, as whom tests may run, may search every folder.
+        if os.fspath(path) == os.fspath(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    closed = tmp_path / "closed"
+    assert report(tmp_path).problems == [
+        f"{closed}: it cannot be searched (Permission denied)",
+        f"{tmp_path / 'summary.json'}: it cannot be read (No such file or directory)",
+        f"{tmp_path / 'gone.md'}: it cannot be read (No such file or directory)",
+    ]
+    closed = tmp_path
+    with pytest.raises(UserError, match=r"cannot be searched \(Permission denied\)\): mend that"):
+        report(tmp_path)
+
+
+def test_what_made_a_summary_is_no_folder(tmp_path):
+    table5a(tmp_path / "a", (1,), [0.96])
+    (tmp_path / "a" / "provenance.json").mkdir()
+    (line,) = report(tmp_path).problems
+    assert line.startswith(f"{tmp_path / 'a' / 'provenance.json'} cannot be read")
+
+
+def test_what_cannot_be_written_leaves_the_readme_as_it_was(tmp_path):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    table5a(results / "a", (1,), [0.96])
+    # Nothing is written where the README has no markers.
+    readme.write_text("no markers")
+    with pytest.raises(UserError, match=r"README\.md: expected one line"):
+        report(results, readme)
+    assert [path.name for path in results.iterdir()] == ["a"]
+    old = f"a\n{START}\nold\n{END}\nb\n"
+    readme.write_text(old)
+    (results / "report.html").mkdir()
+    with pytest.raises(UserError) as raised:
+        report(results, readme)
+    assert str(raised.value) == (
+        f"{results / 'report.html'} cannot be written (Is a directory): "
+        "mend that and run this again"
+    )
+    assert readme.read_text() == old
 
 
 def test_nothing_to_report(tmp_path):
@@ -382,4 +453,7 @@ def test_the_command(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert failed.returncode == 1
-    assert failed.stderr.strip().startswith("error: ") and failed.stderr.strip().count("\n") == 0
+    assert failed.stderr.strip() == (
+        f"error: {tmp_path / 'no.md'} cannot be read (No such file or directory): "
+        "choose a file with --readme"
+    )

@@ -1,6 +1,7 @@
 """Studies side by side: what is read, corrected and refused."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -111,3 +112,67 @@ def test_what_cannot_be_compared(runs, tmp_path):
         with pytest.raises(UserError, match=message):
             compare(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "field", "value", "message"),
+    [
+        (1, "less_baseline_last", 3, "less_baseline_last is 3, expected a comparison"),
+        (1, "less_baseline_last", {}, "less_baseline_last is {}, expected a comparison"),
+        (1, "less_baseline_last", {**paired([1, 3], [0, 0]), "p_value": 2}, "p_value in"),
+        (1, "less_baseline_last", {**paired([1, 3], [0, 0]), "low": 9}, "low <= mean <= high"),
+        (1, "less_baseline_best_validation", None, "less_baseline_best_validation is None, "),
+        (0, "density", "x", "density is 'x', expected a fraction in"),
+        (0, "density", 0, "density is 0, expected"),
+        (1, "regulariser", None, "regulariser is None, expected one of none, cka_sr, "),
+        (1, "regulariser", [], r"regulariser is \[\], expected one of"),
+        (1, "coefficient", {}, "coefficient is {}, expected a number or null"),
+        (0, "test_accuracy_last", {"mean": "x" * 99}, "test_accuracy_last is .{60}[.]{3}, exp"),
+        (0, "test_accuracy_last", {"mean": 1, "std": True, "values": []}, "expected a spread"),
+        (0, "test_accuracy_last", {"mean": 1, "std": -1, "values": []}, "expected a spread"),
+        (0, "empty_layers", 1, "empty_layers is 1, expected numbers by layer"),
+        (0, "seeds", math.nan, "it holds NaN"),
+        (0, "kept", 10**400, "a number beyond"),
+    ],
+)
+def test_a_damaged_entry_is_one_line(runs, tmp_path, index, field, value, message):
+    path = runs[1] / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["supervised"][index][field] = value
+    refused(runs, tmp_path / "out", json.dumps(summary), message)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", 3, "config.method is 3, expected a name"),
+        ("seeds", 3, "config.seeds is 3, expected a list"),
+    ],
+)
+def test_damaged_settings_are_one_line(runs, tmp_path, field, value, message):
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    summary["config"][field] = value
+    refused(runs, tmp_path / "out", json.dumps(summary), message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "it is nested too deeply"),
+        ("3", "it is no object of JSON"),
+        ('{"supervised": [3], "config": {"method": "lth", "seeds": [1]}}', "cannot be read"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_summary_that_is_no_such_thing_is_one_line(runs, tmp_path, text, message):
+    refused(runs, tmp_path / "out", text, message)
+
+
+def refused(runs, workdir, text, message):
+    path = runs[1] / "summary.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        compare(runs, workdir)
+    line = str(raised.value)
+    assert str(path) in line and "\n" not in line and len(line) < 500
+    assert not workdir.exists()
