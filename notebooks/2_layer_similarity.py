@@ -81,8 +81,8 @@ def train(coefficient):
 matrices = {coefficient: train(coefficient) for coefficient in (0.0, 0.3)}
 
 # %% [markdown]
-# Without the biased estimate, whose values rise where there are fewer examples than dimensions,
-# similarity is:
+# By the debiased estimate (values of the plain one rise where there are fewer examples than
+# dimensions) similarity is:
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
@@ -93,5 +93,5 @@ figure.colorbar(image, ax=axes, label="debiased CKA")
 
 # %% [markdown]
 # Whether that makes sparse networks better is another question: see "Sparse training of every kind"
-# in `results/README.md`, where on MNIST there is no effect, and `python -m experiments.sparse_training
+# in `results/README.md`, where on MNIST there is no gain, and `python -m experiments.sparse_training
 # --config=experiments/configs/sparse_training.py:digits_vit_random` for transformers.

@@ -126,13 +126,28 @@ def test_the_script_runs(script, capsys):
     printed = capsys.readouterr().out
     assert "nan" not in printed
     if script.stem.startswith("1"):
-        assert set(names["accuracies"]) >= {"NTT", "SNIP", "random"}
+        assert set(names["accuracies"]) >= {"NTT", "SNIP, global", "random"}
     if script.stem.startswith("2"):
         assert {matrix.shape for matrix in names["matrices"].values()} == {(6, 6)}
     if script.stem.startswith("3"):
         assert float(abs(names["before"] - names["after"]).max()) < 1e-4
     if script.stem.startswith("4"):
         assert printed.count("CKA-SR:") == 2
+
+
+@pytest.mark.slow
+def test_what_the_first_says_of_its_numbers_is_so(capsys):
+    script = SCRIPTS[0]
+    names = {"__name__": "notebook"}
+    exec(compile(script.read_text(), str(script), "exec"), names)
+    assert "distance to the teacher" in capsys.readouterr().out
+    accuracies = names["accuracies"]
+    early = {name: found[0] for name, found in accuracies.items()}
+    ahead = {name for name in early if early[name] > early["NTT"]}
+    assert ahead == {"SNIP, global", "Logit-SNIP, global"}
+    late = {name: found[1] for name, found in accuracies.items()}
+    for name in ("magnitude", "random", "SNIP, layer", "SNIP, global", "Logit-SNIP, global"):
+        assert late[name] >= late["NTT"], name
 
 
 def test_a_script_without_its_cells_is_named_and_nothing_is_written(make, checkout):
