@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from ntt_sparse.training.files import write_text
+from ntt_sparse.training.files import one_line, write_text
 
 FILE = "provenance.json"
 _HERE = Path(__file__).resolve()
@@ -67,7 +67,7 @@ def read(path: Path) -> list[Origin]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r})") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
     if any(not isinstance(value, str) for each in found for value in each):
         raise ValueError(f"{path} holds something else than texts")
     return found
