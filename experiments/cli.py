@@ -269,6 +269,18 @@ def _cause(message: str) -> str:
 
 
 @contextmanager
+def writing_into(workdir: Path) -> Iterator[None]:
+    """Says that a work directory cannot be written, a `UserError`, where the block finds so."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"work directory {workdir} cannot be written ({error.strerror}): "
+            "choose a folder of your own with --workdir"
+        ) from error
+
+
+@contextmanager
 def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]:
     """Holds a work directory for this config, alone, while the block runs.
 
@@ -288,14 +300,9 @@ def claim_workdir(workdir: str | Path, config: dict[str, Any]) -> Iterator[Path]
         meet("the work directory is claimed")
         yield workdir
         return
-    try:
+    with writing_into(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"work directory {workdir} cannot be written ({error.strerror}): "
-            "choose a folder of your own with --workdir"
-        ) from error
     with lock:
         try:
             # Released by the system when the process ends, however it ends.

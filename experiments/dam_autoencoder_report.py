@@ -1,18 +1,16 @@
 """The report of the DAM autoencoder study: summary.json, report.md and the figures."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.dam_autoencoder_downstream import read_score
 from experiments.dam_autoencoder_members import member_names, runs_of
 from experiments.dam_representation_members import LABELS
 from experiments.statistics import spread
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _CHANNELS, _ERROR, _F1, _LAMBDA = "open channels", "test error", "macro-F1", "lambda"
@@ -32,12 +30,11 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         rows += _rows(config, gate, groups, log, workdir / "downstream")
         steps = int(log.column("bottleneck")[0][-1])
         _draw_training(workdir / "figures" / f"bottleneck_{gate}", groups, log)
-    summary = {"config": json.loads(json.dumps(config.to_dict())), "networks": rows}
+    summary = {"config": summaries.settings(config), "networks": rows}
     gone = diverged.rows(*out)
     if gone:
         summary["diverged"] = gone
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows, steps, gone))
+    summaries.write(workdir, summary, _markdown(config, rows, steps, gone))
     _draw(workdir / "figures" / "gates_compared", rows)
     return summary
 

@@ -1,6 +1,5 @@
 """The report of the DAM graph study: summary.json, report.md and the figures."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.dam_graph_members import (
     Run,
     gated_runs,
@@ -19,7 +18,6 @@ from experiments.dam_graph_members import (
 )
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _QUANTITIES = ("dimensions", "test_auc", "test_ap", "validation_auc", "validation_ap")
@@ -46,16 +44,15 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         rows += _rows("gae", plain, diverged.left(_groups(plain), out[-1]), plain_log)
     comparisons = _comparisons(config, rows)
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "networks": rows,
         "comparisons": comparisons,
     }
     gone = diverged.rows(*out)
     if gone:
         summary["diverged"] = gone
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     steps, dimensions = log.column("dimensions")
-    write_text(workdir / "report.md", _markdown(config, rows, comparisons, int(steps[-1]), gone))
+    summaries.write(workdir, summary, _markdown(config, rows, comparisons, int(steps[-1]), gone))
     _draw(workdir / "figures" / "link_prediction", config, rows)
     _draw_training(workdir / "figures" / "dimensions", groups, steps, dimensions)
     return summary

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.dam_pruning_members import runs_of
 from experiments.dam_pruning_published import Published, published, similarities
 from experiments.dam_pruning_stages import Stage, gone
@@ -15,7 +15,6 @@ from experiments.stage import seconds_per_step
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
 from ntt_sparse.gates.channels import Counts
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _COUNTS = Counts._fields
@@ -47,7 +46,7 @@ def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) ->
     if config.similarity:
         matrices = _add_similarity(workdir / "similarities.npz", groups, rows)
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "whole": whole._asdict(),
         "stages": [
             {
@@ -62,8 +61,7 @@ def write(config: Any, workdir: Path, whole: Counts, stages: Sequence[Stage]) ->
     }
     if out:
         summary["diverged"] = diverged.rows(out)
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, workdir, summary))
+    summaries.write(workdir, summary, _markdown(config, workdir, summary))
     _draw(config, workdir, log, groups, rows)
     if len(stages) > 1:
         _draw_stages(config, workdir, logs, groups)

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.dam_recommender_members import LABELS, Run, member_names, runs_of
 from experiments.dam_recommender_published import published
 from experiments.statistics import correct, paired, spread
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _DIMENSION, _ERROR = "open channels", "test RMSE"
@@ -47,13 +46,12 @@ def write(config: Any, workdir: Path, stops: Sequence[int], mean_error: float) -
         _draw_training(path, groups, steps, values["dimension"])
     _compare(rows)
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "steps": stops[-1], "mean_rmse": mean_error, "networks": rows,
     }  # fmt: skip
     if any(out):
         summary["diverged"] = diverged.rows(*out)
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, summary, stops))
+    summaries.write(workdir, summary, _markdown(config, summary, stops))
     _draw(workdir / "figures" / "error_against_dimension", config.data.name, rows)
     return summary
 

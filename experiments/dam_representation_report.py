@@ -1,17 +1,15 @@
 """The report of the DAM representation study: summary.json, report.md and the figures."""
 
 import itertools
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.dam_representation_members import LABELS, Run, member_names, runs_of
 from experiments.statistics import spread
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _GRID = ("coefficient", "learning_rate", "initial")
@@ -31,12 +29,11 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         rows += _rows(log, runs, out[-1])
         chosen = _first_setting(config, runs, out[-1])
         curves[gate] = (*log.column("bottleneck"), chosen)
-    summary = {"config": json.loads(json.dumps(config.to_dict())), "networks": rows}
+    summary = {"config": summaries.settings(config), "networks": rows}
     gone = diverged.rows(*out)
     if gone:
         summary["diverged"] = gone
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows, gone))
+    summaries.write(workdir, summary, _markdown(config, rows, gone))
     for gate, (steps, bottleneck, chosen) in curves.items():
         _draw(workdir / "figures", config, gate, steps, bottleneck, chosen, rows)
     return summary

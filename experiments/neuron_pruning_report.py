@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import diverged, neuron_pruning_figures
+from experiments import diverged, neuron_pruning_figures, summaries
 from experiments.neuron_pruning_members import (
     dense_of,
     dense_runs,
@@ -21,7 +21,6 @@ from experiments.neuron_pruning_thresholds import READINGS, THRESHOLDS
 from experiments.published import agrees, item
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
-from ntt_sparse.training.files import write_text
 
 
 def write(config: Any, workdir: Path) -> dict[str, Any]:
@@ -47,14 +46,13 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         _gone(config, workdir, network) for network in config.networks.split(",")
     )))  # fmt: skip
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "groups": groups,
         "thresholds": thresholds,
     }
     if gone:
         summary["diverged"] = gone
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, groups, thresholds, gone))
+    summaries.write(workdir, summary, _markdown(config, groups, thresholds, gone))
     neuron_pruning_figures.draw(workdir / "figures", config, groups)
     return summary
 

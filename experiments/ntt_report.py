@@ -1,19 +1,17 @@
 """The report of the study: summary.json, report.md and the figures."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.ntt_members import METHODS, Run, member_names, supervised_runs, transfer_runs
 from experiments.published import of_settings
 from experiments.statistics import spread
 from experiments.study import asked_densities
 from experiments.tables import percent
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 
@@ -27,7 +25,7 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
     runs = supervised_runs(config)
     students, out = gone(config, workdir)
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "supervised": _supervised_summary(supervised, runs, out),
     }
     if students or out:
@@ -37,8 +35,7 @@ def write(config: Any, workdir: Path) -> dict[str, Any]:
         transfer = MetricsLog(workdir / "transfer.jsonl", "transfer")
         summary["transfer"] = _transfer_summary(transfer, transfer_runs(config), students)
     summary["published"] = _published(config)
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, summary))
+    summaries.write(workdir, summary, _markdown(config, summary))
     _draw(config, workdir / "figures", summary, transfer, supervised, students, out)
     return summary
 

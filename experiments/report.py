@@ -12,7 +12,7 @@ read is a line that names it; the rest is reported.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -22,7 +22,7 @@ from experiments.report_build import TITLE, answers, build
 from experiments.report_document import Block, markdown, page
 from experiments.report_gather import Gathered, gather
 from experiments.report_short import prefix_from, put_into, short
-from ntt_sparse.training.files import write_text
+from ntt_sparse.training.files import write_texts
 
 _PAGES = ("REPORT.md", "report.html")
 
@@ -50,12 +50,11 @@ def report(results: Path, readme: Path | None = None) -> Gathered:
     found = answers(gathered)
     blocks = build(gathered, short(found))
     with cli.user_errors():
-        # All texts before any file, and last the README, which holds more than the report.
+        # Last the README, which holds more than the report.
         texts = dict(zip((results / name for name in _PAGES), pages(blocks), strict=True))
         if readme is not None:
             texts[readme] = _with_short(readme, short(found, prefix_from(readme, results)))
-        for path, text in texts.items():
-            _write(path, text)
+        _write(texts)
     return gathered
 
 
@@ -70,12 +69,12 @@ def _with_short(readme: Path, blocks: Sequence[Block]) -> str:
         raise ValueError(f"{readme}: {error}") from error
 
 
-def _write(path: Path, text: str) -> None:
+def _write(texts: Mapping[Path, str]) -> None:
     try:
-        write_text(path, text)
+        write_texts(texts)
     except OSError as error:
         raise OSError(
-            f"{path} cannot be written ({error.strerror}): mend that and run this again"
+            f"{error.filename} cannot be written ({error.strerror}): mend that and run this again"
         ) from error
 
 

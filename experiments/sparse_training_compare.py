@@ -9,7 +9,6 @@ its training and the seeds have to be the same.
         --runs=runs/lth,runs/snip,runs/rigl --workdir=runs/compared
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from experiments.sparse_training_report import label
 from experiments.sparse_training_stages import BASELINE, REGULARISERS
 from experiments.statistics import correct
 from experiments.tables import percent
-from ntt_sparse.training.files import one_line, write_text
+from ntt_sparse.training.files import one_line
 
 # Fields of the settings that are a method's own; all others have to be the same.
 _OWN = frozenset({
@@ -62,12 +61,10 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
         "shared": _shared(next(iter(found.values()))),
         "methods": {name: summary["supervised"] for name, summary in found.items()},
     }
-    with cli.user_errors():
+    with cli.user_errors(), cli.writing_into(workdir):
         (workdir / "figures").mkdir(parents=True, exist_ok=True)
-        text = json.dumps(compared, indent=2, allow_nan=False)
-        write_text(workdir / "summary.json", f"{text}\n")
+        summaries.write(workdir, compared, _markdown(compared))
     provenance.note(workdir)
-    write_text(workdir / "report.md", _markdown(compared))
     _draw(workdir / "figures", compared["methods"])
     return compared
 

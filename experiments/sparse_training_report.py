@@ -1,6 +1,5 @@
 """The report of sparse training: summary.json, report.md and the figures."""
 
-import json
 import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.published import of_settings
 from experiments.sparse_training_gone import gone
 from experiments.sparse_training_l0 import summarise
@@ -19,7 +18,6 @@ from experiments.statistics import correct, paired, spread
 from experiments.study import asked_densities
 from experiments.tables import difference, percent
 from ntt_sparse.data.text import is_text
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 
@@ -61,7 +59,7 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
     for row in rows:
         row["empty_layers"] = _empty(row["kept"], list(layers))
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "layers": layers,
         "supervised": rows,
         "chosen_by_validation": _chosen(rows),
@@ -71,8 +69,7 @@ def write(config: Any, workdir: Path, layers: dict[str, int]) -> dict[str, Any]:
         summary["diverged"] = out
     if gates := summarise(config, workdir):
         summary["gates"] = gates
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, summary))
+    summaries.write(workdir, summary, _markdown(config, summary))
     _draw(config, workdir, rows, left_out)
     return summary
 

@@ -1,11 +1,35 @@
-"""Reads a summary of a study, which may be damaged: strict JSON, of numbers to reckon with."""
+"""Summaries of studies: writes them, and reads what may be damaged.
+
+They are strict JSON, of numbers to reckon with.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from ntt_sparse.training.files import write_texts
+
 # Far beyond all that is measured; squares of these, and sums over seeds, are still finite.
 _LARGEST = 1e100
+
+
+def settings(config: ConfigDict) -> dict[str, Any]:
+    """The settings of a study as its summary holds them: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def write(workdir: Path, summary: Mapping[str, Any], report: str) -> None:
+    """Writes `summary.json` and `report.md`: both, or neither where one does not fit.
+
+    Raises:
+        OSError: They cannot be written; it names the file.
+        ValueError: The summary holds NaN or an infinity.
+    """
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    write_texts({workdir / "summary.json": f"{text}\n", workdir / "report.md": report})
 
 
 def read(path: Path) -> dict[str, Any]:

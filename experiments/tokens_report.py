@@ -1,6 +1,5 @@
 """The report of dynamic tokens: summary.json, report.md and a figure."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import diverged, figures
+from experiments import diverged, figures, summaries
 from experiments.published import of_settings
 from experiments.statistics import correct, paired, spread
 from experiments.tables import difference, percent
@@ -26,7 +25,6 @@ from experiments.tokens_members import (
 )
 from ntt_sparse.models.tokens import dynamic_multiply_adds
 from ntt_sparse.models.vit import multiply_adds
-from ntt_sparse.training.files import write_text
 from ntt_sparse.training.metrics import MetricsLog
 
 _COST, _ACCURACY = "multiply-adds (millions)", "test accuracy"
@@ -50,14 +48,13 @@ def write(
     dynamic = {each: gone_dynamic(config, workdir, each, whole) for each in variants(config)}
     rows = _rows(config, workdir, input_shape, num_outputs, whole, dynamic)
     summary = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": summaries.settings(config),
         "networks": rows,
     }
     gone = diverged.rows(whole, *dynamic.values())
     if gone:
         summary["diverged"] = gone
-    write_text(workdir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "report.md", _markdown(config, rows, gone))
+    summaries.write(workdir, summary, _markdown(config, rows, gone))
     curves: dict[str, list[Any]] = {}
     for row in rows:
         point = ({"mean": row["multiply_adds"] / 1e6, "std": None}, row["test_accuracy"])

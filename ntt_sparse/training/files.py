@@ -1,6 +1,7 @@
 """Files that are either the old or the new one, whenever the process dies or the disk is full."""
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -15,21 +16,44 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Replaces the contents of files that belong together: of all, or of none while one fails.
+
+    What does not fit is known before any is replaced; that the moves after it are one, no system
+    promises.
+
+    Raises:
+        OSError: One cannot be written; it names the file, and all are as they were.
+    """
+    _replace({path: text.encode() for path, text in texts.items()})
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces the content of a file in one move.
 
     Raises:
         OSError: It cannot be written; it names the file, which is as it was.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with naming(path):
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except OSError:
+    _replace({path: content})
+
+
+def _replace(contents: Mapping[Path, bytes]) -> None:
+    temporaries = {path: path.with_name(f"{path.name}.tmp") for path in contents}
+    try:
+        for path, temporary in temporaries.items():
+            with naming(path):
+                # Nothing is moved to where a folder is.
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                temporary.write_bytes(contents[path])
+        for path, temporary in temporaries.items():
+            with naming(path):
+                os.replace(temporary, path)
+    except OSError:
+        for temporary in temporaries.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise
+        raise
 
 
 def append_text(path: Path, text: str) -> None:

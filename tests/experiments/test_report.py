@@ -277,7 +277,7 @@ def test_what_made_a_summary_is_no_folder(tmp_path):
     assert line.startswith(f"{tmp_path / 'a' / 'provenance.json'} cannot be read")
 
 
-def test_what_cannot_be_written_leaves_the_readme_as_it_was(tmp_path):
+def test_what_cannot_be_written_leaves_all_as_it_was(tmp_path):
     results, readme = tmp_path / "results", tmp_path / "README.md"
     table5a(results / "a", (1,), [0.96])
     # Nothing is written where the README has no markers.
@@ -288,13 +288,15 @@ def test_what_cannot_be_written_leaves_the_readme_as_it_was(tmp_path):
     old = f"a\n{START}\nold\n{END}\nb\n"
     readme.write_text(old)
     (results / "report.html").mkdir()
+    (results / "REPORT.md").write_text("old")
     with pytest.raises(UserError) as raised:
         report(results, readme)
     assert str(raised.value) == (
         f"{results / 'report.html'} cannot be written (Is a directory): "
         "mend that and run this again"
     )
-    assert readme.read_text() == old
+    assert readme.read_text() == old and (results / "REPORT.md").read_text() == "old"
+    assert sorted(path.name for path in results.iterdir()) == ["REPORT.md", "a", "report.html"]
 
 
 def test_nothing_to_report(tmp_path):

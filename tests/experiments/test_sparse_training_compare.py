@@ -96,6 +96,9 @@ def test_what_cannot_be_compared(runs, tmp_path):
         compare(runs[:1], tmp_path / "out")
     with pytest.raises(UserError, match="run_snip more than once"):
         compare([runs[0], runs[0]], tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be written \(Not a directory\): choose"):
+        compare(runs, tmp_path / "file" / "out")
     with pytest.raises(UserError, match="run_rigl, a study that is compared: expected another"):
         compare(runs, runs[0].parent / "out" / ".." / runs[1].name)
     path = runs[1] / "summary.json"

@@ -134,6 +134,32 @@ def test_a_file_is_the_old_one_where_the_new_one_does_not_fit(tmp_path, monkeypa
     assert path.read_bytes() == before
 
 
+def test_files_that_belong_together_are_all_the_old_ones_where_one_does_not_fit(
+    tmp_path, monkeypatch
+):
+    texts = {tmp_path / name: name for name in ("a", "b", "c")}
+    files.write_texts(texts)
+    original = type(tmp_path).write_bytes
+
+    def write_bytes(self, content):
+        original(self, content[:5])
+        if self.name.startswith("b"):
+            raise FULL
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "write_bytes", write_bytes)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            files.write_texts({path: "new content" for path in texts})
+    assert raised.value.filename == str(tmp_path / "b")
+    (tmp_path / "c").unlink()
+    (tmp_path / "c").mkdir()
+    with pytest.raises(IsADirectoryError) as raised:
+        files.write_texts({path: "new content" for path in texts})
+    assert raised.value.filename == str(tmp_path / "c")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["a", "b"]
+
+
 def test_event_files_on_a_full_disk_are_an_error_and_no_endless_wait(tmp_path, monkeypatch):
     board = TensorBoard(tmp_path, ["a"])
     values = {"loss": np.ones(1)}
