@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, diverged, figures, provenance, summaries
-from experiments.sparse_training_report import label
+from experiments.sparse_training_report import COMPARED, label
 from experiments.sparse_training_stages import BASELINE, REGULARISERS
 from experiments.statistics import correct
 from experiments.tables import percent
@@ -55,7 +55,7 @@ def compare(runs: Sequence[str | Path], workdir: str | Path) -> dict[str, Any]:
             raise ValueError(f"--workdir is {workdir}, a study that is compared: expected another")
         found = _summaries([Path(run) for run in runs])
     rows = [row for summary in found.values() for row in summary["supervised"]]
-    for name in ("less_baseline_last", "less_baseline_best_validation"):
+    for name in COMPARED:
         correct([row[name] for row in rows if name in row])
     compared = {
         "shared": _shared(next(iter(found.values()))),
@@ -191,8 +191,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "density": (_is_fraction, "a fraction in (0, 1]"),
     "test_accuracy_last": (_is_spread, "a spread over seeds: mean, std and values"),
     "empty_layers": (lambda value: isinstance(value, dict), "numbers by layer"),
-    "less_baseline_last": (_is_paired, _A_COMPARISON),
-    "less_baseline_best_validation": (_is_paired, _A_COMPARISON),
+    **dict.fromkeys(COMPARED, (_is_paired, _A_COMPARISON)),
 }
 
 

@@ -20,6 +20,9 @@ from experiments.tables import difference, percent
 from ntt_sparse.data.text import is_text
 from ntt_sparse.training.metrics import MetricsLog
 
+# Paired differences from no regulariser; those of a study are one family for each of these.
+COMPARED = ("less_baseline_last", "less_baseline_best_validation", "less_baseline_bits")
+
 
 def published(config: Any) -> list[dict[str, Any]]:
     """What the paper has for these settings; a coefficient of `None` is not said."""
@@ -131,7 +134,7 @@ def _rows(
             for name, values in compared.items():
                 row[f"less_baseline_{name}"] = paired(values[ours], values[theirs])
         rows.append(row)
-    for name in ("less_baseline_last", "less_baseline_best_validation", "less_baseline_bits"):
+    for name in COMPARED:
         correct([row[name] for row in rows if name in row])
     return rows
 

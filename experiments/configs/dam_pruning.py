@@ -80,8 +80,8 @@ _BASE: dict[str, Any] = {
     # Chance of a hard-concrete gate to be dropped at the start.
     "drop": 0.3,
     # Weights of the penalty (lambda); of hard-concrete gates it is the expected fraction of
-    # parameters, so lambda of the paper, which is for each weight, is that times the number of
-    # weights.
+    # parameters: the paper's lambda, of which each weight costs one part in so many training
+    # examples, times the number of weights, divided by that of examples.
     "coefficients": (0.0, 0.1),
     # Orders in which channels close: 0 is that of the index, others are random orders.
     "orders": (0,),

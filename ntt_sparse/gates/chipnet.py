@@ -158,10 +158,20 @@ def budget_loss(
         gates: Of each layer, `(n,)`, by path.
         cost: What a network costs of which so much of each channel is open, relative to the
             whole, a differentiable function of `{path: (n,)}`, such as `channel_fraction`.
-        target: The fraction to meet, between 0 and 1.
+        target: The fraction to meet, above 0 and at most 1; may be traced.
         steepness: See `soft_open`.
+
+    Raises:
+        ValueError: The target is out of range.
     """
+    _check_target(target)
     return (cost(soft_open(gates, steepness)) - target) ** 2
+
+
+def _check_target(target: Real[ArrayLike, ""]) -> None:
+    # The negated form also refuses NaN.
+    if not isinstance(target, Tracer) and not 0.0 < float(np.asarray(target)) <= 1.0:
+        raise ValueError(f"target is {target}, expected a fraction above 0, at most 1")
 
 
 def channel_fraction(gates: Mapping[str, Real[ArrayLike, "_"]]) -> Float[Array, ""]:
@@ -195,8 +205,7 @@ def cut(
         ValueError: There are no gates, one is not finite, or the target is out of range.
     """
     values = check(gates)
-    if not isinstance(target, Tracer) and not 0.0 < float(np.asarray(target)) <= 1.0:
-        raise ValueError(f"target is {target}, expected a fraction above 0, at most 1")
+    _check_target(target)
     cost = cost or channel_fraction
 
     def enough(open_: Any) -> Any:

@@ -24,7 +24,8 @@ from ntt_sparse._types import Scalar
 Shape: TypeAlias = str | Callable[[Array], Array]
 """`"relu_tanh"`, `"linear"`, `"piecewise_linear"`, or a function of one array."""
 
-_CONVENTIONS = ("paper", "code")
+# The offset at which the penalty ends, in parts of -k, by where order numbers start.
+_FLOORS = {"paper": 1.02, "code": 1.0}
 _SHAPES: Mapping[str, Callable[[Array], Array]] = {
     "relu_tanh": lambda z: jnp.tanh(jax.nn.relu(z)),
     "linear": jax.nn.relu,
@@ -62,8 +63,7 @@ def order_numbers(
             "expected 2 channels or more"
         )
     _check_positive("k", k)
-    if convention not in _CONVENTIONS:
-        raise ValueError(f"{convention=} is unknown: expected 'paper' or 'code'")
+    _check_convention(convention)
     # Made on the host: a compiled program may round the same formula otherwise, and then an
     # offset of exactly minus an order number would not close its channel.
     places = np.arange(n) + (1 if convention == "paper" else 0)
@@ -144,30 +144,37 @@ def active(
     return jnp.sum(gates > 0, dtype=jnp.int32)
 
 
-def penalty(betas: Any, *, k: float = 5.0) -> Scalar:
+def penalty(betas: Any, *, k: float = 5.0, convention: str = "paper") -> Scalar:
     r"""The mean offset over layers (Eq. 4, without its $\lambda$).
 
-    An offset below `-k`, where the whole layer is closed, counts as `-k`, so it is pushed no
-    further, as in the published code. Layers count alike, whatever their widths.
+    An offset below a floor, where the whole layer is closed, counts as the floor, so it is pushed
+    no further. With order numbers of the code that is `-k`, as published, one channel below where
+    the layer closes. With those of the paper a layer closes at `-k` itself, where decay would lift
+    its offset over it again and again; so there the floor is `-1.02 k`. Layers count alike,
+    whatever their widths.
 
     Args:
         betas: A pytree of offsets, scalars.
-        k: Range of the order numbers.
+        k: Range of the order numbers, positive.
+        convention: Where they start, see `order_numbers`.
 
     Returns:
-        A scalar of at least `-k`.
+        A scalar of at least the floor.
 
     Raises:
-        ValueError: There is no offset, or one is not a scalar.
+        ValueError: There is no offset, one is not a scalar, or another argument makes no sense.
     """
+    _check_positive("k", k)
+    _check_convention(convention)
     leaves = [jnp.asarray(beta) for beta in jax.tree.leaves(betas)]
     if not leaves:
         raise ValueError("there are no offsets, expected one per gated layer")
     if shapes := [leaf.shape for leaf in leaves if leaf.shape]:
         raise ValueError(f"offsets have shapes {shapes}, expected scalars: one per layer")
     beta = jnp.stack([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves])
+    floor = -_FLOORS[convention] * k
     # NaN stays.
-    return jnp.mean(jnp.where(beta < -k, -k, beta))
+    return jnp.mean(jnp.where(beta < floor, floor, beta))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,15 +218,15 @@ class Dam:
         """The parameters of one layer of `n` channels: `{"beta": ()}`.
 
         Raises:
-            ValueError: All channels would start closed, and never open again: nothing but the
-                penalty moves the offset of a closed layer.
+            ValueError: All channels would start closed: nothing but penalty and decay moves the
+                offset of a closed layer.
         """
         with jax.ensure_compile_time_eval():
             last = float(self.order_numbers(n)[-1])
         if self.initial + last <= 0:
             raise ValueError(
-                f"initial is {self.initial}, which closes all {n} channels from the start, for "
-                f"good: expected more than {-last:g}"
+                f"initial is {self.initial}, which closes all {n} channels from the start, where "
+                f"no task moves it: expected more than {-last:g}"
             )
         return {"beta": jnp.asarray(self.initial, jnp.result_type(float))}
 
@@ -234,13 +241,18 @@ class Dam:
 
     def penalty(self, layers: Sequence[Mapping[str, Array]]) -> Scalar:
         """Of all gated layers together."""
-        return penalty([layer["beta"] for layer in layers], k=self.k)
+        return penalty([layer["beta"] for layer in layers], k=self.k, convention=self.convention)
 
 
 def _check_positive(name: str, value: float) -> None:
     # The negated form also refuses NaN.
     if not isinstance(value, Tracer) and not 0.0 < float(cast(float, value)) < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number above 0")
+
+
+def _check_convention(convention: str) -> None:
+    if convention not in _FLOORS:
+        raise ValueError(f"{convention=} is unknown: expected 'paper' or 'code'")
 
 
 def _shape(shape: Shape) -> Callable[[Array], Array]:

@@ -88,15 +88,19 @@ def adjacency(edges: Int[ArrayLike, "m 2"], num_nodes: int) -> SparseMatrix:
 
 
 def _check_edges(edges: np.ndarray, num_nodes: int) -> None:
-    if edges.size and not 0 <= edges.min() <= edges.max() < num_nodes:
-        raise ValueError(
-            f"edges have the nodes {edges.min()} to {edges.max()}, expected 0 to {num_nodes - 1}"
-        )
+    _check_nodes("edges", edges, num_nodes)
     ordered = np.sort(edges, axis=1)
     if np.any(ordered[:, 0] == ordered[:, 1]) or len(np.unique(ordered, axis=0)) < len(edges):
         raise ValueError(
             "edges hold a loop or a pair of nodes twice, expected each undirected edge once, as "
             "ntt_sparse.data.graphs.undirected gives them"
+        )
+
+
+def _check_nodes(name: str, pairs: np.ndarray, num_nodes: int) -> None:
+    if pairs.size and not 0 <= pairs.min() <= pairs.max() < num_nodes:
+        raise ValueError(
+            f"{name} have the nodes {pairs.min()} to {pairs.max()}, expected 0 to {num_nodes - 1}"
         )
 
 
@@ -226,7 +230,13 @@ def _open(codes: Float[Array, "n size"]) -> Float[Array, "n size"]:
 
 
 def decode(codes: Float[ArrayLike, "n size"], pairs: Int[ArrayLike, "p 2"]) -> Float[Array, " p"]:
-    """The inner products of the codes of pairs of nodes, `(p,)`: the logits of their links."""
+    """The inner products of the codes of pairs of nodes, `(p,)`: the logits of their links.
+
+    Raises:
+        ValueError: A pair is of a node that is not there; traced pairs are not looked at.
+    """
+    if not isinstance(pairs, Tracer):
+        _check_nodes("pairs", np.asarray(pairs), jnp.shape(codes)[0])
     codes, pairs = jnp.asarray(codes), jnp.asarray(pairs)
     return jnp.sum(codes[pairs[:, 0]] * codes[pairs[:, 1]], axis=1)
 

@@ -41,13 +41,15 @@ def cubic_density(
         initial: Density at the start; may be traced.
 
     Raises:
-        ValueError: The end is not after the start.
+        ValueError: The end is not after the start, or a density is no fraction.
 
     References:
         Zhu & Gupta: To prune, or not to prune, 2017, https://arxiv.org/abs/1710.01878, Eq. 1.
     """
     if not start < end:
         raise ValueError(f"end is {end}, expected a step after start, which is {start}")
+    _check_fraction("final", final)
+    _check_fraction("initial", initial)
     left = 1 - jnp.clip((jnp.asarray(step) - start) / (end - start), 0.0, 1.0)
     return jnp.asarray(final) + (jnp.asarray(initial) - jnp.asarray(final)) * left**3
 
@@ -107,7 +109,8 @@ def replace(params: Params, masks: Masks, scores: Scores, fraction: ArrayLike) -
     Args:
         params: Parameters.
         masks: Masks of their structure.
-        scores: Of what may come, the larger first, with the structure of the masks.
+        scores: Of what may come, the larger first, with the structure of the masks. A traced NaN
+            counts as the smallest.
         fraction: Of the weights of each layer, rounded down, from 0 to 1; may be traced. No more
             go than can come.
 
@@ -115,15 +118,15 @@ def replace(params: Params, masks: Masks, scores: Scores, fraction: ArrayLike) -
         Masks of the structure of `masks`.
 
     Raises:
-        ValueError: Masks or scores that do not fit, or a fraction out of range.
+        ValueError: Masks or scores that do not fit, a score that is NaN, or a fraction out of
+            range.
 
     References:
         Mocanu et al. 2018, https://arxiv.org/abs/1707.04780 (SET); Evci et al. 2020,
         https://arxiv.org/abs/1911.11134, Algorithm 1 (RigL).
     """
     pruning_masks.check(params, masks)
-    if not isinstance(fraction, Tracer) and not 0 <= float(np.asarray(fraction)) <= 1:
-        raise ValueError(f"fraction is {fraction}, expected 0 to 1")
+    _check_fraction("fraction", fraction)
     given, expected = jax.tree.structure(scores), jax.tree.structure(masks)
     if given != expected:
         raise ValueError(f"scores have the structure {given}, expected {expected} as the masks")
@@ -131,6 +134,8 @@ def replace(params: Params, masks: Masks, scores: Scores, fraction: ArrayLike) -
         shape = pruning_masks.named_leaves(masks)[name].shape
         if jnp.shape(score) != shape:
             raise ValueError(f"scores of {name!r} have shape {jnp.shape(score)}, expected {shape}")
+        if not isinstance(score, Tracer) and (count := int(np.sum(np.isnan(score)))):
+            raise ValueError(f"scores of {name!r} hold {count} NaN, expected numbers")
     held = jax.tree.map(lambda mask: jnp.sum(mask, dtype=jnp.int32), masks)
     gone = jax.tree.map(
         lambda mask, n: jnp.minimum(_floored(fraction, n), mask.size - n), masks, held
@@ -140,7 +145,7 @@ def replace(params: Params, masks: Masks, scores: Scores, fraction: ArrayLike) -
     )
     stay = jax.tree.map(lambda new, old: new & old, stay, masks)
     absent = jax.tree.map(
-        lambda kept, score: jnp.where(kept, -jnp.inf, jnp.nan_to_num(score)), stay, scores
+        lambda kept, score: jnp.where(kept, -jnp.inf, _finite(score)), stay, scores
     )
     come = pruning_masks.from_counts(absent, gone)
     return jax.tree.map(lambda kept, new: kept | new, stay, come)
@@ -166,6 +171,20 @@ def due(step: Int[ArrayLike, ""], *, every: int, start: int = 0, end: int) -> Bo
         )
     step = jnp.asarray(step)
     return (step % every == 0) & (step > start) & (step < end)
+
+
+def _check_fraction(name: str, value: ArrayLike) -> None:
+    # The negated form also refuses NaN.
+    if not isinstance(value, Tracer) and not 0 <= float(np.asarray(value)) <= 1:
+        raise ValueError(f"{name} is {value}, expected 0 to 1")
+
+
+def _finite(score: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Scores above what cannot come; NaN is the smallest of them."""
+    score = jnp.asarray(score)
+    if not jnp.issubdtype(score.dtype, jnp.floating):
+        return score
+    return jnp.nan_to_num(score, nan=jnp.finfo(score.dtype).min)
 
 
 def _magnitudes(params: Params, masks: Masks) -> Any:

@@ -317,6 +317,13 @@ def check_density(value: float, name: str = "density") -> None:
         )
 
 
+def _check_count(count: Any, size: int) -> None:
+    if not jnp.issubdtype(jnp.result_type(count), jnp.integer):
+        raise ValueError(f"counts hold {count}, expected integers")
+    if not isinstance(count, Tracer) and not 0 <= int(count) <= size:
+        raise ValueError(f"counts ask for {count} of {size} weights, expected 0 to {size}")
+
+
 def from_counts(scores: Scores, counts: Any) -> Masks:
     """Keeps the `counts` entries with the largest scores, ties in index order.
 
@@ -327,13 +334,15 @@ def from_counts(scores: Scores, counts: Any) -> Masks:
     Args:
         scores: Floating-point scores of any shapes; `None` for leaves never pruned.
         counts: An integer for the whole tree (global), or a tree of integers with
-            the structure of `scores` (one per leaf); traced or not, 0 to N.
+            the structure of `scores` (one per leaf), from 0 to N; of traced ones those out of
+            range count as the nearest in it.
 
     Returns:
         Masks of the structure of `scores`.
 
     Raises:
-        ValueError: Scores are not floating point, or `counts` is of another structure.
+        ValueError: Scores are not floating point, or `counts` is of another structure, no integer
+            or out of range.
     """
     leaves, treedef = jax.tree.flatten(scores)
     for name, leaf in named_leaves(scores).items():
@@ -342,9 +351,12 @@ def from_counts(scores: Scores, counts: Any) -> Masks:
                 f"scores of {name!r} are {jnp.result_type(leaf)}, expected floating point"
             )
     if jax.tree.structure(counts) == treedef and not jax.tree_util.treedef_is_leaf(treedef):
-        each = zip(leaves, jax.tree.leaves(counts), strict=True)
+        each = list(zip(leaves, jax.tree.leaves(counts), strict=True))
+        for leaf, count in each:
+            _check_count(count, jnp.size(leaf))
         selected = [largest([leaf], count)[0] for leaf, count in each]
     elif jax.tree_util.treedef_is_leaf(jax.tree.structure(counts)):
+        _check_count(counts, sum(jnp.size(leaf) for leaf in leaves))
         selected = largest(leaves, counts)
     else:
         raise ValueError(

@@ -81,6 +81,8 @@ def test_published_settings():
         assert (min(config.coefficients), max(config.coefficients)) == (1e-5, 1e-2)
     sparsities = [1 - density for density in configs.get_config("table5").density]
     np.testing.assert_allclose(sparsities, [0.7, 0.85, 0.9, 0.95, 0.98, 0.998], rtol=1e-12)
+    # A sum over pairs of layers beside their mean: one coefficient cannot be right for both.
+    assert configs.get_config("table5").coefficients == (1e-4, 1e-3, 1e-2)
     settings = configs.get_config("table5").supervised
     assert (settings.optimizer, settings.learning_rate, settings.epochs) == ("sgd", 0.1, 160)
     assert (settings.weight_decay, settings.batch_size) == (5e-4, 128)

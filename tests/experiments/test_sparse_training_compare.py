@@ -27,7 +27,8 @@ def entry(name, values, empty):
         "seeds": [1, 2, 3], "test_accuracy_last": spread(values), "empty_layers": empty,
     }  # fmt: skip
     if name != "none":
-        row["less_baseline_last"] = {**paired(values, NONE), "p_value_holm": 0.0}
+        for compared in ("last", "bits"):
+            row[f"less_baseline_{compared}"] = {**paired(values, NONE), "p_value_holm": 0.0}
     return row
 
 
@@ -60,7 +61,8 @@ def test_tables(runs, tmp_path):
     assert p["snip"] < p["rigl"]
     corrected = {m: max(2 * p["snip"], p["rigl"]) if m == "rigl" else 2 * p["snip"] for m in p}
     for method, rows in compared["methods"].items():
-        assert rows[1]["less_baseline_last"]["p_value_holm"] == pytest.approx(corrected[method])
+        for name in ("less_baseline_last", "less_baseline_bits"):
+            assert rows[1][name]["p_value_holm"] == pytest.approx(corrected[method])
     report = (tmp_path / "compared" / "report.md").read_text()
     assert "| snip | 60.00 ± 10.00* |" in report and "| rigl | 60.00 ± 10.00 |" in report
     assert f"| snip | +2.00 ({corrected['snip']:.2g}) |" in report

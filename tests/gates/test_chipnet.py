@@ -168,6 +168,8 @@ def test_bad_input():
     for target in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="expected a fraction above 0, at most 1"):
             chipnet.cut({"a": jnp.ones(3)}, target)
+        with pytest.raises(ValueError, match="expected a fraction above 0, at most 1"):
+            chipnet.budget_loss({"a": jnp.ones(3)}, chipnet.channel_fraction, target, 10.0)
     with pytest.raises(ValueError, match="there are no gates"):
         chipnet.channel_fraction({})
     with pytest.raises(ValueError, match="there are no channels"):

@@ -1,5 +1,6 @@
 """DAM: gates, counts, penalty, against the formulas and the golden values."""
 
+import functools
 import math
 
 import jax
@@ -120,12 +121,39 @@ def test_ranks_permute_the_gates():
 
 
 def test_the_penalty_and_its_derivative():
-    """lambda / L down to -k and nothing below it, as the derivative of PyTorch's clamp."""
+    """lambda / L down to a floor and nothing below it, as the derivative of PyTorch's clamp."""
     betas = {"a": {"beta": 1.0}, "b": {"beta": -4.9}, "c": {"beta": -7.0}, "d": {"beta": -5.0}}
-    value, grads = jax.value_and_grad(dam.penalty)(betas)
-    np.testing.assert_allclose(value, (1.0 - 4.9 - 5.0 - 5.0) / 4, rtol=1e-6)
-    assert [grads[name]["beta"].item() for name in "abcd"] == [0.25, 0.25, 0.0, 0.25]
+    for convention, floor, below in (("code", -5.0, -5.01), ("paper", -5.1, -5.11)):
+        of = functools.partial(dam.penalty, convention=convention)
+        value, grads = jax.value_and_grad(of)(betas)
+        np.testing.assert_allclose(value, (1.0 - 4.9 + floor - 5.0) / 4, rtol=1e-6)
+        assert [grads[name]["beta"].item() for name in "abcd"] == [0.25, 0.25, 0.0, 0.25]
+        above = below + 0.02
+        assert jax.grad(lambda b, of=of: of([b]))(above) == 1
+        assert jax.grad(lambda b, of=of: of([b]))(below) == 0
+        kind = dam.Dam(convention=convention)
+        np.testing.assert_array_equal(
+            kind.penalty([{"beta": jnp.float32(-9.0)}]), np.float32(floor)
+        )
     assert np.isnan(dam.penalty([jnp.nan, 1.0]))
+
+
+@pytest.mark.parametrize("convention", ["paper", "code"])
+def test_a_layer_that_the_penalty_closed_stays_closed(convention):
+    """Decay lifts its offset to where the penalty begins again, and no channel opens there."""
+    n, layers, rate, momentum, decay = 64, 163, 0.05, 0.9, 1e-3
+    others = [jnp.zeros(())] * (layers - 1)
+    objective = jax.grad(lambda b: dam.penalty([b, *others], convention=convention))
+
+    def step(state, _):
+        beta, velocity = state
+        velocity = momentum * velocity + objective(beta) + decay * beta
+        beta = beta - rate * velocity
+        return (beta, velocity), dam.active(beta, n, convention=convention)
+
+    _, active = jax.lax.scan(step, (jnp.float32(-4.9), jnp.float32(0.0)), length=20_000)
+    (closed,) = np.nonzero(active == 0)
+    assert active[0] > 0 and len(closed) and not np.any(active[closed[0] :])
 
 
 def test_weight_decay_and_penalty_balance():
@@ -177,6 +205,8 @@ def test_l1_gates():
         (lambda: jax.jit(lambda b: dam.gate(b, 2, ranks=np.array([0, 0])))(0.0), "a permutation"),
         (lambda: dam.penalty({}), "no offsets"),
         (lambda: dam.penalty([jnp.zeros(3)]), "expected scalars"),
+        (lambda: dam.penalty([0.0], k=-5.0), "k is -5"),
+        (lambda: dam.penalty([0.0], convention="other"), "expected 'paper' or 'code'"),
         (lambda: dam.Dam(initial=-5.0).init(8), "closes all 8 channels from the start"),
         (lambda: dam.Dam(initial=-4.5, convention="code").init(8), "expected more than -4.375"),
         (lambda: dam.Dam(initial=float("nan")), "initial is nan"),

@@ -255,6 +255,8 @@ def test_float64(x64):
         (lambda: graph.adjacency(np.array([[-1, 2]]), 3), "expected 0 to 2"),
         (lambda: graph.adjacency(np.array([[1, 1]]), 3), "a loop or a pair of nodes twice"),
         (lambda: graph.adjacency(np.array([[0, 1], [1, 0]]), 3), "a pair of nodes twice"),
+        (lambda: graph.decode(X, np.array([[0, N]])), f"pairs have the nodes 0 to {N}, expected"),
+        (lambda: graph.decode(X, np.array([[-1, 0]])), "pairs have the nodes -1 to 0, expected"),
         (lambda: GCN(()), "widths are"),
         (lambda: GCN((3, 0)), "widths are"),
         (

@@ -16,6 +16,8 @@ def test_the_ratio_of_kept_tokens():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     with pytest.raises(ValueError, match="1 ratios for 2 places"):
         tokens.keep_ratio_loss(jnp.asarray(decisions), (0.7,))
+    with pytest.raises(ValueError, match="expected fractions in"):
+        tokens.keep_ratio_loss(jnp.asarray(decisions), (0.7, 1.7))
 
 
 def test_distillation():
@@ -57,3 +59,16 @@ def test_distillation_of_tokens():
 
     value, slope = jax.value_and_grad(nothing)(jnp.asarray(student))
     assert value == 0 and not np.any(slope)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    logits, features = np.ones((4, 3)), np.ones((4, 3, 2))
+    for teacher in (logits[:1], logits[0]):
+        with pytest.raises(ValueError, match=r"logits have shape \(4, 3\) and the teacher's"):
+            tokens.distillation_loss(logits, teacher)
+    with pytest.raises(ValueError, match="expected the same, of 2 axes"):
+        tokens.distillation_loss(features, features)
+    with pytest.raises(ValueError, match=r"features have shape .*, expected the same, of 3 axes"):
+        tokens.token_distillation_loss(features, features[..., :1], np.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"kept has shape \(1, 3\), expected \(4, 3\)"):
+        tokens.token_distillation_loss(features, features, np.ones((1, 3)))

@@ -118,11 +118,18 @@ def test_rigl_brings_the_largest_gradients():
 
 def test_scores_that_are_no_numbers_cost_no_weights():
     params, kept = network()
+    replace = jax.jit(dynamic.replace)
     for value in (jnp.nan, jnp.inf, -jnp.inf):
         scores = jax.tree.map(lambda mask, value=value: jnp.full(mask.shape, value), kept)
-        new = flat(dynamic.replace(params, kept, scores, 0.5))
+        new = flat(replace(params, kept, scores, 0.5))
         for path, mask in flat(kept).items():
             assert new[path].sum() == mask.sum()
+    # Any number is larger, and outside of a trace there is somebody to tell.
+    weights, mask = jnp.array([3.0, 0.0, 0.0]), jnp.array([True, False, False])
+    scores = jnp.array([-4.0, jnp.nan, -3.0])
+    assert replace(weights, mask, scores, 1.0).tolist() == [False, False, True]
+    with pytest.raises(ValueError, match="hold 1 NaN, expected numbers"):
+        dynamic.replace(weights, mask, scores, 1.0)
 
 
 def test_the_fraction_falls_by_a_cosine():
@@ -155,6 +162,10 @@ def test_bad_input():
             dynamic.due(1, **arguments)
     with pytest.raises(ValueError, match="end is 5, expected a step after start, which is 5"):
         dynamic.cubic_density(0, start=5, end=5, final=0.1)
+    with pytest.raises(ValueError, match=r"final is -0\.5, expected 0 to 1"):
+        dynamic.cubic_density(0, start=0, end=5, final=-0.5)
+    with pytest.raises(ValueError, match="initial is 2, expected 0 to 1"):
+        dynamic.cubic_density(0, start=0, end=5, final=0.1, initial=2)
     with pytest.raises(ValueError, match="end is 0"):
         dynamic.cosine_fraction(0, end=0)
     with pytest.raises(ValueError, match=r"initial is 1\.5"):

@@ -213,6 +213,13 @@ def test_integer_scores_and_foreign_counts_raise():
         masks.from_counts({"a": jnp.arange(3)}, 1)
     with pytest.raises(ValueError, match="counts must be one integer or a tree like scores"):
         masks.from_counts(random_scores(), {"a": 1})
+    for count in (-1, 4, jnp.int32(4)):
+        with pytest.raises(ValueError, match=f"ask for {count} of 3 weights, expected 0 to 3"):
+            masks.from_counts({"a": jnp.ones(3)}, {"a": count})
+        with pytest.raises(ValueError, match=f"ask for {count} of 3 weights, expected 0 to 3"):
+            masks.from_counts({"a": jnp.ones(3)}, count)
+    with pytest.raises(ValueError, match=r"counts hold 2\.7, expected integers"):
+        masks.from_counts({"a": jnp.ones(3)}, 2.7)
 
 
 def test_nan_raises_eagerly_and_is_smallest_under_trace():
