@@ -25,7 +25,7 @@ def public_modules():
     return [name for name in names if "._" not in name]
 
 
-@pytest.mark.parametrize("name", [*METHODS, "your_own_network.md"])
+@pytest.mark.parametrize("name", [*METHODS, "your_own_network.md", "training.md"])
 def test_the_code_runs_and_prints_what_it_says(name, capsys):
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", TEXTS[name], re.S | re.M))
     exec(compile(code, name, "exec"), {})

@@ -150,9 +150,19 @@ class Checkpoints:
     def save(self, step: int, state: Any, *, records: int) -> None:
         """Saves a state; returns when it is on disk. A step already saved is left as it is.
 
+        Args:
+            step: Steps done.
+            state: A pytree of arrays.
+            records: That the metrics file holds.
+
         Raises:
             CheckpointError: It cannot be written; checkpoints before it are left.
+            TypeError: A leaf of the state is no array.
         """
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+                name = jax.tree_util.keystr(path)
+                raise TypeError(f"{name} of the state is {leaf!r}, expected an array")
         if step in self.steps():
             return
         meta = {
@@ -192,7 +202,7 @@ class Checkpoints:
 
         Args:
             like: A state of the structure, shapes, dtypes and shardings to restore:
-                arrays or `jax.ShapeDtypeStruct`s.
+                arrays, of JAX or NumPy, or `jax.ShapeDtypeStruct`s.
 
         Returns:
             `(state, records)`, or `None` when there is no checkpoint at all.
@@ -233,6 +243,8 @@ class Checkpoints:
 
     def _load(self, step: int, like: _State) -> tuple[_State, int]:
         def abstract(leaf):
+            if isinstance(leaf, np.ndarray | np.generic):
+                return np.asarray(leaf)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
         meta = {

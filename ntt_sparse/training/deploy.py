@@ -34,7 +34,13 @@ def save(path: str | Path, module: Described, variables: Mapping[str, Any]) -> N
 
     Raises:
         ValueError: Variables do not fit the module, or the directory exists.
+        TypeError: The module is no described network.
     """
+    if not isinstance(module, Described):
+        raise TypeError(
+            f"the module is a {type(module).__name__}, expected a ntt_sparse.models.described."
+            "Described, as pruning.compact makes: for others there is training.export.save_network"
+        )
     path = Path(path)
     arrays = _checked(module, _flat(variables), "the variables")
     header = {"format": _FORMAT, "network": network_text.to_json(module.network)}
@@ -113,6 +119,12 @@ def export(
     size: Any = jax_export.symbolic_shape("batch")[0] if batch is None else batch
     example = jax.ShapeDtypeStruct((size, *input_shape), dtype)
     program = jax.jit(lambda x: module.apply(variables, x))
+    try:
+        program.eval_shape(example)
+    except Exception as error:  # Modules raise many kinds.
+        raise ValueError(
+            f"the module does not take examples of shape {input_shape} ({one_line(error)})"
+        ) from error
     exported = jax_export.export(program, platforms=platforms)(example)
     return bytes(exported.serialize())
 
@@ -132,8 +144,12 @@ def _checked(module: Described, arrays: dict[str, Any], where: str) -> dict[str,
     }
     expected = {path: leaf.shape for path, leaf in leaves.items()}
     given = {path: jnp.shape(leaf) for path, leaf in arrays.items()}
-    if wrong := sorted(set(given.items()) ^ set(expected.items())):
-        raise ValueError(f"{where} do not fit the network: {wrong[0]} and {len(wrong) - 1} more")
+    if wrong := sorted(path for path, _ in set(given.items()) ^ set(expected.items())):
+        path, more = wrong[0], len(set(wrong)) - 1
+        raise ValueError(
+            f"{where} do not fit the network: {path!r} has shape {given.get(path, 'none')}, "
+            f"expected {expected.get(path, 'none')}" + (f", and {more} more" if more else "")
+        )
     for path, leaf in arrays.items():
         if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
             raise ValueError(f"{where}: {path!r} is {leaf.dtype}, expected floating-point numbers")

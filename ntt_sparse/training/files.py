@@ -86,7 +86,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
+        # Of a move; set to None it would still be printed.
+        del error.filename2
         raise
 
 

@@ -27,7 +27,7 @@ from ntt_sparse.training.feed import Feed
 from ntt_sparse.training.metrics import MetricsLog, Record, TensorBoard
 from ntt_sparse.training.processes import Decision, decide, fetch, is_first, meet
 from ntt_sparse.training.program import Program
-from ntt_sparse.training.state import Member, TrainState
+from ntt_sparse.training.state import Member, TrainState, num_members
 
 __all__ = ["DivergenceError", "Interrupted", "Plan", "fit"]
 
@@ -49,7 +49,8 @@ class Plan:
 
     Attributes:
         total_steps: Optimiser steps of the stage, at least 1.
-        steps_per_epoch: Steps in one pass over the data; a new order is drawn after it.
+        steps_per_epoch: Steps in one pass over the data, `ntt_sparse.data.batches.steps_per_epoch`;
+            a new order is drawn after it.
         record_every: Steps between records; there is one before and one at the end too.
         checkpoint_seconds: Least time between checkpoints; 0 saves after every chunk.
         start: Step at which the stage begins, for members that have done that many: order of
@@ -111,7 +112,8 @@ def fit(
         log: Where records go; its records are cut back to those of the checkpoint.
         checkpoints: Where checkpoints are found and left.
         member_names: One name per member, for messages.
-        evaluate: `(members) -> {name: (M, ...)}`, joined into every record.
+        evaluate: `(members) -> {name: (M, ...)}`, joined into every record. Names are none of a
+            record's own: `"stage"`, `"step"`, `"diverged"` and what begins with `"train/"`.
         should_stop: Looks at all records after each of them; `True` ends the stage.
         revise: Changes the state after a record, by all records up to it, for example to stop
             single members; the same shapes, dtypes and shardings.
@@ -131,9 +133,16 @@ def fit(
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is on disk.
         StreamError: Data of the next steps could not be read; a checkpoint of the step before is
             on disk.
-        CheckpointError: Checkpoints are there, but none can be used, or the records
-            of `log` do not belong to them.
+        CheckpointError: Checkpoints are there, but none can be used, they are of steps after the
+            end of the plan, or the records of `log` do not belong to them.
+        ValueError: There is not a name for each member, arrays of the data do not hold as many
+            examples as each other, or `evaluate` returned something else than values by member.
     """
+    if len(member_names) != num_members(members):
+        raise ValueError(
+            f"{len(member_names)} member_names for {num_members(members)} members, expected one "
+            "for each"
+        )
 
     def record(state: TrainState) -> TrainState:
         state = _record(state, log, evaluate, tensorboard, watch)
@@ -146,7 +155,7 @@ def fit(
 
     with _interruption() as interrupted:
         feed = Feed(program, data, plan.steps_per_epoch, plan.total_steps)
-        state = _restore(program.init(members, feed.example, plan.start), log, checkpoints)
+        state = _restore(program.init(members, feed.example, plan.start), log, checkpoints, plan)
         watch = Watch(
             log.stage, member_names, freeze=program.freeze,
             found=log.diverged(), all_may=all_may_diverge,
@@ -204,6 +213,7 @@ def _record(
 ) -> TrainState:
     """Writes what was measured since the last record; the state with its sums cleared."""
     values = {} if evaluate is None else fetch(dict(evaluate(state.members)))
+    _check_values(values, num_members(state.members))
     state = watch.evaluated(state, values)
     sums, since = fetch((state.sums, state.since))
     if np.any(since):
@@ -218,12 +228,30 @@ def _record(
     return state._replace(sums=cleared, since=state.since - state.since)
 
 
-def _restore(state: TrainState, log: MetricsLog, checkpoints: Checkpoints) -> TrainState:
+def _check_values(values: Mapping[str, Any], members: int) -> None:
+    for name, value in values.items():
+        if name in ("stage", "step", "diverged") or name.startswith("train/"):
+            raise ValueError(f"evaluate returned {name!r}, a name that records have for their own")
+        if np.shape(value)[:1] != (members,):
+            raise ValueError(
+                f"evaluate returned {name!r} of shape {np.shape(value)}, expected {members} "
+                "members along the first axis"
+            )
+
+
+def _restore(
+    state: TrainState, log: MetricsLog, checkpoints: Checkpoints, plan: Plan
+) -> TrainState:
     restored = checkpoints.restore(state)
     if restored is None:
         log.truncate(0)
         return state
     state, records = restored
+    if int(state.step) > plan.total_steps:
+        raise CheckpointError(
+            f"the checkpoint in {checkpoints.directory} is of step {int(state.step)}, after the "
+            f"end of this plan, {plan.total_steps}: choose another directory, or as many steps"
+        )
     try:
         log.truncate(records)
     except ValueError as error:

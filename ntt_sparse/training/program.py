@@ -99,6 +99,10 @@ def make_program(
             model state or what the step logs is not finite, and takes no further part; `fit` goes
             on with the others. (The state of the optimiser is not looked at.) By default `fit`
             raises, for which steps need not look at the parameters.
+
+    Returns:
+        The program. Its `init` and `shapes` raise ValueError where arrays of the data do not hold
+        as many examples as each other (unless `pick` is yours).
     """
     shardings = state_shardings(mesh)
     advance = _advance(step_fn, batch_size, pick, freeze)
@@ -111,10 +115,12 @@ def make_program(
 
     @functools.partial(jax.jit, out_shardings=shardings)
     def start(members, data, step):
+        if pick is gather:
+            _check_lengths(data)
         # A copy: chunks donate the state, and the caller keeps the members.
         members = jax.tree.map(jnp.copy, members)
         logs = jax.eval_shape(jax.vmap(logs_of, (0, None)), members, data)
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), logs)
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf.dtype)), logs)
         never = jnp.full(num_members(members), -1, jnp.int32)
         bad_step = dict.fromkeys([*logs, *WHOLE], never)
         return TrainState(step, members, sums, jnp.zeros_like(never), bad_step)
@@ -158,7 +164,7 @@ def _advance(
         for name, value in logs.items():
             bad = bad_step[name]
             bad_step[name] = jnp.where((bad < 0) & ~jnp.isfinite(value), step, bad)
-        sums = jax.tree.map(jnp.add, carry.sums, logs)
+        sums = jax.tree.map(lambda sum_, value: sum_ + value.astype(sum_.dtype), carry.sums, logs)
         if freeze:
             # In the step, as where chunks end depends on the clock.
             was_fine, bad_step = _all_fine(carry.bad_step), _mark(bad_step, member, step)
@@ -175,6 +181,21 @@ def _advance(
         return _Carry(member, sums, bad_step, carry.permutation)
 
     return advance
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """In which logs are summed: in half precision a sum of many stops growing."""
+    return dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
+
+
+def _check_lengths(data: Any) -> None:
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+    if len(lengths) != 1 or lengths == {()}:
+        shapes = ", ".join(str(jnp.shape(leaf)) for leaf in jax.tree.leaves(data))
+        raise ValueError(
+            f"data holds arrays of shapes {shapes or 'none'}, expected the same number of examples "
+            "in each, as the first axis"
+        )
 
 
 def _all_fine(bad_step: Any) -> Array:

@@ -15,11 +15,14 @@ def roc_auc(positive: Float[ArrayLike, " p"], negative: Float[ArrayLike, " q"]) 
     Args:
         positive: Scores of positive examples, at least one.
         negative: Scores of negative ones, at least one.
+
+    Returns:
+        From 0 to 1; NaN where a score is NaN, or there are none of a kind.
     """
     positive, negative = jnp.asarray(positive), jnp.sort(jnp.asarray(negative))
     lower = jnp.searchsorted(negative, positive, side="left")
     not_higher = jnp.searchsorted(negative, positive, side="right")
-    return jnp.mean((lower + not_higher) / (2 * len(negative)))
+    return _of_numbers(jnp.mean((lower + not_higher) / (2 * len(negative))), positive, negative)
 
 
 def average_precision(positive: Float[ArrayLike, " p"], negative: Float[ArrayLike, " q"]) -> Scalar:
@@ -32,10 +35,19 @@ def average_precision(positive: Float[ArrayLike, " p"], negative: Float[ArrayLik
     Args:
         positive: Scores of positive examples, at least one.
         negative: Scores of negative ones.
+
+    Returns:
+        From 0 to 1; NaN where a score is NaN, or none is positive.
     """
     positive, negative = jnp.sort(jnp.asarray(positive)), jnp.sort(jnp.asarray(negative))
     right, wrong = (_at_least(scores, positive) for scores in (positive, negative))
-    return jnp.mean(right / (right + wrong))
+    return _of_numbers(jnp.mean(right / (right + wrong)), positive, negative)
+
+
+def _of_numbers(value: Scalar, *scores: Float[Array, "_"]) -> Scalar:
+    # Sorted as the largest of all, NaN would be a perfect score.
+    bad = jnp.any(jnp.isnan(jnp.concatenate(scores)))
+    return jnp.where(bad, jnp.nan, value)
 
 
 def _at_least(scores: Float[Array, " n"], bounds: Float[Array, " p"]) -> Array:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
@@ -87,7 +88,8 @@ def make_step(
         what each term logs.
 
     Raises:
-        ValueError: There are no terms, or a name would hide another entry of the logs.
+        ValueError: There are no terms, or a name would hide another entry of the logs. The step
+            raises it where a term gives something else than a scalar and scalars to log.
     """
     if not terms:
         raise ValueError("a loss needs at least one term, none were given")
@@ -117,8 +119,8 @@ def make_step(
                 inputs = inputs._replace(outputs=outputs)
             logs = {}
             for index, (name, term) in enumerate(terms.items()):
-                logs[name], details = term(inputs._replace(key=jax.random.fold_in(key, index)))
-                logs |= {f"{name}/{detail}": value for detail, value in details.items()}
+                found = term(inputs._replace(key=jax.random.fold_in(key, index)))
+                logs |= _named(name, found)
             loss = sum(logs[name] for name in terms)
             return loss, ({"loss": loss, **logs}, model_state)
 
@@ -133,3 +135,18 @@ def make_step(
         return member, logs
 
     return step_fn
+
+
+def _named(name: str, found: Any) -> dict[str, Scalar]:
+    """What a term gave, by the names that logs have for it."""
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
+        raise ValueError(
+            f"term {name!r} returned {type(found).__name__}, expected "
+            "(contribution, {name: scalar to log})"
+        )
+    contribution, details = found
+    named = {name: contribution, **{f"{name}/{key}": value for key, value in details.items()}}
+    for key, value in named.items():
+        if jnp.shape(value):
+            raise ValueError(f"{key!r} of the loss has shape {jnp.shape(value)}, expected a scalar")
+    return {key: jnp.asarray(value) for key, value in named.items()}

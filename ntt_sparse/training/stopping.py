@@ -34,8 +34,19 @@ class EarlyStopping(NamedTuple):
     alone: bool = True
 
     def active(self, records: Sequence[Record]) -> Bool[np.ndarray, " m"] | None:
-        """Which members have a new best value in time; `None` before there are enough records."""
-        values = np.array([record[self.metric] for record in records if record["step"]], float)
+        """Which members have a new best value in time; `None` before there are enough records.
+
+        Raises:
+            ValueError: Records do not hold the metric, or the patience is less than 1.
+        """
+        if self.patience < 1:
+            raise ValueError(f"patience is {self.patience}, expected 1 record or more")
+        records = [record for record in records if record["step"]]
+        if missing := [record for record in records if self.metric not in record]:
+            raise ValueError(
+                f"a record holds {sorted(missing[0])}, but no {self.metric!r} to stop by"
+            )
+        values = np.array([record[self.metric] for record in records], float)
         if len(values) <= self.patience:
             return None
         values = -values if self.higher else values

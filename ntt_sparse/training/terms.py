@@ -16,26 +16,34 @@ Loss: TypeAlias = Literal["cross_entropy", "squared_error"]
 
 
 def example_losses(
-    outputs: Float[Array, "n *t k"],
-    labels: Int[ArrayLike, "n *t"],
+    outputs: Float[Array, "..."],
+    labels: Int[ArrayLike, "..."],
     loss: Loss,
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Array, " n"]:
-    """The loss of each example.
+    """The loss of each example. Half precision is computed in float32.
 
     Args:
-        outputs: Network outputs: logits for cross-entropy, plain outputs for squared error.
-        labels: Classes in 0..k-1. Where an example has many, as a text has one for each token,
-            its loss is their mean.
+        outputs: Network outputs, `(n, k)`, or `(n, t, k)` where an example has many labels: logits
+            for cross-entropy, plain outputs for squared error.
+        labels: Classes in 0..k-1, `(n,)` or `(n, t)`. Where an example has many, as a text has one
+            for each token, its loss is their mean.
         loss: `"cross_entropy"` of the softmax, or `"squared_error"`: half the squared
             distance to the one-hot target, whose gradient flow is df/dt = -K(f - y).
         label_smoothing: The part of the target that all classes share, from 0 to 1, of
             cross-entropy (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, Section 7).
 
     Raises:
-        ValueError: `loss` is unknown, or the part is out of range or of another loss.
+        ValueError: `loss` is unknown, the part is out of range or of another loss, or there is not
+            a label for each output.
     """
+    if jnp.ndim(outputs) < 2 or jnp.shape(labels) != jnp.shape(outputs)[:-1]:
+        # Others would broadcast, to another loss.
+        raise ValueError(
+            f"labels have shape {jnp.shape(labels)} and outputs {jnp.shape(outputs)}, expected the "
+            "same but for the last axis of outputs, which are the classes"
+        )
     # The negated form also refuses NaN.
     if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and loss != "cross_entropy"):
         raise ValueError(
@@ -44,6 +52,7 @@ def example_losses(
         )
     if loss not in ("cross_entropy", "squared_error"):
         raise ValueError(f"{loss=} is unknown: expected 'cross_entropy' or 'squared_error'")
+    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     if loss == "cross_entropy" and not label_smoothing:
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
     else:
@@ -113,9 +122,18 @@ def without_features(module: Any) -> Callable[..., Any]:
 
 
 def task(*, loss: Loss = "cross_entropy", label_smoothing: float = 0.0) -> Term:
-    """The mean loss of the outputs of a shared forward pass; logs the accuracy."""
+    """The mean loss of the outputs of a shared forward pass; logs the accuracy.
+
+    Raises:
+        ValueError: (In the step.) There is no such pass.
+    """
 
     def term(inputs: TermInputs):
+        if inputs.outputs is None:
+            raise ValueError(
+                "task() reads the outputs of a forward pass, and there is none: give make_step one "
+                "(forward=masked_forward(...)), or take supervised(apply_fn)"
+            )
         return _task(inputs.outputs.outputs, inputs.batch[1], loss, label_smoothing)
 
     return term
@@ -142,15 +160,21 @@ def _task(
     loss: Loss,
     label_smoothing: float = 0.0,
 ) -> Any:
-    accuracy = jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=outputs.dtype)
     losses = example_losses(outputs, y, loss, label_smoothing=label_smoothing)
+    accuracy = jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=losses.dtype)
     return jnp.mean(losses), {"accuracy": accuracy}
 
 
 def weight_decay(coefficient: float) -> Term:
-    """`coefficient` times the sum of squares of the surviving weights, without biases."""
+    """`coefficient` times the sum of squares of the surviving weights, without biases.
+
+    Raises:
+        ValueError: (In the step.) No leaf has a mask.
+    """
 
     def term(inputs: TermInputs):
+        if not jax.tree.leaves(inputs.masks):
+            raise ValueError("weight_decay is for weights that have masks, and no leaf has one")
         effective = pruning_masks.apply(inputs.params, inputs.masks)
         squares = jax.tree.map(
             lambda leaf, mask: None if mask is None else jnp.sum(leaf**2), effective, inputs.masks
@@ -165,7 +189,7 @@ def evaluate_supervised(
     apply_fn: ApplyFn,
     params: Params,
     masks: Masks,
-    data: tuple[Shaped[ArrayLike, "n ..."], Int[ArrayLike, "n *t"]],
+    data: tuple[Shaped[ArrayLike, "..."], Int[ArrayLike, "..."]],
     *,
     loss: Loss = "cross_entropy",
     batch_size: int = 1000,
@@ -176,8 +200,8 @@ def evaluate_supervised(
         apply_fn: The network, deterministic.
         params: Parameters, not masked.
         masks: Masks of the structure of `params`.
-        data: Inputs and labels; any number of examples, at least one. An example of many labels
-            counts with its means.
+        data: Inputs `(n, ...)` and labels `(n,)`, or `(n, t)`; any number of examples, at least
+            one. An example of many labels counts with its means.
         loss: See `example_losses`.
         batch_size: Examples at a time, which bounds the memory.
 
@@ -185,11 +209,14 @@ def evaluate_supervised(
         `{"loss": ..., "accuracy": ...}`, scalars.
 
     Raises:
-        ValueError: The set is empty.
+        ValueError: The set is empty, or there is not a label for each input.
     """
-    n = len(jnp.asarray(data[1]))
+    inputs, labels = map(jnp.asarray, data)
+    n = len(labels)
     if n == 0:
         raise ValueError("the set to evaluate on is empty")
+    if len(inputs) != n:
+        raise ValueError(f"{len(inputs)} inputs and {n} labels, expected as many")
     effective = pruning_masks.apply(params, masks)
     batch_size = min(batch_size, n)
     num_batches = -(-n // batch_size)
@@ -207,5 +234,5 @@ def evaluate_supervised(
         return jnp.sum(losses), jnp.sum(jnp.where(counts, _of_examples(correct), 0))
 
     real = jnp.arange(num_batches * batch_size).reshape(num_batches, batch_size) < n
-    losses, correct = jax.lax.map(sums, (*map(split, data), real))
+    losses, correct = jax.lax.map(sums, (split(inputs), split(labels), real))
     return {"loss": jnp.sum(losses) / n, "accuracy": jnp.sum(correct) / n}

@@ -49,6 +49,16 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(*draws)
 
 
+def test_arrays_of_numpy_come_back_and_other_things_are_refused(tmp_path):
+    saved = {"a": np.arange(3.0, dtype=np.float32), "b": jnp.ones(2)}
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(TypeError, match=r"\['c'\] of the state is 3, expected an array"):
+            checkpoints.save(1, {**saved, "c": 3}, records=0)
+        checkpoints.save(1, saved, records=0)
+        restored, _ = checkpoints.restore(jax.tree.map(np.zeros_like, saved))
+    assert bits(restored) == bits(saved)
+
+
 def test_only_the_newest_are_kept_and_the_newest_is_restored(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         for step in (1, 2, 3):

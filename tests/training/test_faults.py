@@ -130,6 +130,7 @@ def test_a_file_is_the_old_one_where_the_new_one_does_not_fit(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space left on device") as raised:
         files.write_npz(path, {"x": np.zeros(30)})
     assert raised.value.filename == str(path)
+    assert str(raised.value) == f"[Errno 28] No space left on device: {str(path)!r}"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.npz"]
     assert path.read_bytes() == before
 

@@ -129,6 +129,30 @@ def test_params_that_explode_in_the_last_update_end_the_run(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path, program):
+    never = program._replace(chunk=None)
+    with pytest.raises(ValueError, match="4 member_names for 2 members, expected one for each"):
+        run(tmp_path, never, members=problems.members((0, 1)))
+    for values, message in (
+        ({"one": jnp.float32(1)}, r"'one' of shape \(\), expected 4 members along"),
+        ({"one": jnp.ones(3)}, r"'one' of shape \(3,\), expected 4 members along"),
+        ({"step": jnp.ones(4)}, "evaluate returned 'step', a name that records have"),
+        ({"train/loss": jnp.ones(4)}, "evaluate returned 'train/loss', a name that"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, never, evaluate=lambda member, values=values: values)
+    x, y = problems.data()
+    for data in ((x, y[:40]), (x, jnp.float32(1)), ()):
+        with pytest.raises(ValueError, match="expected the same number of examples in each"):
+            program.init(problems.members(), data)
+
+
+def test_a_checkpoint_from_after_the_end_is_not_the_end(tmp_path, program):
+    run(tmp_path, program)
+    with pytest.raises(CheckpointError, match="is of step 12, after the end of this plan, 6"):
+        run(tmp_path, program, dataclasses.replace(PLAN, total_steps=6))
+
+
 def test_records_of_another_run_are_an_error(tmp_path, program):
     run(tmp_path, program)
     path = tmp_path / "metrics.jsonl"

@@ -34,6 +34,13 @@ def test_as_scikit_learn_with_and_without_ties(levels):
     np.testing.assert_allclose(precision, average_precision_score(labels, scores), rtol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["positive", "negative"])
+def test_scores_that_are_no_numbers_are_no_perfect_ranking(where):
+    scores = {"positive": np.float32([3, 4]), "negative": np.float32([1, 2])}
+    scores[where][1] = np.nan
+    assert all(np.isnan(value) for value in both(**scores))
+
+
 def test_extremes():
     high, low = np.float32([3, 4]), np.float32([1, 2])
     assert both(high, low) == (1.0, 1.0)

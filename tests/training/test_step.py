@@ -261,3 +261,45 @@ def test_members_with_data_of_their_own(mode):
     state = program.chunk(state, sets, permutations, jnp.int32(2))
     # Each step halves the distance to the mean.
     np.testing.assert_allclose(state.members.params, [0.75 * 15, 0.75 * 2, 0.75 * 15], rtol=1e-6)
+
+
+def test_logs_in_half_precision_are_summed_in_single():
+    """In bfloat16 a sum of ones ends at 256; booleans count, and integers stay exact."""
+
+    def term(inputs):
+        one = jnp.ones((), jnp.bfloat16)
+        return 0 * jnp.sum(inputs.params["in"]), {"half": one, "true": one > 0, "whole": 2**24 + 1}
+
+    program = problems.program(fn=steps.make_step({"made": term}, problems.optimizer))
+    stops = range(PER_EPOCH, 100 * PER_EPOCH + 1, PER_EPOCH)
+    sums = run_chunks(program, problems.members(), stops).sums
+    for name in ("made/half", "made/true"):
+        np.testing.assert_array_equal(sums[name], 100.0 * PER_EPOCH)
+    sums = run_chunks(program, problems.members(), [3]).sums
+    np.testing.assert_array_equal(sums["made/whole"], 3 * (2**24 + 1))
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (lambda inputs: jnp.float32(0), r"term 'made' returned \w+, expected \(contribution"),
+        (
+            lambda inputs: (jnp.ones(2), {}),
+            r"'made' of the loss has shape \(2,\), expected a scalar",
+        ),
+        (lambda inputs: (0.0, {"a": jnp.ones(2)}), r"'made/a' of the loss has shape \(2,\)"),
+        (terms.task(), r"there is none: give make_step one \(forward=masked_forward"),
+    ],
+)
+def test_terms_that_give_something_else(term, message):
+    program = problems.program(fn=steps.make_step({"made": term}, problems.optimizer))
+    with pytest.raises(ValueError, match=message):
+        program.init(problems.members(), problems.data())
+
+
+def test_decay_of_nothing_is_refused():
+    fn = steps.make_step({"decay": terms.weight_decay(1e-4)}, problems.optimizer)
+    members = problems.members()
+    members = members._replace(masks=jax.tree.map(lambda leaf: None, members.params))
+    with pytest.raises(ValueError, match="no leaf has one"):
+        problems.program(fn=fn).init(members, problems.data())

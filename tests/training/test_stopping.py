@@ -34,6 +34,15 @@ def test_a_member_stops_after_its_patience_without_a_new_lowest_value():
     assert stopping.all_stopped([*later, {"step": 5, "loss": [2, 3, 3]}])
 
 
+def test_what_cannot_be_decided_is_refused():
+    with pytest.raises(ValueError, match="patience is 0, expected 1 record or more"):
+        EarlyStopping("loss", 0).active(records((0,), (1,)))
+    with pytest.raises(
+        ValueError, match=r"a record holds \['loss', 'step'\], but no 'los' to stop by"
+    ):
+        EarlyStopping("los", 1).active(records((0,), (1,)))
+
+
 @functools.cache
 def step_fn():
     return step.make_step({"task": terms.supervised(problems.apply_fn)}, problems.optimizer)

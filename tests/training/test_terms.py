@@ -47,6 +47,35 @@ def test_evaluation_of_nothing_raises(member):
         )
 
 
+def test_evaluation_of_other_labels_raises(member):
+    x, y = problems.data()
+    with pytest.raises(ValueError, match="96 inputs and 90 labels, expected as many"):
+        terms.evaluate_supervised(problems.apply_fn, member.params, member.masks, (x, y[:90]))
+
+
+def test_evaluation_in_half_precision_counts_in_single(member):
+    """997 of 1000 right is not a number of bfloat16, nor is their sum."""
+    labels = np.zeros(1000, int)
+    labels[:3] = 1
+
+    def zeros(params, x):
+        return jnp.zeros((len(x), 2), jnp.bfloat16).at[:, 0].set(1)
+
+    values = terms.evaluate_supervised(
+        zeros, member.params, member.masks, (np.zeros((1000, 6)), labels), batch_size=300
+    )
+    np.testing.assert_allclose(values["accuracy"], 0.997, rtol=1e-6)
+    right, wrong = np.log1p(np.exp(-1.0)), np.log1p(np.exp(1.0))
+    np.testing.assert_allclose(values["loss"], 0.997 * right + 0.003 * wrong, rtol=1e-5)
+
+
+def test_labels_that_would_broadcast_are_refused():
+    for loss in ("cross_entropy", "squared_error"):
+        for labels in (jnp.arange(4)[:, None], jnp.arange(1), jnp.arange(3)):
+            with pytest.raises(ValueError, match=r"labels have shape .* and outputs \(4, 4\)"):
+                terms.example_losses(jnp.eye(4), labels, loss)
+
+
 def inputs(member, batch):
     return TermInputs(member.params, member.masks, (), batch, jax.random.key(0))
 
