@@ -91,7 +91,7 @@ def load(
         seed: Seed of the permutation, 0 to 2**32 - 1.
         size: Height and width of images of a folder, which is refused without one; others are
             as they are stored.
-        dtype: Floating-point type of the images; those of a folder are float32.
+        dtype: Floating-point type of the images, bfloat16 too; those of a folder are float32.
 
     Returns:
         The set; its name is `name`, or the stem of the `.npz` file.
@@ -107,12 +107,19 @@ def load(
         ((1150, 8, 8, 1), (287, 8, 8, 1), (360, 8, 8, 1))
     """
     dtype = np.dtype(dtype)
-    if dtype.kind != "f":
+    # To NumPy, which does not know it, bfloat16 is of no kind.
+    if dtype.kind != "f" and dtype.name != "bfloat16":
         raise ValueError(f"dtype is {dtype}, expected floating point: images are standardised")
     path = Path(name)
     if path.suffix == ".npz":
         arrays = npz.read(path.expanduser())
     elif _is_folder(name):
+        if path.expanduser().is_file():
+            raise ValueError(f"{path} is a file, expected one that ends in .npz, or a folder")
+        if size is None and not path.expanduser().exists():
+            raise FileNotFoundError(
+                f"no image set at {path}: expected an .npz file, or a folder of images"
+            )
         if size is None:
             raise ValueError(
                 f"{path} is a folder, and images have to be in memory here: expected a name of "

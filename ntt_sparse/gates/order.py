@@ -40,8 +40,12 @@ def by_score(scores: Real[ArrayLike, "..."]) -> Int[Array, " n"]:
 
 
 def weight_norms(kernel: Float[ArrayLike, "... n"]) -> Float[Array, " n"]:
-    """The Euclidean norm of the weights that make each channel, the last axis of a kernel."""
+    """The Euclidean norm of the weights that make each channel, the last axis of a kernel.
+
+    In float32 at least: in half precision many norms are equal, and their order is lost.
+    """
     kernel = jnp.asarray(kernel)
+    kernel = kernel.astype(jnp.result_type(jnp.float32, kernel))
     return jnp.sqrt(jnp.sum(kernel**2, axis=tuple(range(kernel.ndim - 1))))
 
 

@@ -108,6 +108,13 @@ def largest(
     ]
 
 
+@jax.jit
+def zeros_kept_and_cut(leaf: Float[Array, "..."], mask: Bool[Array, "..."]) -> Bool[Array, "2"]:
+    """Whether a mask keeps entries of exactly zero, and whether it cuts some."""
+    zero = _key(leaf) == 0
+    return jnp.stack([jnp.any(zero & mask), jnp.any(zero & ~mask)])
+
+
 def _not_before(after: Array, *values: Any) -> Any:
     """The values, of which nothing can be made before `after` is there.
 

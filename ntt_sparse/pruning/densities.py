@@ -8,12 +8,12 @@ import math
 import sys
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree, Real
 
 from ntt_sparse._types import Masks
+from ntt_sparse.pruning._checks import check_density
 from ntt_sparse.pruning.masks import (
     Prunable,
-    check_density,
     layer_densities,
     map_prunable,
     matrices,
@@ -21,7 +21,9 @@ from ntt_sparse.pruning.masks import (
 )
 
 
-def uniform(params: PyTree, density: float, *, prunable: Prunable = matrices) -> dict[str, float]:
+def uniform(
+    params: PyTree, density: Real[ArrayLike, ""], *, prunable: Prunable = matrices
+) -> dict[str, float]:
     """The same density in every layer.
 
     Args:
@@ -35,16 +37,19 @@ def uniform(params: PyTree, density: float, *, prunable: Prunable = matrices) ->
     Raises:
         ValueError: `density` is outside (0, 1], or no leaf is prunable.
     """
-    check_density(density)
-    return dict.fromkeys(_shapes(params, prunable), float(density))
+    density = check_density(density)
+    return dict.fromkeys(_shapes(params, prunable), density)
 
 
-def erk(params: PyTree, density: float, *, prunable: Prunable = matrices) -> dict[str, float]:
+def erk(
+    params: PyTree, density: Real[ArrayLike, ""], *, prunable: Prunable = matrices
+) -> dict[str, float]:
     """Erdős-Rényi-Kernel densities: small layers are kept denser than large ones.
 
     The density of a layer is `min(1, eps * sum(shape) / prod(shape))`, with eps
     such that the network as a whole has the density asked for. Kernel dimensions
-    count like input and output dimensions.
+    count like input and output dimensions. A leaf without entries gets 1, and
+    counts for nothing.
 
     Args:
         params: Parameters or their shapes (`jax.eval_shape`).
@@ -55,18 +60,21 @@ def erk(params: PyTree, density: float, *, prunable: Prunable = matrices) -> dic
         `{path: density}`, each in (0, 1]; `sum(density * size) / N` is `density`.
 
     Raises:
-        ValueError: `density` is outside (0, 1], or no leaf is prunable.
+        ValueError: `density` is outside (0, 1], or no leaf is prunable or all that are
+            have no entries.
 
     References:
         Evci et al.: Rigging the lottery: making all tickets winners, ICML 2020,
         section 3. Liu et al.: The unreasonable effectiveness of random pruning,
         ICLR 2022, section 3.1.
     """
-    check_density(density)
+    density = check_density(density)
     shapes = _shapes(params, prunable)
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
-    sparse = dict.fromkeys(shapes)
+    size = {name: math.prod(shape) for name, shape in shapes.items() if 0 not in shape}
+    if not size:
+        raise ValueError(f"prunable are {list(shapes)}, which have no entries: expected some")
+    raw = {name: sum(shapes[name]) / size[name] for name in size}
+    sparse = dict.fromkeys(size)
     budget = density * sum(size.values())
     while sparse:
         largest = max(raw[name] for name in sparse)

@@ -12,21 +12,21 @@ Two layers of functions select masks from scores:
   one compiled program can have different densities.
 """
 
-import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree, Real
 
 from ntt_sparse._types import Masks, Params, Scalar, Scores
-from ntt_sparse.pruning._select import largest
+from ntt_sparse.pruning._checks import check_count, check_density
+from ntt_sparse.pruning._select import largest, zeros_kept_and_cut
 
 Scope: TypeAlias = Literal["global", "layer"]
-Density: TypeAlias = float | Mapping[str, float]
+Density: TypeAlias = Real[ArrayLike, ""] | Mapping[str, Real[ArrayLike, ""]]
 Prunable: TypeAlias = Callable[[str, Any], bool]
 """A predicate `(path, leaf) -> bool`; paths read like `"Dense_0/kernel"`."""
 
@@ -40,14 +40,23 @@ class LayerDensity(NamedTuple):
 
 
 def matrices(path: str, leaf: Any) -> bool:
-    """The default prunable set: leaves with two or more dimensions (weights, not biases)."""
-    del path
-    return jnp.ndim(leaf) >= 2
+    """The default prunable set: leaves with two or more dimensions, but no `bias` or `scale`.
+
+    Those of attention, and of layers in one leaf (`nn.scan`, `jax.vmap`), have two axes or more.
+    Such a stack of layers counts as one layer.
+    """
+    return jnp.ndim(leaf) >= 2 and own_name(path) not in ("bias", "scale")
 
 
 def kernels(path: str, leaf: Any) -> bool:
-    """Prunable are weights of Linen's layers, not what tokens or their places begin with."""
-    return matrices(path, leaf) and path.rpartition("/")[2] == "kernel"
+    """Prunable are weights of Flax's layers, not what tokens or their places begin with."""
+    return matrices(path, leaf) and own_name(path) == "kernel"
+
+
+def own_name(path: str) -> str:
+    """The last part of a path name, such as `"kernel"`, without the `value` that NNX puts after."""
+    *parents, last = path.split("/")
+    return parents[-1] if parents and last == "value" else last
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -56,8 +65,21 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree that are not `None`, by path name, in tree order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """The leaves of a tree that are not `None`, by path name, in tree order.
+
+    Raises:
+        ValueError: Two leaves have one name.
+    """
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        if name in named:
+            raise ValueError(
+                f"two leaves are named {name!r}, expected one: a key that holds a slash reads like "
+                "a path, rename it"
+            )
+        named[name] = leaf
+    return named
 
 
 def map_prunable(
@@ -79,7 +101,8 @@ def map_prunable(
     if not jax.tree.leaves(result):
         raise ValueError(
             f"no leaf is prunable among {list(named_leaves(params))}: the predicate must accept "
-            "at least one (the default takes leaves with two or more dimensions)"
+            "at least one (the default takes leaves with two or more dimensions "
+            "that are not named bias or scale)"
         )
     return result
 
@@ -195,29 +218,50 @@ def density(masks: Masks) -> float | Scalar:
         A Python float, or a scalar array when called on traced masks.
 
     Raises:
-        ValueError: No leaf of `masks` is an array.
+        ValueError: No leaf of `masks` is an array, or all are empty.
     """
     leaves = jax.tree.leaves(masks)
-    if not leaves:
-        raise ValueError("masks hold no array: every leaf is None, so no density is defined")
+    total = _entries(mask.size for mask in leaves)
     kept = sum(jnp.sum(mask, dtype=jnp.int32) for mask in leaves)
-    total = sum(mask.size for mask in leaves)
     return kept / total if isinstance(kept, Tracer) else int(kept) / total
 
 
+def _entries(sizes: Iterable[int]) -> int:
+    """How many entries masks have, which must not be none."""
+    total = sum(sizes)
+    if not total:
+        raise ValueError("masks hold no entry: every leaf is None or empty, no density is defined")
+    return total
+
+
 def layer_densities(masks: Masks) -> dict[str, LayerDensity]:
-    """The per-layer report: `{path: (kept, total, density)}`, in tree order."""
+    """The per-layer report: `{path: (kept, total, density)}`, in tree order.
+
+    A leaf without entries has a density of 0.
+
+    Raises:
+        ValueError: Masks are traced.
+    """
     report = {}
     for name, mask in named_leaves(masks).items():
+        if isinstance(mask, Tracer):
+            raise ValueError(
+                f"mask of {name!r} is traced, expected known values: call this outside of the "
+                "transformation (masks.density takes traced masks)"
+            )
         kept = int(mask.sum())
         report[name] = LayerDensity(kept, mask.size, kept / max(mask.size, 1))
     return report
 
 
 def format_layer_densities(masks: Masks) -> str:
-    """The per-layer report as a table with a line for the whole network."""
+    """The per-layer report as a table with a line for the whole network.
+
+    Raises:
+        ValueError: Masks are traced, or none has an entry.
+    """
     rows = layer_densities(masks)
-    kept, total = sum(r.kept for r in rows.values()), sum(r.total for r in rows.values())
+    kept, total = sum(r.kept for r in rows.values()), _entries(r.total for r in rows.values())
     rows["total"] = LayerDensity(kept, total, kept / total)
     width = max(len("layer"), *map(len, rows))
     lines = [f"{'layer':<{width}}  {'kept':>11}  {'total':>11}  density"]
@@ -245,11 +289,13 @@ def from_scores(scores: Scores, density: Density, *, scope: Scope = "global") ->
         Masks of the structure of `scores`.
 
     Raises:
-        ValueError: A density outside (0, 1], paths that do not match, NaN scores,
-            or a density that keeps no weight at all.
+        ValueError: A density that is traced or outside (0, 1], paths that do not match, two
+            leaves of one path, a density that keeps no weight at all, or (outside of a
+            transformation; inside NaN counts as the smallest score) NaN scores.
 
     Warns:
-        UserWarning: A layer ends empty.
+        UserWarning: Outside of a transformation, a layer ends empty, or of scores that are
+            exactly zero some are kept and some are not.
     """
     counts = keep_counts(scores, density, scope=scope)
     masks = from_counts(scores, counts)
@@ -261,21 +307,37 @@ def from_scores(scores: Scores, density: Density, *, scope: Scope = "global") ->
                     f"scores of {name!r} hold NaN: the gradients they come from diverged"
                 )
         warn_empty_layers(masks)
+        _warn_of_ties(scores, masks, together=isinstance(counts, int))
     return masks
 
 
 def warn_empty_layers(masks: Masks) -> None:
     """Warns when a layer keeps no weight, which cuts the network in two."""
-    empty = [name for name, row in layer_densities(masks).items() if row.kept == 0]
+    empty = [name for name, row in layer_densities(masks).items() if row.kept == 0 < row.total]
     if empty:
         warnings.warn(f"layers left without any weight: {', '.join(empty)}", stacklevel=3)
+
+
+def _warn_of_ties(scores: Scores, masks: Masks, *, together: bool) -> None:
+    """Warns when nothing but their place told some weights from others: both score zero."""
+    pairs = zip(named_leaves(scores).items(), jax.tree.leaves(masks), strict=True)
+    zeros = {name: zeros_kept_and_cut(leaf, mask).tolist() for (name, leaf), mask in pairs}
+    cut_anywhere = any(cut for _, cut in zeros.values())
+    picked = [n for n, (kept, cut) in zeros.items() if kept and (cut_anywhere if together else cut)]
+    if picked:
+        warnings.warn(
+            f"weights of {', '.join(picked)} were picked by their place: they score zero, as do "
+            "others that are pruned; keep fewer, or score params whose gradients are not zero",
+            stacklevel=3,
+        )
 
 
 def keep_counts(scores: Scores, density: Density, *, scope: Scope = "global") -> Any:
     """The exact number of entries to keep: an integer, or one per prunable leaf.
 
     Only the shapes of `scores` are read, so it also works on traced values or on
-    the result of `jax.eval_shape`. See `from_scores` for arguments and errors.
+    the result of `jax.eval_shape`; densities are known numbers, not traced. See `from_scores`
+    for arguments and errors.
     """
     sizes = {name: leaf.size for name, leaf in named_leaves(scores).items()}
     if not sizes:
@@ -289,39 +351,20 @@ def keep_counts(scores: Scores, density: Density, *, scope: Scope = "global") ->
                 f"missing {sorted(set(sizes) - set(density))}, "
                 f"unknown {sorted(set(density) - set(sizes))}"
             )
-        densities = dict(density)
+        densities = {n: check_density(d, f"density of {n!r}") for n, d in density.items()}
     else:
-        densities = dict.fromkeys(sizes, density)
-    for name, value in densities.items():
-        check_density(value, f"density of {name!r}" if isinstance(density, Mapping) else "density")
+        densities = dict.fromkeys(sizes, check_density(density))
     if isinstance(density, Mapping) or scope == "layer":
         counts = {name: round(densities[name] * size) for name, size in sizes.items()}
         total = sum(counts.values())
         result = jax.tree_util.tree_map_with_path(lambda path, _: counts[path_name(path)], scores)
     else:
-        total = result = round(density * sum(sizes.values()))
+        total = result = round(check_density(density) * sum(sizes.values()))
     if total == 0:
         raise ValueError(
             f"{density=} keeps none of {sum(sizes.values())} weights: ask for at least one weight"
         )
     return result
-
-
-def check_density(value: float, name: str = "density") -> None:
-    """Raises ValueError unless `value` is a fraction in (0, 1]."""
-    # The negated form also refuses NaN.
-    if not isinstance(value, numbers.Real) or not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"{name} is {value}, expected a fraction in (0, 1]: density is the part kept, "
-            "1 keeps everything"
-        )
-
-
-def _check_count(count: Any, size: int) -> None:
-    if not jnp.issubdtype(jnp.result_type(count), jnp.integer):
-        raise ValueError(f"counts hold {count}, expected integers")
-    if not isinstance(count, Tracer) and not 0 <= int(count) <= size:
-        raise ValueError(f"counts ask for {count} of {size} weights, expected 0 to {size}")
 
 
 def from_counts(scores: Scores, counts: Any) -> Masks:
@@ -341,8 +384,8 @@ def from_counts(scores: Scores, counts: Any) -> Masks:
         Masks of the structure of `scores`.
 
     Raises:
-        ValueError: Scores are not floating point, or `counts` is of another structure, no integer
-            or out of range.
+        ValueError: Scores are not floating point, two leaves have one path, or `counts` is of
+            another structure, no integer, an array of several or out of range.
     """
     leaves, treedef = jax.tree.flatten(scores)
     for name, leaf in named_leaves(scores).items():
@@ -353,10 +396,10 @@ def from_counts(scores: Scores, counts: Any) -> Masks:
     if jax.tree.structure(counts) == treedef and not jax.tree_util.treedef_is_leaf(treedef):
         each = list(zip(leaves, jax.tree.leaves(counts), strict=True))
         for leaf, count in each:
-            _check_count(count, jnp.size(leaf))
+            check_count(count, jnp.size(leaf))
         selected = [largest([leaf], count)[0] for leaf, count in each]
     elif jax.tree_util.treedef_is_leaf(jax.tree.structure(counts)):
-        _check_count(counts, sum(jnp.size(leaf) for leaf in leaves))
+        check_count(counts, sum(jnp.size(leaf) for leaf in leaves))
         selected = largest(leaves, counts)
     else:
         raise ValueError(

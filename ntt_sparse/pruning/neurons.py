@@ -268,14 +268,13 @@ def counts_at_threshold(
         the curve has all of them (without any the similarity is 0).
 
     Raises:
-        ValueError: The threshold is out of range.
+        ValueError: The threshold is out of range, or a similarity is not finite.
     """
+    # The negated form also refuses NaN.
     if not 0 < threshold <= 1:
         raise ValueError(f"{threshold=}, expected a similarity in (0, 1]")
-    return {
-        name: int(np.sum(np.minimum.accumulate(np.asarray(values)) >= threshold))
-        for name, values in similarities.items()
-    }
+    falling = _falling(similarities)
+    return {name: int(np.sum(each >= threshold)) for name, each in falling.items()}
 
 
 def counts_of_total(
@@ -293,9 +292,7 @@ def counts_of_total(
     Raises:
         ValueError: There are not so many removals in the curves, or one is not finite.
     """
-    falling = {name: np.minimum.accumulate(np.asarray(c)) for name, c in similarities.items()}
-    if bad := [name for name, each in falling.items() if not np.all(np.isfinite(each))]:
-        raise ValueError(f"similarities of {', '.join(bad)} hold a number that is not finite")
+    falling = _falling(similarities)
     available = sum(map(len, falling.values()))
     if not 0 <= total <= available:
         raise ValueError(f"{total=}, expected 0 to {available}, the removals in the curves")
@@ -306,6 +303,14 @@ def counts_of_total(
     numbers = np.bincount(layers[chosen], minlength=len(falling))
     lowest = float(values[chosen[-1]]) if total else 1.0
     return dict(zip(falling, map(int, numbers), strict=True)), lowest
+
+
+def _falling(similarities: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The lowest similarity of each layer up to each removal."""
+    falling = {name: np.minimum.accumulate(np.asarray(c)) for name, c in similarities.items()}
+    if bad := [name for name, each in falling.items() if not np.all(np.isfinite(each))]:
+        raise ValueError(f"similarities of {', '.join(bad)} hold a number that is not finite")
+    return falling
 
 
 def _smallest(values: Any, left: Any, count: int) -> Any:

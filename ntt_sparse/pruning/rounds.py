@@ -11,16 +11,19 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool
+from jaxtyping import Array, ArrayLike, Bool, Real
 
 from ntt_sparse._types import Masks, Params, Scores
 from ntt_sparse.pruning import masks as pruning_masks
+from ntt_sparse.pruning._checks import check_density
 from ntt_sparse.pruning.masks import Density, Scope, named_leaves
 
 Schedule: TypeAlias = Literal["exponential", "linear"]
 
 
-def densities(density: float, rounds: int, *, schedule: Schedule = "exponential") -> list[float]:
+def densities(
+    density: Real[ArrayLike, ""], rounds: int, *, schedule: Schedule = "exponential"
+) -> list[float]:
     r"""The density after each round, the last of which is the one asked for.
 
     Args:
@@ -32,14 +35,14 @@ def densities(density: float, rounds: int, *, schedule: Schedule = "exponential"
     Raises:
         ValueError: A number is out of range or the schedule is unknown.
     """
-    pruning_masks.check_density(density)
+    density = check_density(density)
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected 1 or more")
     parts = [e / rounds for e in range(1, rounds)]
     if schedule == "exponential":
-        return [*(density**part for part in parts), float(density)]
+        return [*(density**part for part in parts), density]
     if schedule == "linear":
-        return [*(1 - (1 - density) * part for part in parts), float(density)]
+        return [*(1 - (1 - density) * part for part in parts), density]
     raise ValueError(f"{schedule=} is unknown, expected 'exponential' or 'linear'")
 
 
@@ -71,11 +74,13 @@ def prune(
         Masks of the structure of the scores.
 
     Raises:
-        ValueError: A number is out of range, paths do not match, or scores are NaN.
+        ValueError: A number is out of range, paths do not match, two leaves have one path, or
+            (outside of a transformation; inside NaN counts as the smallest score of those that
+            are left, and `run` says whether there was one) scores are NaN.
 
     Warns:
-        UserWarning: A layer ends empty; or nothing told the last pruned weights apart, as when
-            no input reaches the output any more.
+        UserWarning: Outside of a transformation, a layer ends empty; or nothing told the last
+            pruned weights apart, as when no input reaches the output any more.
 
     References:
         Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively

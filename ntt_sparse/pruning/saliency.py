@@ -112,7 +112,8 @@ def snip(
             parts. The loss of the global batch is the mean over that axis.
 
     Returns:
-        Scores of the shapes and dtypes of the weights, at least 0.
+        Scores of the shapes of the weights, at least 0. The dtype is that of the weights,
+        but at least float32: in half precision small products are zero, and tie.
 
     Raises:
         ValueError: No leaf is prunable.
@@ -146,7 +147,8 @@ def logit_snip(
             summed over it.
 
     Returns:
-        Scores of the shapes and dtypes of the weights, at least 0.
+        Scores of the shapes of the weights, at least 0. The dtype is that of the weights,
+        but at least float32: in half precision small products are zero, and tie.
 
     Raises:
         ValueError: No leaf is prunable.
@@ -194,7 +196,7 @@ def grasp(
             H are both of that loss.
 
     Returns:
-        Scores of the shapes and dtypes of the weights, of either sign.
+        Scores of the shapes of the weights, of either sign, of dtypes as those of `snip`.
 
     Raises:
         ValueError: No leaf is prunable.
@@ -213,7 +215,7 @@ def grasp(
         gradients = _varying(jax.lax.pmean(gradient_fn(local), axis_name), axis_name)
         _, products = jax.jvp(gradient_fn, (local,), (gradients,))
         products = jax.lax.pmean(products, axis_name)
-    return jax.tree.map(lambda weight, product: weight * product, weights, products)
+    return jax.tree.map(_product, weights, products)
 
 
 def synflow(
@@ -294,7 +296,13 @@ def _sensitivity(
     gradients = _gradient(loss, params)(local)
     if axis_name is not None:
         gradients = reduce(gradients, axis_name)
-    return jax.tree.map(lambda weight, gradient: jnp.abs(weight * gradient), weights, gradients)
+    return jax.tree.map(lambda w, gradient: jnp.abs(_product(w, gradient)), weights, gradients)
+
+
+def _product(weight: Any, gradient: Any) -> Any:
+    """Of two numbers of half precision it is exact in float32, where it does not underflow."""
+    precise = jnp.result_type(jnp.float32, weight)
+    return weight.astype(precise) * gradient.astype(precise)
 
 
 def _gradient(loss: Callable[[Any], Scalar], params: Params) -> Callable[[Any], Any]:

@@ -5,7 +5,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from ntt_sparse._types import Masks, Params, Scalar
 from ntt_sparse.pruning.masks import Prunable, check, full, matrices, named_leaves
@@ -45,5 +45,11 @@ def epsilon_sparsity(
     if not jax.tree.leaves(kept):
         raise ValueError("no leaf has a mask, expected one at least: every mask is None")
     weights, kept = named_leaves(params), named_leaves(kept)
-    small = sum(jnp.sum((jnp.abs(weights[name]) < epsilon) & mask) for name, mask in kept.items())
+    small = sum(jnp.sum(_below(weights[name], epsilon) & mask) for name, mask in kept.items())
     return jnp.float32(small) / sum(jnp.sum(mask) for mask in kept.values())
+
+
+def _below(weights: Array, epsilon: ArrayLike) -> Array:
+    # In half precision epsilon itself may be zero.
+    precise = jnp.result_type(jnp.float32, weights, epsilon)
+    return jnp.abs(weights.astype(precise)) < jnp.asarray(epsilon, precise)

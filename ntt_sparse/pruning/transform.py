@@ -119,7 +119,7 @@ def growth_steps(every: int, increment: float, ceiling: float) -> int:
     return every * (math.floor(ceiling / increment * (1 + 1e-6)) + 1)
 
 
-def growing_decay(coefficient: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+def growing_decay(coefficient: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     """Decays the weights that masks prune, and these alone, more and more.
 
     Random sparse network transformation: what is going to be pruned is drawn to zero while the
@@ -127,7 +127,8 @@ def growing_decay(coefficient: optax.Schedule) -> optax.GradientTransformationEx
     gradients: put this before momentum, as weight decay. The masks are not applied yet.
 
     Args:
-        coefficient: By the number of updates so far, such as `growing_coefficient`.
+        coefficient: By the number of updates so far, such as `growing_coefficient`; or one
+            number for all of them.
 
     Returns:
         A transformation whose `update(grads, state, params, *, masks, **extra)` needs params, and
@@ -146,7 +147,7 @@ def growing_decay(coefficient: optax.Schedule) -> optax.GradientTransformationEx
         del extra
         _check_given("growing_decay", params, masks)
         masking.check(params, masks)
-        decay = coefficient(state.step)
+        decay = coefficient(state.step) if callable(coefficient) else coefficient
         updates = jax.tree.map(
             lambda update, param, mask: (
                 update

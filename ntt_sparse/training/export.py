@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -21,22 +22,22 @@ def save_network(path: str | Path, params: Params, masks: Masks, model_state: An
 
     Args:
         path: A file ending in `.safetensors`; it is replaced.
-        params: Nested dictionaries of arrays.
+        params: Any pytree of arrays. Files hold paths alone, such as `"Dense_0/kernel"`, so of
+            another one than nested dictionaries `load_masks` gives the structure back, but
+            `load_network` does not.
         masks: Masks of the structure of `params`; leaves that are `None` are not stored.
         model_state: What the network carries besides, such as `{"batch_stats": ...}`.
 
     Raises:
-        ValueError: `masks` does not fit `params`, or numbers are not finite.
+        ValueError: `masks` does not fit `params`, two leaves have one path or the path of one
+            goes on from that of another, or numbers are not finite.
     """
     effective = pruning_masks.apply(params, masks)
-    arrays = {
-        f"params/{k}": np.asarray(v) for k, v in pruning_masks.named_leaves(effective).items()
-    }
-    arrays |= {f"masks/{k}": np.asarray(v) for k, v in pruning_masks.named_leaves(masks).items()}
-    arrays |= {
-        f"state/{k}": np.asarray(v)
-        for k, v in pruning_masks.named_leaves(dict(model_state or {})).items()
-    }
+    arrays = {}
+    for part, tree in ("params", effective), ("masks", masks), ("state", dict(model_state or {})):
+        leaves = pruning_masks.named_leaves(tree)
+        _check_nested(path, leaves)
+        arrays |= {f"{part}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
     _check_finite(path, arrays)
     _write(path, arrays)
 
@@ -45,7 +46,11 @@ def load_network(path: str | Path) -> tuple[Params, Masks]:
     """Reads what `save_network` wrote.
 
     Returns:
-        Parameters, exactly zero where pruned, and their masks.
+        Parameters, exactly zero where pruned, and their masks, `None` for leaves without one:
+        nested dictionaries by the parts of each path. Where a network has tuples, lists, keys
+        that are no strings or hold a slash (Haiku's `"mlp/~/linear_0"`), or NNX's `State`, that
+        is another structure than its own; their leaves are told by
+        `ntt_sparse.pruning.masks.named_leaves`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -81,14 +86,16 @@ def load_masks(path: str | Path, params: Params) -> Masks:
 
     Raises:
         ValueError: The file holds no masks, or some that the network has no parameter for, of
-            another shape, or that are not boolean.
+            another shape, or that are not boolean, or two leaves of `params` have one path.
     """
     found = _under("masks/", _read(path))
     leaves = pruning_masks.named_leaves(params)
     if not found:
         raise ValueError(f"{path} holds no masks: expected a file that save_network wrote")
     _check_masks(path, found, leaves)
-    return _nested(path, {name: found.get(name) for name in leaves})
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: found.get(pruning_masks.path_name(keys)), params
+    )
 
 
 def save_gates(path: str | Path, gates: Mapping[str, Any]) -> None:
@@ -171,9 +178,13 @@ def _under(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nested(path: str | Path, leaves: dict[str, Any]) -> Any:
+    _check_nested(path, leaves)
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _check_nested(path: str | Path, leaves: Mapping[str, Any]) -> None:
     inner = {
         "/".join(name.split("/")[:end]) for name in leaves for end in range(name.count("/") + 1)
     }
     if both := sorted(inner & leaves.keys()):
         raise ValueError(f"{path}: {both[0]!r} is an array, and others are inside it")
-    return traverse_util.unflatten_dict(leaves, sep="/")

@@ -46,13 +46,17 @@ def gradient_noise(fraction: float, key: PRNGKey | None) -> optax.GradientTransf
         leaves, structure = jax.tree.flatten(updates)
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), max(len(leaves), 1))
         noisy = [
-            leaf
-            + fraction
-            * jnp.sqrt(jnp.mean(leaf**2))
-            * jax.random.normal(each, leaf.shape, leaf.dtype)
+            leaf + _noise(fraction, leaf, each)
             for leaf, each in zip(leaves, keys[: len(leaves)], strict=True)
         ]
         step = jnp.asarray(optax.safe_increment(state.step))
         return jax.tree.unflatten(structure, noisy), GradientNoiseState(state.key, step)
 
     return optax.GradientTransformation(init, update)
+
+
+def _noise(fraction: float, leaf: Any, key: PRNGKey) -> Any:
+    # Squares of small gradients are zero in float16.
+    precise = jnp.result_type(jnp.float32, leaf)
+    size = fraction * jnp.sqrt(jnp.mean(leaf.astype(precise) ** 2))
+    return (size * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype)

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,12 @@ def test_dtype(tmp_path, dtype):
     tolerance = {2: 1e-3, 4: 1e-6, 8: 1e-13}[np.dtype(dtype).itemsize]
     np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=tolerance)
     np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=tolerance)
+
+
+def test_bfloat16_is_float32_rounded(tmp_path):
+    single, half = load_arrays(tmp_path), load_arrays(tmp_path, dtype=jnp.bfloat16)
+    assert half.train.x.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half.train.x, single.train.x.astype(jnp.bfloat16))
 
 
 def test_large_offsets_keep_their_detail(tmp_path):
@@ -182,6 +189,11 @@ def test_npz_by_text_and_home(tmp_path, monkeypatch):
 def test_missing_and_damaged_npz(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image set at .*absent\.npz"):
         images.load(tmp_path / "absent.npz")
+    np.save(tmp_path / "made.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"made\.npy is a file, expected one that ends in \.npz"):
+        images.load(tmp_path / "made.npy")
+    with pytest.raises(FileNotFoundError, match=r"no image set at .*absent\.npy: expected"):
+        images.load(tmp_path / "absent.npy")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match=r"bad\.npz cannot be read"):
         images.load(tmp_path / "bad.npz")

@@ -24,6 +24,17 @@ def test_weight_norms():
     np.testing.assert_allclose(order.weight_norms(kernel), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_weight_norms_of_half_precision_keep_their_order(dtype):
+    kernel = jax.random.normal(jax.random.key(0), (64, 16), dtype)
+    norms = order.weight_norms(kernel)
+    expected = np.linalg.norm(np.asarray(kernel, np.float64), axis=0)
+    assert norms.dtype == jnp.float32 and len(np.unique(norms)) == 16
+    np.testing.assert_array_equal(np.argsort(norms), np.argsort(expected))
+    tiny = order.weight_norms(jnp.full((4, 1), 1e-5, dtype))
+    np.testing.assert_allclose(tiny, [2e-5], rtol=0.01)
+
+
 def information_by_hand(places, labels):
     """From counts, in float64: the sum of entropies, each corrected by Miller (1955)."""
 

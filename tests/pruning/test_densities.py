@@ -108,6 +108,14 @@ def test_bad_densities_raise_before_any_work(distribution, density):
         distribution({"a": jnp.ones((2, 2))}, density, prunable=never)
 
 
+def test_erk_leaves_out_what_has_no_entries():
+    params = {"a": jnp.zeros((0, 3)), "b": jnp.zeros((4, 3)), "c": jnp.zeros((2, 2))}
+    expected = densities.erk({name: params[name] for name in "bc"}, 0.5)
+    assert densities.erk(params, 0.5) == {"a": 1.0, **expected}
+    with pytest.raises(ValueError, match=r"prunable are \['a'\], which have no entries"):
+        densities.erk({"a": params["a"]}, 0.5)
+
+
 @pytest.mark.parametrize("distribution", [densities.uniform, densities.erk])
 def test_from_scores_takes_the_densities(distribution):
     params = {"a": jnp.ones((20, 10)), "bias": jnp.ones(10), "b": jnp.ones((100, 30))}

@@ -1,13 +1,15 @@
 import warnings
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ntt_sparse.pruning import masks
+from ntt_sparse.pruning import masks, rounds, saliency
 
 SHAPES = {"a": (3, 4), "b": (2, 1, 5)}
 SIZE = 22
@@ -185,6 +187,21 @@ def test_bad_densities_raise(density):
         masks.from_scores(random_scores(), {"a": 0.5, "b": density})
 
 
+@pytest.mark.parametrize(
+    "half", [np.float32(0.5), np.array(0.5), jnp.float32(0.5), jnp.bfloat16(0.5)]
+)
+def test_scalars_of_numpy_and_jax_are_densities(half):
+    for density in (half, {"a": half, "b": half}):
+        actual = masks.from_scores(random_scores(), density, scope="layer")
+        assert {name: kept(leaf) for name, leaf in actual.items()} == {"a": 6, "b": 5}
+    assert rounds.densities(half, 1) == [0.5]
+
+
+def test_a_traced_density_says_what_to_do():
+    with pytest.raises(ValueError, match=r"density is traced, .*by masks\.keep_counts outside"):
+        jax.jit(lambda density: masks.from_scores(random_scores(), density))(0.5)
+
+
 def test_densities_must_name_every_layer():
     with pytest.raises(ValueError, match=r"missing \['b'\], unknown \['c'\]"):
         masks.from_scores(random_scores(), {"a": 0.5, "c": 0.5})
@@ -198,14 +215,58 @@ def test_a_density_that_keeps_nothing_raises():
 def test_scores_without_arrays_raise():
     with pytest.raises(ValueError, match="nothing to prune"):
         masks.from_scores({"a": None}, 0.5)
-    with pytest.raises(ValueError, match="no density is defined"):
-        masks.density({"a": None})
+    for tree in ({"a": None}, {"a": jnp.zeros((0, 3), bool)}):
+        for function in (masks.density, masks.format_layer_densities):
+            with pytest.raises(ValueError, match="no density is defined"):
+                function(tree)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_leaf_without_entries_counts_for_nothing(scope):
+    scores = {"a": jnp.zeros((0, 3)), "b": jnp.arange(4.0)}
+    actual = masks.from_scores(scores, 0.5, scope=scope)
+    expected = {"a": np.zeros((0, 3), bool), "b": np.array([False, False, True, True])}
+    assert_same_masks(actual, expected)
+    assert masks.density(actual) == 0.5
+    assert masks.format_layer_densities(actual).splitlines()[-1].split()[1:] == [
+        "2",
+        "4",
+        "0.50000",
+    ]
 
 
 def test_an_empty_layer_warns():
     scores = {"a": jnp.ones(4), "b": jnp.zeros(4)}
     with pytest.warns(UserWarning, match="layers left without any weight: b"):
         masks.from_scores(scores, 0.5)
+
+
+def test_scores_of_zero_that_are_partly_kept_warn():
+    """What is then kept goes by its place: SNIP of a head that starts from zeros."""
+    params = {"hidden": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "head": jnp.zeros((2, 2))}
+    scores = saliency.snip(
+        lambda p, x: jnp.sum((x @ p["hidden"] @ p["head"] - 1.0) ** 2), params, jnp.ones((1, 2))
+    )
+    with pytest.warns(UserWarning, match="weights of head, hidden were picked by their place"):
+        layers = masks.from_scores(scores, 0.25, scope="layer")
+    np.testing.assert_array_equal(layers["head"], [[True, False], [False, False]])
+    scores = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([-0.0, 2.0])}
+    with pytest.warns(UserWarning, match="weights of a were picked by their place"):
+        masks.from_scores(scores, 0.75)
+
+
+@pytest.mark.filterwarnings("error")
+def test_zeros_that_are_all_kept_or_all_pruned_do_not_warn():
+    scores = {"a": jnp.array([0.0, 1.0, 0.0, 2.0]), "b": jnp.array([3.0, -1.0, 0.0])}
+    masks.from_scores(scores, 2 / 7)
+    masks.from_scores(scores, 6 / 7)
+    masks.from_scores(scores, {"a": 0.5, "b": 1.0})
+    # Each layer by itself: all zeros of one are kept, all of the other are not.
+    masks.from_scores(scores, {"a": 0.5, "b": 0.5})
+    # Less than the smallest normal number is not zero, and ties of other scores are no error.
+    masks.from_scores({"a": jnp.array([1e-40, 1e-41, 0.0])}, 2 / 3)
+    masks.from_scores({"a": jnp.ones(4)}, 0.5)
+    jax.jit(lambda: masks.from_scores({"a": jnp.zeros(4)}, 0.5))()
 
 
 def test_integer_scores_and_foreign_counts_raise():
@@ -220,6 +281,20 @@ def test_integer_scores_and_foreign_counts_raise():
             masks.from_counts({"a": jnp.ones(3)}, count)
     with pytest.raises(ValueError, match=r"counts hold 2\.7, expected integers"):
         masks.from_counts({"a": jnp.ones(3)}, 2.7)
+    several = jnp.array([1, 2])
+    for counts in (several, {"a": several}):
+        for select in (masks.from_counts, jax.jit(masks.from_counts)):
+            with pytest.raises(ValueError, match=r"array of shape \(2,\), expected one integer"):
+                select({"a": jnp.ones(3)}, counts)
+
+
+def test_leaves_of_one_name_raise():
+    params = {"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((8, 8))}}
+    with pytest.raises(ValueError, match="two leaves are named 'a/b', expected one"):
+        masks.from_scores(saliency.magnitude(params), 0.5, scope="layer")
+    # Haiku's names hold slashes, too.
+    haiku = {"mlp/~/linear_0": {"w": jnp.ones(2)}, "mlp/~/linear_1": {"w": jnp.ones(2)}}
+    assert list(masks.named_leaves(haiku)) == ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]
 
 
 def test_nan_raises_eagerly_and_is_smallest_under_trace():
@@ -292,6 +367,42 @@ def test_full_and_the_predicate():
         masks.full({"bias": jnp.ones(3)})
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.LayerNorm()(nn.Dense(4)(x))
+        return nn.MultiHeadDotProductAttention(2)(x, x), None
+
+
+def test_biases_and_scales_of_several_axes_are_not_prunable():
+    """Of attention, of layers that are scanned over, and of members that are stacked."""
+    stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    x = jnp.ones((1, 5, 4))
+    scanned = jax.eval_shape(stack().init, jax.random.key(0), x, None)["params"]
+    members = jax.eval_shape(
+        jax.vmap(lambda key: Layer().init(key, x, None)), jax.random.split(jax.random.key(0), 3)
+    )["params"]
+    for params in (scanned, members):
+        assert {leaf.ndim for leaf in jax.tree.leaves(params)} == {2, 3, 4}
+        names = set(masks.named_leaves(masks.map_prunable(lambda name, _: name, params)))
+        assert names == {name for name in masks.named_leaves(params) if name.endswith("kernel")}
+
+
+def test_predicates_see_through_the_variables_of_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(5, 4, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False)
+
+    state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    assert "attention/query/bias/value" in masks.named_leaves(state)
+    expected = {f"attention/{name}/kernel/value" for name in ("query", "key", "value", "out")}
+    assert set(masks.named_leaves(masks.full(state, prunable=masks.kernels))) == expected
+    expected |= {"embed/embedding/value"}
+    assert set(masks.named_leaves(masks.full(state))) == expected
+    masks.check(state, masks.full(state))
+
+
 # Reports and rescaling
 
 REPORTED = {
@@ -312,6 +423,11 @@ def test_density_and_report():
         ["z", "2", "4", "0.50000"],
         ["total", "3", "8", "0.37500"],
     ]
+
+
+def test_a_report_of_traced_masks_raises():
+    with pytest.raises(ValueError, match=r"mask of 'x' is traced, expected known values"):
+        jax.jit(masks.layer_densities)(REPORTED)
 
 
 @pytest.mark.usefixtures("x64")

@@ -418,6 +418,7 @@ def test_l1_norms_neither_overflow_nor_round(kernel):
         (lambda x: cka_prune_order(x * 1j, 1), "complex.*, expected real numbers"),
         (lambda x: counts_at_rate({"a": 0}, 0.5), "layers without any neuron: a"),
         (lambda x: counts_of_total({"a": x[0] * np.nan}, 1), "similarities of a"),
+        (lambda x: counts_at_threshold({"a": x[0] * np.nan}, 0.5), "similarities of a"),
     ],
 )
 def test_what_is_refused_or_a_wrong_type(call, message):

@@ -248,13 +248,28 @@ def test_grasp_leaves_other_leaves_alone():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_grasp_keeps_the_dtype_and_runs_under_jit(dtype):
+def test_grasp_is_float32_and_runs_under_jit(dtype):
     params, batch = jax.tree.map(lambda leaf: leaf.astype(dtype), (init(jax.random.key(0)), data()))
     scores = saliency.grasp(loss, params, batch)
     jitted = jax.jit(lambda p, b: saliency.grasp(loss, p, b))(params, batch)
     assert jax.tree.structure(jitted) == jax.tree.structure(scores)
     for name in params:
-        assert scores[name]["kernel"].dtype == jitted[name]["kernel"].dtype == dtype
+        assert scores[name]["kernel"].dtype == jitted[name]["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("score", [saliency.snip, saliency.grasp])
+def test_small_products_of_half_precision_are_not_zero(score):
+    """Weights of 1e-3 and gradients of 1e-5, whose product is below float16."""
+    params = {"w": jnp.array([[1e-3, 2e-3, 3e-3]], jnp.float16)}
+    slope = jnp.array([[1e-5, 2e-5, 3e-5]], jnp.float16)
+
+    def loss_fn(p, batch):
+        # The Hessian of the square is 1: both scores are of the size of weight * gradient.
+        return jnp.sum(batch * p["w"] + (p["w"] - jax.lax.stop_gradient(p["w"])) ** 2 / 2)
+
+    scores = score(loss_fn, params, slope)["w"]
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, [[1e-8, 4e-8, 9e-8]], rtol=0.01)
 
 
 def test_grasp_asks_the_predicate():

@@ -91,6 +91,16 @@ def test_the_result_is_float32(dtype):
     assert value.dtype == jnp.float32 and value == 0.625
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_an_epsilon_below_half_precision_finds_zeros(dtype):
+    params = {"w": jnp.array([[0.0, 1e-3, 0.0, 1.0]], dtype)}
+    assert epsilon_sparsity(params, 1e-8) == 0.5
+    # Just below the weight, which is where both round to one number.
+    weight = float(params["w"][0, 1])
+    assert epsilon_sparsity(params, 0.9999 * weight) == 0.5
+    assert epsilon_sparsity(params, 1.0001 * weight) == 0.75
+
+
 def test_what_does_not_fit_raises():
     with pytest.raises(ValueError, match="no leaf is prunable"):
         epsilon_sparsity({"bias": jnp.zeros(3)}, 0.1)

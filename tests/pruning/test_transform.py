@@ -233,6 +233,14 @@ def test_growing_decay_draws_the_doomed_to_zero_and_leaves_the_rest():
     np.testing.assert_array_equal(params["b"], 1)
 
 
+@pytest.mark.parametrize("coefficient", [0.5, jnp.float32(0.5), optax.constant_schedule(0.5)])
+def test_growing_decay_takes_a_number_or_a_schedule(coefficient):
+    optimizer = transform.growing_decay(coefficient)
+    params, masks = {"w": jnp.array([[1.0, -2.0]])}, {"w": jnp.array([[True, False]])}
+    updates, _ = optimizer.update(params, optimizer.init(params), params, masks=masks)
+    np.testing.assert_array_equal(updates["w"], [[1.0, -3.0]])
+
+
 def test_growing_decay_needs_params_and_masks():
     optimizer = transform.growing_decay(optax.constant_schedule(1.0))
     params, state = {"w": jnp.ones((1, 2))}, optimizer.init({"w": jnp.ones((1, 2))})

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ntt_sparse.gates import network as graph
 from ntt_sparse.gates.l1 import L1
 from ntt_sparse.models.lenet import LeNet
+from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.pruning.compact import compact
 from ntt_sparse.training.export import (
     load_gates,
@@ -39,6 +41,52 @@ def test_a_network_comes_back(tmp_path):
     np.testing.assert_array_equal(loaded["Dense_0"]["bias"], params["Dense_0"]["bias"])
     np.testing.assert_array_equal(loaded_masks["Dense_0"]["kernel"], [[True, False]])
     assert not np.any(loaded["out"])
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs)])
+
+
+STATE = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"mlp/~/linear_0": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}},
+        ({"w": jnp.ones((2, 2))}, [jnp.ones((1, 2)), jnp.ones(3)], None),
+        nnx.to_pure_dict(STATE),
+        STATE,
+    ],
+)
+def test_masks_come_back_in_any_pytree(tmp_path, params):
+    path, masks = tmp_path / "n.safetensors", pruning_masks.full(params)
+    save_network(path, params, masks)
+    again = load_masks(path, params)
+    pruning_masks.check(params, again)
+    assert jax.tree.structure(again) == jax.tree.structure(masks)
+    jax.tree.map(np.testing.assert_array_equal, again, masks)
+    # Nested dictionaries instead, with all leaves under their paths.
+    loaded, _ = load_network(path)
+    expected = pruning_masks.named_leaves(params)
+    assert {k: v.tolist() for k, v in pruning_masks.named_leaves(loaded).items()} == {
+        name: leaf.tolist() for name, leaf in expected.items()
+    }
+
+
+def test_leaves_of_one_path_are_not_saved(tmp_path):
+    leaf, path = jnp.ones((2, 2)), tmp_path / "n.safetensors"
+    for tree, message in (
+        ({"a/b": leaf, "a": {"b": leaf}}, "two leaves are named 'a/b'"),
+        ({"a/b": leaf, "a": leaf}, "'a' is an array, and others are inside it"),
+    ):
+        none = jax.tree.map(lambda _: None, tree)
+        with pytest.raises(ValueError, match=message):
+            save_network(path, tree, none)
+        with pytest.raises(ValueError, match=message):
+            save_network(path, {"w": leaf}, {"w": None}, tree)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x04pickle"])

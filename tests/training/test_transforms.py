@@ -22,6 +22,16 @@ def test_noise_is_in_proportion_to_each_gradient():
         assert abs(noise.mean()) < 4 * 0.05 * rms / 200
 
 
+def test_small_gradients_of_half_precision_get_noise():
+    """Their squares are zero in float16."""
+    grads = {"a": jnp.full(10_000, 1e-5, jnp.float16)}
+    transform = gradient_noise(0.5, jax.random.key(1))
+    noisy, _ = transform.update(grads, transform.init(grads))
+    assert noisy["a"].dtype == jnp.float16
+    noise = np.asarray(noisy["a"], float) - np.asarray(grads["a"], float)
+    np.testing.assert_allclose(noise.std(), 0.5 * float(grads["a"][0]), rtol=0.05)
+
+
 def test_noise_is_another_in_each_step_and_leaf_and_the_same_for_a_key():
     grads = {"a": jnp.ones(5), "b": jnp.ones(5), "c": jnp.zeros(3)}
     transform = gradient_noise(0.1, jax.random.key(1))
