@@ -8,6 +8,7 @@ import optax
 
 from ntt_sparse._types import Params
 from ntt_sparse.gates.layer import find
+from ntt_sparse.pruning import masks as pruning_masks
 
 
 def labels(params: Params) -> Any:
@@ -19,8 +20,7 @@ def labels(params: Params) -> Any:
     gates = find(params)
 
     def label(path, _):
-        names = [str(getattr(key, "key", "")) for key in path]
-        above = {"/".join(names[:depth]) for depth in range(1, len(names))}
+        above = {pruning_masks.path_name(path[:depth]) for depth in range(1, len(path))}
         return "gate" if above & gates.keys() else "network"
 
     return jax.tree_util.tree_map_with_path(label, params)
