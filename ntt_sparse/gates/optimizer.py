@@ -8,7 +8,6 @@ import optax
 
 from ntt_sparse._types import Params
 from ntt_sparse.gates.layer import find
-from ntt_sparse.pruning import masks as pruning_masks
 
 
 def labels(params: Params) -> Any:
@@ -20,7 +19,8 @@ def labels(params: Params) -> Any:
     gates = find(params)
 
     def label(path, _):
-        above = {pruning_masks.path_name(path[:depth]) for depth in range(1, len(path))}
+        keys = (path[:depth] for depth in range(1, len(path)))
+        above = {jax.tree_util.keystr(each, simple=True, separator="/") for each in keys}
         return "gate" if above & gates.keys() else "network"
 
     return jax.tree_util.tree_map_with_path(label, params)

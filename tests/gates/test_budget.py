@@ -238,10 +238,12 @@ def test_the_target_is_that_of_the_gates_that_are_given(k):
     assert all(map(bool, state.reached.values())) and sum(left) == 12 and min(left) > 0
 
 
-@pytest.mark.parametrize("hold", [budget.hold, budget.hold_layers])
-def test_the_gates_are_no_default(hold):
-    with pytest.raises(TypeError, match="'kind'"):
-        hold(starting(), moved(0, 0, 0), SIZES, dict.fromkeys(SIZES, 2))
+@pytest.mark.parametrize(
+    "hold, target", [(budget.hold, 9), (budget.hold_layers, dict.fromkeys(SIZES, 2))]
+)
+def test_the_gates_are_no_default(hold, target):
+    with pytest.raises(TypeError, match=r"missing .* 'kind'"):
+        hold(starting(), moved(0, 0, 0), SIZES, target)
 
 
 @pytest.mark.parametrize("convention", ["paper", "code"])
