@@ -100,7 +100,10 @@ def candidates(options: argparse.Namespace, density: float, gradient: bool) -> d
         first = jax.jit(lambda t, x: ntt.teacher_targets(f, t, x, **how))
         first = first.lower(teacher, x).compile()
         targets = first(teacher, x)
-        second = jax.jit(lambda *a: student(*a, **how)).lower(params, masks, targets, x).compile()
+        # What else there is of a sketch goes with its targets.
+        distance = {"distance": targets.distance}
+        second = jax.jit(lambda *a: student(*a, **distance))
+        second = second.lower(params, masks, targets, x).compile()
         memory = [p.memory_analysis().temp_size_in_bytes / 2**20 for p in (first, second)]
         both = Candidate(lambda: second(params, masks, first(teacher, x), x), max(memory))
         return both, Candidate(lambda: second(params, masks, targets, x), memory[1])

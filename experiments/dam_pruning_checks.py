@@ -139,10 +139,10 @@ def _check_similarity(config: Any) -> None:
         return
     check_stages(settings.stages, "config.cka_sr.stages")
     batch = config["pretrain" if config.pretrain.epochs else "training"].batch_size
-    if settings.samples and not 3 <= settings.samples <= batch:
+    if not 3 <= (settings.samples or batch) <= batch:
         raise ValueError(
-            f"config.cka_sr.samples is {settings.samples}, expected 0 (all of a batch) or 3 to "
-            f"the batch size, which is {batch}"
+            f"config.cka_sr.samples is {settings.samples}, expected 0 (all of a batch of 3 or "
+            f"more) or 3 to the batch size, which is {batch}"
         )
 
 

@@ -45,11 +45,15 @@ def start(offsets: Offsets) -> Budget:
     if not values:
         raise ValueError("there are no offsets, expected one per gated layer")
     for path, beta in values.items():
-        wide = jnp.issubdtype(beta.dtype, jnp.floating) and beta.dtype.itemsize >= 4
-        if beta.shape or not wide:
+        if beta.shape or not jnp.issubdtype(beta.dtype, jnp.floating):
             raise ValueError(
-                f"the offset of {path!r} is {beta.dtype}{beta.shape}, expected a scalar, float32 "
-                "or wider: channels of wide layers are less than a rounding of half precision apart"
+                f"the offset of {path!r} is {beta.dtype}{beta.shape}, expected one floating-point "
+                "number, such as jnp.float32(1)"
+            )
+        if beta.dtype.itemsize < 4:
+            raise ValueError(
+                f"the offset of {path!r} is {beta.dtype}, expected float32 or wider: channels of "
+                "wide layers are less than a rounding of half precision apart"
             )
     return Budget(values, dict.fromkeys(values, jnp.asarray(False)))
 
@@ -65,9 +69,9 @@ def hold(
     sizes: Mapping[str, int],
     target: Real[ArrayLike, ""],
     *,
+    kind: Dam,
     cost: Cost = channels,
     keep: int = 1,
-    kind: Dam | None = None,
     ranks: Mapping[str, ArrayLike] | None = None,
 ) -> Budget:
     """One step of a budget for the whole network.
@@ -84,10 +88,11 @@ def hold(
         moved: Offsets after this step of the optimiser.
         sizes: Channels of each layer.
         target: The largest cost wanted; may be traced.
+        kind: The gates, the very ones of the network: where channels close follows from their
+            `k` and `convention`, and with others a layer may close whole.
         cost: What counts, by default open channels.
         keep: Channels of each layer that stay open whatever comes, those of the highest order;
             a closed layer may cut the network in two, which costs nothing and is no target.
-        kind: The gates; by default those of `Dam()`.
         ranks: Orders of layers where they are not those of the index.
 
     Returns:
@@ -99,7 +104,6 @@ def hold(
             is not positive, below the cost of what is kept, or no less than the cost of all
             channels, so that there is nothing to prune.
     """
-    kind = kind or Dam()
     _check_layers(budget, moved, sizes)
     if unknown := set(ranks or {}) - set(sizes):
         raise ValueError(f"ranks are for {sorted(unknown)}, sizes for {sorted(sizes)}")
@@ -203,7 +207,7 @@ def hold_layers(
     sizes: Mapping[str, int],
     targets: Mapping[str, Int[ArrayLike, ""]],
     *,
-    kind: Dam | None = None,
+    kind: Dam,
 ) -> Budget:
     """One step of a budget of channels for each layer: it ends at exactly its target.
 
@@ -212,7 +216,7 @@ def hold_layers(
         moved: Offsets after this step of the optimiser.
         sizes: Channels of each layer.
         targets: Open channels wanted of each layer; may be traced.
-        kind: The gates; by default those of `Dam()`.
+        kind: The gates, as for `hold`.
 
     Returns:
         The budget with the offsets to go on from; put them into the params.
@@ -220,7 +224,6 @@ def hold_layers(
     Raises:
         ValueError: Layers do not fit, or a target is below 1 or no less than the channels.
     """
-    kind = kind or Dam()
     _check_layers(budget, moved, sizes)
     if set(targets) != set(sizes):
         raise ValueError(f"targets are for {sorted(targets)}, expected {sorted(sizes)}")

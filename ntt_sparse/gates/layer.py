@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
@@ -16,6 +17,11 @@ from ntt_sparse.gates.network import Network, Norm, gate, gated_channels
 
 # Linen's own names of modules, or those of a field.
 _NAME = re.compile(r"gate(_?\d+)?", re.IGNORECASE)
+_NAMES = "gate, gate1, Gate_0 or the like"
+# Parameters of layers that are named gate too, such as those of gated linear units.
+_OF_LAYERS = {"kernel", "embedding"}
+# Parameters of gates that hardly any other module has alone.
+_OF_GATES = ({"beta"}, {"zeta"}, {"log_alpha"})
 
 STATE = "gates"
 """The collection of what gates know besides their parameters, by keywords of `Kind.values`."""
@@ -72,6 +78,9 @@ class RandomKind(Kind, Protocol):
 class Gate(nn.Module):
     """The gates of one layer.
 
+    Its name is what it is found by in the parameters of a network: `gate`, `gate1`, or Linen's own
+    `Gate_0`; a list of gates is a field `gate`, of `gate_0` and so on.
+
     Called with features, it multiplies their last axis. A convolution or dense layer that has
     no bias may as well be multiplied itself, which is the same function at a fraction of the
     work: `kernel * gate(n=...)`, its last axis being the channels.
@@ -94,8 +103,14 @@ class Gate(nn.Module):
 
         Raises:
             ValueError: Neither or both of `x` and `n` are given, features are no floating-point
-                numbers, or the kind does not permit the number of channels.
+                numbers, the kind does not permit the number of channels, or the module has another
+                name than `find` knows.
         """
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"a gate is named {self.name!r}, by which its parameters would not be found: name "
+                f"it {_NAMES}"
+            )
         if (x is None) == (n is None):
             raise ValueError("expected features x, or the number of channels n for their gates")
         features = None if x is None else jnp.asarray(x)
@@ -116,32 +131,57 @@ class Gate(nn.Module):
 def find(params: Params) -> dict[str, Any]:
     """The parameters of the gates of a network: of modules named `gate`, `gate1`, `Gate_0`, ...
 
+    Layers of that name, which have a kernel or an embedding, are no gates.
+
     Args:
-        params: Parameters, nested mappings.
+        params: Parameters, nested mappings, lists and tuples.
 
     Returns:
-        The parameters of each gate by its path, such as `"stage1_block1/gate1"`, sorted as
-        JAX sorts a tree.
+        The parameters of each gate by its path, such as `"stage1_block1/gate1"` or
+        `"blocks/0/gate"`, sorted as JAX sorts a tree.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or something has the one parameter of a gate and a name like
+            `"hidden_gate"`, by which no gate is known.
     """
     found: dict[str, Any] = {}
 
     def visit(tree, path):
-        for key, value in sorted(tree.items()):
-            if isinstance(value, Mapping):
-                if _NAME.fullmatch(key):
-                    found["/".join((*path, key))] = value
-                else:
-                    visit(value, (*path, key))
+        for name, value in _children(tree):
+            here = (*path, name)
+            if _is_gate(name, value):
+                found["/".join(here)] = value
+                continue
+            if "gate" in name.lower() and isinstance(value, Mapping) and set(value) in _OF_GATES:
+                raise ValueError(
+                    f"{'/'.join(here)!r} has the parameter of a gate, {next(iter(value))!r}, but "
+                    f"another name: name its module {_NAMES}"
+                )
+            visit(value, here)
 
     visit(params, ())
     if not found:
-        raise ValueError(
-            "the parameters hold no gate: expected modules named gate, gate1, Gate_0 or the like"
-        )
+        raise ValueError(f"the parameters hold no gate: expected modules named {_NAMES}")
     return found
+
+
+def _children(tree: Any) -> list[tuple[str, Any]]:
+    """What a container holds, by name, sorted as JAX sorts it; nothing of what is none."""
+    if isinstance(tree, Mapping):
+        # JAX itself has no order of numbers and names: numbers come first.
+        keys = sorted(tree, key=lambda key: (isinstance(key, str), key))
+        return [(str(key), tree[key]) for key in keys]
+    if isinstance(tree, list | tuple):
+        names = getattr(tree, "_fields", map(str, range(len(tree))))
+        return list(zip(names, tree, strict=True))
+    return []
+
+
+def _is_gate(name: str, value: Any) -> bool:
+    if not (isinstance(value, Mapping) and value and _NAME.fullmatch(name)):
+        return False
+    nested = any(isinstance(each, Mapping | list | tuple) for each in value.values())
+    return not nested and not _OF_LAYERS & set(value)
 
 
 def parameters(kind: Kind, params: Params, network: Network) -> dict[str, Any]:
@@ -226,7 +266,8 @@ def masks(
     Of normalised channels that is scale and shift, as in Network Slimming.
 
     Args:
-        kind: Of the gates.
+        kind: Of the gates, which parameters of zero close: `L1` or `Slimming`. The offset of `Dam`
+            is one for all channels, and `ChipNet` and `HardConcrete` are half open at zero.
         params: Of the network.
         network: Its description.
         open_: Of each gate, which channels are open, `(n,)`.
@@ -235,16 +276,33 @@ def masks(
         Of the structure of `params`, for `ntt_sparse.pruning.masks.apply`.
 
     Raises:
-        ValueError: Gates are missing, or unknown.
+        ValueError: Gates are missing, or unknown, or parameters of zero do not close them.
     """
     found = parameters(kind, params, network)
     if set(found) != set(open_):
         raise ValueError(f"open channels are of {sorted(open_)}, expected {sorted(found)}")
+    norms = _gated_norms(network) if kind.place == SCALE else set()
+    for path in [path for path in found if path not in norms][:1]:
+        if not _zeros_close(kind, found[path], gated_channels(network)[path]):
+            raise ValueError(
+                f"masks do not close gates of {type(kind).__name__}: expected a kind whose gates "
+                "are zero where parameters are, L1 or Slimming; lower the offsets of Dam, give "
+                "state(network, open=...) to ChipNet, set log_alpha of HardConcrete to -4"
+            )
     masked = {
         f"{path}/{leaf}": jnp.asarray(open_[path]) for path, gate in found.items() for leaf in gate
     }
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     return traverse_util.unflatten_dict({path: masked.get(path) for path in flat}, sep="/")
+
+
+def _zeros_close(kind: Kind, params: Mapping[str, Any], n: int) -> bool:
+    """Whether zeros in its parameters close a gate, and each channel has its own."""
+    if any(jnp.shape(leaf) != (n,) for leaf in params.values()):
+        return False
+    # A compiled step may ask, and has to know.
+    with jax.ensure_compile_time_eval():
+        return not np.any(kind.values({name: jnp.zeros(n) for name in params}, n))
 
 
 def replace(params: Params, gates: Mapping[str, Any]) -> Params:
@@ -255,14 +313,18 @@ def replace(params: Params, gates: Mapping[str, Any]) -> Params:
     """
 
     def put(tree, keys, value, path):
-        if not isinstance(tree, Mapping) or keys[0] not in tree:
+        children = dict(_children(tree))
+        if keys[0] not in children:
             raise ValueError(f"the parameters hold no {path!r}: expected paths as `find` has them")
-        here = tree[keys[0]]
+        here = children[keys[0]]
         if len(keys) > 1:
             value = put(here, keys[1:], value, path)
         elif (old := jax.tree.map(jnp.shape, here)) != (new := jax.tree.map(jnp.shape, value)):
             raise ValueError(f"{path!r} holds arrays of shapes {old}, got {new}")
-        return {**tree, keys[0]: value}
+        if isinstance(tree, Mapping):
+            return {key: value if str(key) == keys[0] else old for key, old in tree.items()}
+        parts = [value if name == keys[0] else old for name, old in children.items()]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
     for path, value in gates.items():
         params = put(params, path.split("/"), value, path)

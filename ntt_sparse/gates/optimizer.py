@@ -19,8 +19,8 @@ def labels(params: Params) -> Any:
     gates = find(params)
 
     def label(path, _):
-        names = [str(getattr(key, "key", "")) for key in path]
-        above = {"/".join(names[:depth]) for depth in range(1, len(names))}
+        keys = (path[:depth] for depth in range(1, len(path)))
+        above = {jax.tree_util.keystr(each, simple=True, separator="/") for each in keys}
         return "gate" if above & gates.keys() else "network"
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -178,7 +178,7 @@ def evaluate(
                 values[name] = _group_norm(node, own, given[0], dtype)
                 continue
             state = {leaf: flat_statistics[path] for leaf, path in paths.items()}
-            values[name], state = _batch_norm(own, state, given[0], train, dtype)
+            values[name], state = _batch_norm(node, own, state, given[0], train, dtype)
             flat_statistics |= {path: state[leaf] for leaf, path in paths.items()}
         elif isinstance(node, graph.Dropout):
             rngs = {"dropout": jax.random.fold_in(key, index)} if key is not None else {}
@@ -254,8 +254,10 @@ def _embed(x: Any, places: tuple[int, ...], size: int) -> Any:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])[..., source]
 
 
-def _batch_norm(params: Any, statistics: Any, x: Any, train: bool, dtype: Any) -> Any:
-    layer = nn.BatchNorm(**batch_norm_fields(train, dtype, params["scale"].dtype), parent=None)
+def _batch_norm(node: Norm, params: Any, statistics: Any, x: Any, train: bool, dtype: Any) -> Any:
+    fields = batch_norm_fields(train, dtype, params["scale"].dtype)
+    fields["epsilon"] = node.epsilon
+    layer = nn.BatchNorm(**fields, parent=None)
     variables = {"params": params, STATISTICS: statistics}
     if not train:
         return layer.apply(variables, x), statistics
@@ -264,5 +266,6 @@ def _batch_norm(params: Any, statistics: Any, x: Any, train: bool, dtype: Any) -
 
 
 def _group_norm(node: Norm, params: Any, x: Any, dtype: Any) -> Any:
-    fields = {"dtype": dtype, "param_dtype": params["scale"].dtype, **STABLE}
+    fields: dict[str, Any] = {**STABLE, "epsilon": node.epsilon}
+    fields |= {"dtype": dtype, "param_dtype": params["scale"].dtype}
     return nn.GroupNorm(node.groups, **fields, parent=None).apply({"params": params}, x)

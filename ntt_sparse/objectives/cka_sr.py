@@ -20,7 +20,7 @@ References:
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ Similarity: TypeAlias = Literal["cka", "cca"]
 def cka_sr(
     stages: Collection[Collection[Features]],
     *,
-    samples: int | None = None,
+    samples: SupportsIndex | None = None,
     debiased: bool = False,
     similarity: Similarity = "cka",
     axis_name: str | None = None,
@@ -49,6 +49,7 @@ def cka_sr(
 
     Args:
         stages: For each stage the features of its layers, `(n, ...)` each, of any shapes.
+            Unstack features of a scanned block first, see `aug_cka_sr`.
         samples: How many examples to compare, the first of the batch; by default all. The
             paper uses 8 of 128.
         debiased: Whether to take the debiased CKA. The plain one (the paper's) is near 1 for
@@ -65,8 +66,9 @@ def cka_sr(
 
     Raises:
         ValueError: No stage, a stage with fewer than two maps, different numbers of
-            examples, fewer than `samples` of them, `samples` below three (two examples are
-            alike in all layers) or, to be debiased, four, or an unknown similarity.
+            examples, fewer than `samples` of them, `samples` or a batch below three (two
+            examples are alike in all layers) or, to be debiased, four, or an unknown
+            similarity.
     """
     grams.check_collection(stages, "stages")
     if not len(stages):
@@ -82,7 +84,7 @@ def cka_sr(
 def aug_cka_sr(
     features: Collection[Features],
     *,
-    samples: int | None = None,
+    samples: SupportsIndex | None = None,
     debiased: bool = False,
     similarity: Similarity = "cka",
     axis_name: str | None = None,
@@ -93,7 +95,9 @@ def aug_cka_sr(
     is some tens of times weaker here than for `cka_sr`, which is a sum.
 
     Args:
-        features: The features of all layers, `(n, ...)` each.
+        features: The features of all layers, `(n, ...)` each. Those of a scanned block come as
+            one array `(layers, n, ...)`, whose first axis would be taken for examples: unstack
+            them, `[*features["blocks"]]`.
         samples: As for `cka_sr`, as are all other arguments.
         debiased: See `cka_sr`.
         similarity: See `cka_sr`.
@@ -111,7 +115,7 @@ def aug_cka_sr(
 
 
 def every_nth_batch(
-    term: Callable[[Any], Scalar], features: Any, step: Int[Array, ""], every: int
+    term: Callable[[Any], Scalar], features: Any, step: Int[Array, ""], every: SupportsIndex
 ) -> Scalar:
     """A term of the loss in one batch of `every`, zero in the others (the paper's Batch-m).
 
@@ -129,8 +133,7 @@ def every_nth_batch(
     Raises:
         ValueError: `every` is less than 1, or no integer.
     """
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"{every=}, expected 1 (each batch) or a larger integer")
+    every = grams.whole_number(every, 1, f"{every=}, expected 1 (each batch) or a larger integer")
     if every == 1:
         return term(features)
     value = jax.eval_shape(term, features)
@@ -139,15 +142,17 @@ def every_nth_batch(
 
 
 def _options(
-    samples: int | None, debiased: bool, similarity: str, axis_name: str | None
+    samples: Any, debiased: bool, similarity: str, axis_name: str | None
 ) -> Mapping[str, Any]:
     if similarity not in ("cka", "cca"):
         raise ValueError(f"{similarity=} is unknown: expected 'cka' or 'cca'")
     if debiased and similarity == "cca":
         raise ValueError("there is no debiased CCA: use similarity='cka' or debiased=False")
-    if samples is not None and (not isinstance(samples, int) or samples < (4 if debiased else 3)):
-        raise ValueError(
-            f"{samples=}: expected three examples or more to compare, four or more to be debiased"
+    if samples is not None:
+        samples = grams.whole_number(
+            samples,
+            4 if debiased else 3,
+            f"{samples=}: expected three examples or more to compare, four or more to be debiased",
         )
     return {
         "samples": samples,
@@ -175,6 +180,11 @@ def _pair_sum(
         raise ValueError(f"{name} has feature maps of {counts} examples, expected the same ones")
     # Cut first: only the examples that count are flattened, cast and gathered.
     features = [grams.gather_examples(x, axis_name, samples) for x in maps]
+    if (n := len(features[0])) < 3:
+        raise ValueError(
+            f"{name} has feature maps of {n} examples, expected three or more: fewer are alike in "
+            "all layers"
+        )
     # Kept apart from the network, whose steps are then compiled as they are without the term.
     features = jax.lax.optimization_barrier(features)
     if similarity == "cca":

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
@@ -53,6 +54,9 @@ class TeacherTargets(NamedTuple):
     `axis_name`, the local rows."""
     distance: str
     """The distance that the kernel is for; no array, also within a program."""
+    key: PRNGKey | None = None
+    """What the signs of `distance="sketch"` were drawn with, and are drawn with again; the same
+    on every device."""
 
 
 def ntt_loss(
@@ -129,12 +133,14 @@ def ntt_loss(
             convolutions cheaper, and the kernel is exact even if it does not hold.
 
     Returns:
-        The loss and its unweighted terms.
+        The loss and its unweighted terms. Of networks in half precision the sums over weights and
+        pairs are in float32, and so is the loss.
 
     Raises:
-        ValueError: `masks` or `teacher_params` do not fit `params`, fewer than two
-            examples, a weight that is negative or not finite, an unknown `distance`, a
-            sketch without a typed `key` or probes, or a fault that `empirical_ntk` raises.
+        ValueError: `masks` or `teacher_params` do not fit `params`, inputs that are not one
+            array, fewer than two examples, a weight that is negative or not finite, an
+            unknown `distance`, a sketch without a typed `key` or probes, or a fault that
+            `empirical_ntk` raises.
 
     References:
         Liu and Zenke, "Finding trainable sparse networks through Neural Tangent
@@ -171,11 +177,13 @@ def teacher_targets(
 ) -> TeacherTargets:
     """The teacher's outputs and kernel on one batch, without gradient.
 
-    See `ntt_loss` for the arguments. Under `axis_name` every device gets its own
-    part, to be given back to `ntt_loss_from_targets` on the same device.
+    See `ntt_loss` for the arguments. `key` and `probes` of a sketch go with the targets. Under
+    `axis_name` every device gets its own part, to be given back to `ntt_loss_from_targets` on
+    the same device.
 
     Raises:
-        ValueError: Fewer than two examples, or a fault that `empirical_ntk` raises.
+        ValueError: Inputs that are not one array of two examples or more, an unknown `distance`,
+            a sketch without a typed `key` or probes, or a fault that `empirical_ntk` raises.
     """
     how = {"method": method, "memory_limit": memory_limit}
     _check(x, distance=distance, probes=probes, key=key, axis_name=axis_name, **how)
@@ -185,7 +193,8 @@ def teacher_targets(
     result = kernel_and_outputs(apply_fn, teacher_params, pairs.rows, pairs.columns, **how)
     both = jnp.concatenate([result.outputs1, result.outputs2])
     outputs = _outputs(apply_fn, teacher_params, x, both, axis_name)
-    return TeacherTargets(outputs, result.kernel, _Static(distance))
+    key = key if distance == "sketch" else None
+    return TeacherTargets(outputs, result.kernel, _Static(distance), key)
 
 
 def ntt_loss_from_targets(
@@ -199,8 +208,6 @@ def ntt_loss_from_targets(
     l2_weight: ArrayLike = 0.0,
     wrt: Wrt = "masked",
     distance: Distance = "full",
-    probes: int = 1,
-    key: PRNGKey | None = None,
     axis_name: str | None = None,
     method: Method = "auto",
     memory_limit: int = MEMORY_LIMIT,
@@ -208,28 +215,32 @@ def ntt_loss_from_targets(
 ) -> tuple[Scalar, NTTTerms]:
     """The objective of `ntt_loss`, given what `teacher_targets` returned for the same `x`.
 
+    A sketch is drawn with the key and the probes of the targets: others would compare what has
+    nothing to do with each other.
+
     Raises:
         ValueError: As `ntt_loss`; also targets of another distance, batch or output size.
     """
     how: dict[str, Any] = {
         "wrt": wrt,
         "distance": distance,
-        "probes": probes,
-        "key": key,
+        # Other kernels have other numbers there, which are not read.
+        "probes": targets.kernel.shape[-1],
+        "key": targets.key,
         "axis_name": axis_name,
         "method": method,
         "memory_limit": memory_limit,
         "max_density": max_density,
     }
     _check_student(params, masks, kernel_weight, l2_weight)
-    _check(x, **how)
-    if len(targets.outputs) != len(x):
-        raise ValueError(f"targets are of {len(targets.outputs)} examples, x has {len(x)}")
     if targets.distance != distance:
         raise ValueError(
             f"targets are for distance={str(targets.distance)!r}, the loss for {distance!r}: "
             "give both functions the same"
         )
+    _check(x, **how)
+    if len(targets.outputs) != len(x):
+        raise ValueError(f"targets are of {len(targets.outputs)} examples, x has {len(x)}")
     how |= {"kernel_weight": kernel_weight, "l2_weight": l2_weight, "masks": masks}
     return _loss(apply_fn, params, x, targets=targets, **how)
 
@@ -279,7 +290,7 @@ def _loss(
     # an estimate.
     scale = {"full": 1, "trace": outputs.shape[1], "sketch": probes**2}[distance]
     count = pairs.total * len(pairs.columns) * outputs.shape[1] ** 2
-    kernel_term = difference.squares / (scale * count)
+    kernel_term = _precise(difference.squares) / (scale * count)
     output_term = jnp.mean(jnp.square(outputs - theirs))
     if axis_name is not None:
         kernel_term = jax.lax.psum(kernel_term, axis_name)
@@ -360,8 +371,19 @@ def _kept(masks: Masks) -> tuple[Any, int]:
     return sum(jnp.sum(m, dtype=jnp.int32) for m in leaves), sum(m.size for m in leaves)
 
 
+def _precise(x: Array) -> Array:
+    """Float32 at least: counts and sums of half precision end at 65504."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _sum_of_squares(weights: Params, masks: Masks) -> Scalar:
-    squares = jax.tree.map(lambda w, m: None if m is None else jnp.sum(w * w), weights, masks)
+    def of_leaf(weight, mask):
+        if mask is None:
+            return None
+        weight = _precise(weight)
+        return jnp.sum(weight * weight)
+
+    squares = jax.tree.map(of_leaf, weights, masks)
     return functools.reduce(jnp.add, jax.tree.leaves(squares))
 
 
@@ -397,7 +419,9 @@ def _check(
         if not typed or key.shape != ():
             got = f"{key.dtype}{key.shape}" if isinstance(key, jax.Array) else repr(key)
             raise ValueError(f"key is {got}, expected one typed key, such as jax.random.key(0)")
-    if jnp.ndim(x) == 0:
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(f"x is of type {type(x).__name__}, expected one array of inputs (n, ...)")
+    if x.ndim == 0:
         raise ValueError("x is a scalar, expected a batch of inputs")
     size = len(x) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     if size < 2:

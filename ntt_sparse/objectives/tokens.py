@@ -39,7 +39,8 @@ def distillation_loss(
 ) -> Scalar:
     r"""The mean over images of $\mathrm{KL}(\text{teacher} \| \text{student})$ (Eq. 15).
 
-    The teacher has no derivative. Half precision is computed in float32.
+    The teacher has no derivative. Half precision is computed in float32. A class that the teacher
+    excludes (a logit of `-inf`) adds nothing.
 
     Args:
         logits: Of the student, `(n, k)`.
@@ -51,7 +52,10 @@ def distillation_loss(
     _check_same("logits", logits, teacher_logits, 2)
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(_precise(teacher_logits)))
     student = jax.nn.log_softmax(_precise(logits))
-    return jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=1))
+    chance = jnp.exp(teacher)
+    # Of a class that the teacher excludes nothing is left, not 0 times infinity. NaN stays.
+    difference = jnp.where(chance == 0, 0.0, teacher - student)
+    return jnp.mean(jnp.sum(chance * difference, axis=1))
 
 
 def token_distillation_loss(

@@ -91,7 +91,7 @@ class SmallNetwork:
                     for leaf in ("mean", "var"):
                         self.statistics[f"{name}/{leaf}"] = self.state[f"{name}/{leaf}"][wanted]
                 left = groups * len(wanted) // self._width(name)
-                return self.nodes(Norm(x, left), name)
+                return self.nodes(Norm(x, left, epsilon=node.epsilon), name)
             case graph.Add():
                 return self._sum(name, node, wanted)
             case graph.Multiply():

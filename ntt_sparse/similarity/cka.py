@@ -213,7 +213,10 @@ def hsic_sums(
         raise ValueError(f"the networks saw {n} and {len(second[0])} examples")
 
     def stacked(side):
-        return jnp.stack([grams.u_centre(grams.centred_gram(x).matrix).ravel() for x in side])
+        centred = [grams.centred_gram(x) for x in side]
+        # The rounding that is left of constant features would be as long as any once divided.
+        matrices = [jnp.where(each.is_constant(), 0.0, each.matrix) for each in centred]
+        return jnp.stack([grams.u_centre(matrix).ravel() for matrix in matrices])
 
     one = stacked(first)
     two = one if others is None else stacked(second)

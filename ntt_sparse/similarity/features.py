@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import tracers
 from jaxtyping import Array, Shaped
+
+from ntt_sparse.similarity.grams import whole_number
 
 CaptureFn: TypeAlias = Callable[..., Any]
 """A pure function `(variables, *args, mutable=False, **kwargs) -> (output, features)`, or
@@ -43,7 +45,7 @@ _RUNS = itertools.count()
 
 
 def capture(
-    module: nn.Module, patterns: Sequence[str] | str, *, examples: int | None = None
+    module: nn.Module, patterns: Sequence[str] | str, *, examples: SupportsIndex | None = None
 ) -> CaptureFn:
     """A Linen model as a pure function that also returns features.
 
@@ -61,6 +63,10 @@ def capture(
     where `variable_axes` lifts the collection `COLLECTION`, stacked along that axis, and refused
     otherwise, as are those inside other control flow and inside transforms of JAX. Call it
     under `jax.jit`: outside of that each call compiles what is under `nn.jit` anew.
+
+    What compares layers takes axis 0 for examples. Features of a scanned block, stacked along it,
+    are `(layers, n, ...)`; unstack them first, `[*features["blocks"]]`, or its layers are compared
+    as if they were examples.
 
     Args:
         module: The model; it is not changed.
@@ -148,7 +154,7 @@ def capture(
 
 
 def capture_nnx(
-    graphdef: Any, patterns: Sequence[str] | str, *, examples: int | None = None
+    graphdef: Any, patterns: Sequence[str] | str, *, examples: SupportsIndex | None = None
 ) -> CaptureFn:
     """An NNX model as a pure function that also returns features.
 
@@ -159,7 +165,7 @@ def capture_nnx(
 
     The state is never changed in place: random streams and batch statistics advance in `updated`
     only. Modules inside `nnx.remat` and `nnx.jit` are captured; those inside `nnx.scan` and
-    `nnx.vmap` are, stacked, where the transform maps over their state.
+    `nnx.vmap` are, stacked, where the transform maps over their state: unstack them, see `capture`.
 
     Args:
         graphdef: From `graphdef, state = nnx.split(model)`; the states it came with go to the
@@ -284,10 +290,10 @@ class _Run:
     name that is met again keeps its place.
     """
 
-    def __init__(self, patterns: tuple[str, ...], examples: int | None):
-        if examples is not None and not (isinstance(examples, int) and examples > 0):
-            raise ValueError(f"{examples=}, expected a number of examples, 1 or more, or None")
-        self.patterns, self.examples = patterns, examples
+    def __init__(self, patterns: tuple[str, ...], examples: SupportsIndex | None):
+        message = f"{examples=}, expected a number of examples, 1 or more, or None"
+        self.patterns = patterns
+        self.examples = None if examples is None else whole_number(examples, 1, message)
         self.matched: set[str] = set()
         self.active: set[str] = set()
         self.paths: dict[str, None] = {}

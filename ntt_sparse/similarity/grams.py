@@ -5,6 +5,7 @@ room, and the sums over pairs that are minimised, is therefore made of one thing
 layer the vector $v = \tilde K / \|\tilde K\|_F$, or zero where features are constant.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,6 +38,21 @@ def check_collection(features: Any, name: str) -> None:
             f"{name} is an array of shape {features.shape}, expected a sequence of arrays, one "
             "for each layer"
         )
+
+
+def whole_number(value: Any, least: int, message: str) -> int:
+    """A whole number, of NumPy as well as of Python.
+
+    Raises:
+        ValueError: It is none, or below `least`; with the message.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(message) from None
+    if number < least:
+        raise ValueError(message)
+    return number
 
 
 def flat(x: Features, name: str = "features") -> Float[Array, "_ _"]:

@@ -377,6 +377,7 @@ def test_a_study_with_and_without_similarity_penalised(tmp_path):
         ({"cka_sr.stages": ("Conv_7,Conv_8",)}, "Conv_7"),
         ({"cka_sr.samples": 129}, "config.cka_sr.samples is 129, expected 0"),
         ({"cka_sr.samples": 2}, "config.cka_sr.samples is 2, expected 0"),
+        ({"training.batch_size": 2, "cka_sr.samples": 0}, r"all of a batch of 3 or more\)"),
         ({"cka_sr.every": 0}, "config.cka_sr.every is 0"),
         ({"cka_sr.coefficients": (-1.0,)}, "config.cka_sr.coefficients holds -1.0"),
         ({"cka_sr.coefficients": ()}, "config.cka_sr.coefficients is"),

@@ -1,5 +1,7 @@
 """Budgets: pruning stops at exactly the target."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from ntt_sparse.gates import budget, dam, layer, order
 
 SIZES = {"a": 8, "b": 5, "c": 16}
+DAM = dam.Dam()
 # XLA flushes subnormal numbers.
 OFFSETS = st.floats(-7, 1, width=32, allow_subnormal=False)
 
@@ -33,7 +36,9 @@ def weights(open_):
 
 
 # One program for all examples.
-hold = jax.jit(lambda state, moved, target: budget.hold(state, moved, SIZES, target, keep=0))
+hold = jax.jit(
+    lambda state, moved, target: budget.hold(state, moved, SIZES, target, keep=0, kind=DAM)
+)
 
 
 def starting(value=1.0):
@@ -45,7 +50,7 @@ def moved(*values):
 
 
 def test_until_the_target_offsets_move_freely():
-    held = budget.hold(starting(), moved(0.5, -1.0, -2.0), SIZES, 10)
+    held = budget.hold(starting(), moved(0.5, -1.0, -2.0), SIZES, 10, kind=DAM)
     assert held.offsets == moved(0.5, -1.0, -2.0)
     assert not any(map(bool, held.reached.values()))
 
@@ -77,7 +82,7 @@ def test_some_channels_of_each_layer_stay(keep):
     """Whatever the offsets do: those of the highest order, until the target and after it."""
     state = starting()
     for goal in ((-9.0, 0.5, 0.5), (-9.0, -7.0, 0.0), (-9.0, -9.0, -9.0)):
-        state = budget.hold(state, moved(*goal), SIZES, 3 * keep, keep=keep)
+        state = budget.hold(state, moved(*goal), SIZES, 3 * keep, keep=keep, kind=DAM)
         left = open_channels(state.offsets)
         assert all(np.all(open_[-keep:]) for open_ in left.values())
         assert int(np.sum(left["a"])) == keep
@@ -91,21 +96,23 @@ def test_what_is_kept_costs_what_its_order_says():
     def cost(open_):
         return jnp.sum(open_["a"] * jnp.arange(1, 9)) + jnp.sum(open_["b"]) + jnp.sum(open_["c"])
 
-    state = budget.hold(starting(), moved(-9, -9, -9), SIZES, 3, cost=cost, ranks=ranks)
+    state = budget.hold(starting(), moved(-9, -9, -9), SIZES, 3, cost=cost, ranks=ranks, kind=DAM)
     assert all(map(bool, state.reached.values()))
     with pytest.raises(ValueError, match=r"is 9, .* 10 or more"):
-        budget.hold(starting(), moved(-9, -9, -9), SIZES, 9, cost=cost)
+        budget.hold(starting(), moved(-9, -9, -9), SIZES, 9, cost=cost, kind=DAM)
 
 
 def test_an_offset_that_starts_beyond_its_target_stays():
     state = budget.start(dict.fromkeys(SIZES, jnp.float32(-4.0)))
-    state = budget.hold_layers(state, moved(-4.1, -4.1, -4.1), SIZES, {"a": 7, "b": 4, "c": 15})
+    state = budget.hold_layers(
+        state, moved(-4.1, -4.1, -4.1), SIZES, {"a": 7, "b": 4, "c": 15}, kind=DAM
+    )
     assert all(float(beta) == -4.0 for beta in state.offsets.values())
 
 
 def test_what_is_kept_depends_on_the_order():
     ranks = {"a": jnp.arange(SIZES["a"])[::-1]}
-    state = budget.hold(starting(), moved(-9, -9, -9), SIZES, 4, keep=1, ranks=ranks)
+    state = budget.hold(starting(), moved(-9, -9, -9), SIZES, 4, keep=1, ranks=ranks, kind=DAM)
     values = dam.Dam().values({"beta": state.offsets["a"]}, SIZES["a"], ranks=ranks["a"])
     assert values[0] > 0
 
@@ -114,7 +121,7 @@ def test_layers_that_move_alike_are_cut_one_by_one():
     """Ties: many channels close at the same instant."""
     sizes = {f"l{i}": 4 for i in range(5)}
     state = budget.start(dict.fromkeys(sizes, jnp.float32(1)))
-    state = budget.hold(state, dict.fromkeys(sizes, jnp.float32(-2.6)), sizes, 13)
+    state = budget.hold(state, dict.fromkeys(sizes, jnp.float32(-2.6)), sizes, 13, kind=DAM)
     assert count(state.offsets, sizes) == 13
     assert sorted(int(np.sum(v)) for v in open_channels(state.offsets, sizes).values()) == [
         2, 2, 3, 3, 3,
@@ -124,7 +131,7 @@ def test_layers_that_move_alike_are_cut_one_by_one():
 @pytest.mark.parametrize("target", [20, 77, 150, 200])
 def test_other_costs_end_within_a_channel(target):
     """Without the last channel that was closed it would still be too much."""
-    state = budget.hold(starting(), moved(-4.4, -4.2, -4.7), SIZES, target, cost=weights)
+    state = budget.hold(starting(), moved(-4.4, -4.2, -4.7), SIZES, target, cost=weights, kind=DAM)
     open_ = open_channels(state.offsets)
     assert weights(open_) <= target and all(map(bool, state.reached.values()))
     more = []
@@ -138,14 +145,14 @@ def test_other_costs_end_within_a_channel(target):
 
 
 def test_after_the_target_nothing_moves():
-    state = budget.hold(starting(), moved(-3.0, -3.0, -3.0), SIZES, 20)
-    later = budget.hold(state, moved(-4.0, 2.0, -5.0), SIZES, 20)
+    state = budget.hold(starting(), moved(-3.0, -3.0, -3.0), SIZES, 20, kind=DAM)
+    later = budget.hold(state, moved(-4.0, 2.0, -5.0), SIZES, 20, kind=DAM)
     assert later.offsets == state.offsets and all(map(bool, later.reached.values()))
 
 
 def test_orders_are_honoured():
     ranks = {"a": order.random(jax.random.key(0), 8)}
-    state = budget.hold(starting(), moved(-3.0, 1.0, 1.0), SIZES, 26, ranks=ranks)
+    state = budget.hold(starting(), moved(-3.0, 1.0, 1.0), SIZES, 26, ranks=ranks, kind=DAM)
     open_ = open_channels(state.offsets, ranks=ranks)
     assert np.flatnonzero(~open_["a"]).tolist() == np.flatnonzero(ranks["a"] < 3).tolist()
 
@@ -161,7 +168,7 @@ def test_a_compiled_network_has_exactly_the_target(n):
         state = budget.start({"gate": jnp.float32(1)})
         state = budget.hold(state, {"gate": jnp.float32(-6)}, {"gate": n}, target, ranks={
             "gate": ranks
-        })  # fmt: skip
+        }, kind=DAM)  # fmt: skip
         return state.offsets["gate"], state.reached["gate"]
 
     @jax.jit
@@ -180,12 +187,12 @@ def test_ties_are_broken_by_the_order_of_channels():
     sizes, ranks = {"a": 4, "b": 4}, {"a": jnp.array([3, 2, 1, 0])}
     state = budget.start(dict.fromkeys(sizes, jnp.float32(1)))
     goal = {"a": jnp.float32(-1e30), "b": jnp.float32(1)}
-    state = budget.hold(state, goal, sizes, 6, ranks=ranks)
+    state = budget.hold(state, goal, sizes, 6, ranks=ranks, kind=DAM)
     assert open_channels(state.offsets, sizes, ranks)["a"].tolist() == [True, True, False, False]
 
 
 def test_what_is_not_finite_is_left_to_be_seen():
-    state = budget.hold(starting(), moved(float("nan"), -3.0, -3.0), SIZES, 20)
+    state = budget.hold(starting(), moved(float("nan"), -3.0, -3.0), SIZES, 20, kind=DAM)
     assert np.isnan(state.offsets["a"]) and not any(map(bool, state.reached.values()))
 
 
@@ -194,8 +201,10 @@ def test_a_budget_can_be_carried_by_a_loop(x64):
 
     def step(state, _):
         goal = {name: beta - 0.3 for name, beta in state.offsets.items()}
-        state = budget.hold(state, goal, SIZES, 12)
-        return budget.hold_layers(state, state.offsets, SIZES, {"a": 1, "b": 1, "c": 1}), None
+        state = budget.hold(state, goal, SIZES, 12, kind=DAM)
+        return budget.hold_layers(
+            state, state.offsets, SIZES, {"a": 1, "b": 1, "c": 1}, kind=DAM
+        ), None
 
     state, _ = jax.lax.scan(step, starting(), None, length=20)
     assert state.offsets["a"].dtype == jnp.float32
@@ -208,14 +217,33 @@ def test_members_of_one_program():
     targets = jnp.array([15, 15])
 
     def one(goal, target):
-        return budget.hold(starting(), dict(zip(SIZES, goal, strict=True)), SIZES, target)
+        return budget.hold(starting(), dict(zip(SIZES, goal, strict=True)), SIZES, target, kind=DAM)
 
     states = jax.jit(jax.vmap(one))(goals, targets)
     assert states.reached["a"].tolist() == [True, False]
     for index in range(2):
-        alone = budget.hold(starting(), moved(*goals[index].tolist()), SIZES, 15)
+        alone = budget.hold(starting(), moved(*goals[index].tolist()), SIZES, 15, kind=DAM)
         for name in SIZES:
             np.testing.assert_array_equal(states.offsets[name][index], alone.offsets[name])
+
+
+@pytest.mark.parametrize("k", [2.0, 20.0])
+def test_the_target_is_that_of_the_gates_that_are_given(k):
+    """Order numbers of another range close other channels: those of `Dam()` would close all."""
+    kind, sizes = dam.Dam(k=k), {"a": 10, "b": 10}
+    state = budget.start(dict.fromkeys(sizes, jnp.float32(1)))
+    for offset in np.linspace(1, -k, 40):
+        state = budget.hold(state, dict.fromkeys(sizes, jnp.float32(offset)), sizes, 12, kind=kind)
+    left = [int(dam.active(beta, 10, k=k)) for beta in state.offsets.values()]
+    assert all(map(bool, state.reached.values())) and sum(left) == 12 and min(left) > 0
+
+
+@pytest.mark.parametrize(
+    "hold, target", [(budget.hold, 9), (budget.hold_layers, dict.fromkeys(SIZES, 2))]
+)
+def test_the_gates_are_no_default(hold, target):
+    with pytest.raises(TypeError, match=r"missing .* 'kind'"):
+        hold(starting(), moved(0, 0, 0), SIZES, target)
 
 
 @pytest.mark.parametrize("convention", ["paper", "code"])
@@ -237,31 +265,50 @@ def test_budgets_of_layers(convention):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 0), "more than 0, 3 or more"),
-        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 29), "is 29, expected"),
-        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, float("nan")), "is nan"),
-        (lambda: budget.hold(starting(), {"a": jnp.float32(0)}, SIZES, 5), "offsets are of"),
-        (lambda: budget.hold(starting(), moved(0, 0, 0), {"a": 8}, 5), "offsets are of"),
         (
-            lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 8, "b": 1, "c": 1}),
+            lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 0, kind=DAM),
+            "more than 0, 3 or more",
+        ),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 29, kind=DAM), "is 29, expected"),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, float("nan"), kind=DAM), "is nan"),
+        (
+            lambda: budget.hold(starting(), {"a": jnp.float32(0)}, SIZES, 5, kind=DAM),
+            "offsets are of",
+        ),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), {"a": 8}, 5, kind=DAM), "offsets are of"),
+        (
+            lambda: budget.hold_layers(
+                starting(), moved(0, 0, 0), SIZES, {"a": 8, "b": 1, "c": 1}, kind=DAM
+            ),
             "target of 'a' is 8 channels, expected 1 to 7",
         ),
         (
-            lambda: jax.jit(lambda m: budget.hold(starting(), m, SIZES, 99))(moved(0, 0, 0)),
+            lambda: jax.jit(lambda m: budget.hold(starting(), m, SIZES, 99, kind=DAM))(
+                moved(0, 0, 0)
+            ),
             "is 99, expected .* and less than 29",
         ),
         (
-            lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 9, ranks={"A": jnp.arange(8)}),
+            lambda: budget.hold(
+                starting(), moved(0, 0, 0), SIZES, 9, ranks={"A": jnp.arange(8)}, kind=DAM
+            ),
             r"ranks are for \['A'\]",
         ),
-        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 2), "is 2, .* 3 or more"),
-        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 9, keep=5), "keep is 5, .* 0 to 4"),
-        (lambda: budget.start({}), "no offsets"),
-        (lambda: budget.hold(budget.Budget({}, {}), {}, {}, 1), "there are no layers"),
-        (lambda: budget.start({"a": jnp.zeros(2)}), "the offset of 'a' is"),
-        (lambda: budget.start({"a": jnp.bfloat16(1)}), "float32 or wider"),
+        (lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 2, kind=DAM), "is 2, .* 3 or more"),
         (
-            lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 0}),
+            lambda: budget.hold(starting(), moved(0, 0, 0), SIZES, 9, keep=5, kind=DAM),
+            "keep is 5, .* 0 to 4",
+        ),
+        (lambda: budget.start({}), "no offsets"),
+        (lambda: budget.hold(budget.Budget({}, {}), {}, {}, 1, kind=DAM), "there are no layers"),
+        (lambda: budget.start({"a": jnp.zeros(2)}), "the offset of 'a' is"),
+        (lambda: budget.start({"a": jnp.bfloat16(1)}), "'a' is bfloat16, .* float32 or wider"),
+        (
+            lambda: inspect.unwrap(budget.start)({"a": 1}),
+            r"'a' is int32\(\), expected one floating-point number",
+        ),
+        (
+            lambda: budget.hold_layers(starting(), moved(0, 0, 0), SIZES, {"a": 0}, kind=DAM),
             "targets are for",
         ),
     ],

@@ -1,6 +1,7 @@
 """Counts of what is left of a network, against hand counts and a network of positive numbers."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +248,7 @@ def test_a_budget_of_parameters_and_multiply_adds():
 
 def _hold(network, target, cost, state, offset):
     sizes = accounting.sizes(network)
-    return budget.hold(state, dict.fromkeys(sizes, offset), sizes, target, cost=cost)
+    return budget.hold(state, dict.fromkeys(sizes, offset), sizes, target, kind=Dam(), cost=cost)
 
 
 def test_numbers_beyond_int32():
@@ -320,6 +321,17 @@ def test_descriptions_as_text(name):
     network = small(name)[2]
     again = network_text.from_json(network_text.to_json(network))
     assert again == network and hash(again) == hash(network)
+
+
+def test_text_of_before_has_the_epsilon_of_before():
+    nodes = {"a": {"node": "Input", "shape": [4]}}
+    nodes["b"] = {"node": "Norm", "input": "a", "groups": 2, "gate": None}
+    network = network_text.from_json(json.dumps(nodes))
+    assert network.nodes["b"] == graph.Norm("a", 2, epsilon=1e-5)
+    for epsilon in (0.0, -1e-5, float("nan"), float("inf")):
+        nodes["b"]["epsilon"] = epsilon
+        with pytest.raises(ValueError, match=f"has epsilon {epsilon}, which makes no sense"):
+            network_text.from_json(json.dumps(nodes))
 
 
 @pytest.mark.parametrize(

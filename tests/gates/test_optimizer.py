@@ -99,6 +99,17 @@ def test_a_parameter_of_that_name_is_no_gate():
     assert optimizer.labels(params) == {"glu": {"gate": "network"}, "gate": {"beta": "gate"}}
 
 
+def test_a_layer_named_gate_is_no_gate():
+    """Of a gated linear unit: a cold start would freeze it without a word."""
+    glu = {"gate": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "up": {"kernel": jnp.ones(2)}}
+    params = {"glu": glu, "blocks": [{"gate": {"beta": jnp.ones(())}}, (jnp.ones(2),)]}
+    expected = jax.tree.map(lambda _: "network", params)
+    expected["blocks"][0]["gate"]["beta"] = "gate"
+    assert optimizer.labels(params) == expected
+    with pytest.raises(ValueError, match="hold no gate"):
+        optimizer.labels(glu)
+
+
 def test_labels():
     assert optimizer.labels(PARAMS) == {
         "Conv_0": {"kernel": "network", "gate": {"beta": "gate"}},

@@ -1,6 +1,7 @@
 """CKA-SR against the published loop over pairs in float64, and its own laws."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,18 @@ def test_members_of_other_coefficients(x64):
     assert not any(np.any(grad[1]) for grad in together)
 
 
+def test_counts_may_be_numbers_of_numpy():
+    features = arrays(maps((6,), (5,)))
+    assert aug_cka_sr(features, samples=np.int64(8)) == aug_cka_sr(features, samples=8)
+    term = every_nth_batch(aug_cka_sr, features, jnp.int32(2), np.int64(2))
+    np.testing.assert_allclose(term, aug_cka_sr(features), rtol=1e-6)
+    for count in (2.0, "8", None):
+        with pytest.raises(ValueError, match=f"every={count!r}, expected 1"):
+            inspect.unwrap(every_nth_batch)(aug_cka_sr, features, jnp.int32(2), count)
+    with pytest.raises(ValueError, match=r"samples=8.0: expected three"):
+        inspect.unwrap(aug_cka_sr)(features, samples=8.0)
+
+
 def test_bad_input():
     x, y = arrays(maps((3,), (4,)))
     cases = [
@@ -265,6 +278,9 @@ def test_bad_input():
         (lambda: aug_cka_sr(x), r"AugCKA-SR is an array of shape \(10, 3\)"),
         (lambda: aug_cka_sr([x, y], samples=3, debiased=True), "samples=3: .* four or more"),
         (lambda: aug_cka_sr([x[:3], y[:3]], debiased=True), "four examples or more, there are 3"),
+        (lambda: aug_cka_sr([x[:2], y[:2]]), "AugCKA-SR has feature maps of 2 examples, expected"),
+        (lambda: aug_cka_sr([x[:1], y[:1]]), "of 1 examples, expected three or more"),
+        (lambda: cka_sr([[x[:2], y[:2]]], similarity="cca"), "stage 1 has feature maps of 2"),
         (
             lambda: aug_cka_sr([x, y], debiased=True, similarity="cca"),
             "there is no debiased CCA",

@@ -314,6 +314,40 @@ def test_devices_equal_one_device(wrap, dtype, local):
             np.testing.assert_allclose(actual, single, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_counts_more_weights_than_it_has_numbers(dtype):
+    """As the same network in float32, within the rounding of its outputs and kernels."""
+    params = {"w": jnp.full((300, 300), 0.9, dtype)}
+    teacher, masks = {"w": jnp.full((300, 300), 0.89, dtype)}, {"w": jnp.ones((300, 300), bool)}
+    x = jnp.ones((2, 300), dtype) * 1e-2
+    weights = {"kernel_weight": 1e-3, "l2_weight": 1e-4}
+
+    @jax.jit
+    def value_and_grad(params, teacher, x):
+        def loss(params):
+            return ntt_loss(lambda q, x: x @ q["w"], params, masks, teacher, x, **weights)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, terms), grads = value_and_grad(params, teacher, x)
+    exact = [
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), each) for each in (params, teacher)
+    ]
+    (_, expected), exact_grads = value_and_grad(*exact, x.astype(jnp.float32))
+    assert loss.dtype == terms.l2.dtype == jnp.float32
+    assert grads["w"].dtype == dtype and np.all(np.isfinite(grads["w"].astype(jnp.float32)))
+    # Above 65504, where float16 ends.
+    np.testing.assert_allclose(terms.l2, expected.l2, rtol=1e-6)
+    assert terms.l2 > 7e4
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(terms.kernel, expected.kernel, rtol=8 * rounding, atol=1e-6)
+    np.testing.assert_allclose(
+        grads["w"].astype(jnp.float32), exact_grads["w"], rtol=16 * rounding, atol=1e-6
+    )
+    plain, _ = ntt_loss(lambda q, x: x @ q["w"], params, masks, params, x, kernel_weight=1e-3)
+    assert plain == 0
+
+
 def test_targets_can_be_kept():
     student, masks, teacher, x = to_jax(problem(6, dtype=np.float32))
     targets = jax.jit(functools.partial(teacher_targets, net))(teacher, x)

@@ -35,13 +35,9 @@ def problem(n, seed=0):
 
 
 # Compiled once for all problems of a size.
-loss_of_net, loss_from_targets = (
-    jax.jit(
-        functools.partial(function, net),
-        static_argnames=("kernel_weight", "l2_weight", "distance", "probes"),
-    )
-    for function in (ntt_loss, ntt_loss_from_targets)
-)
+STATIC = ("kernel_weight", "l2_weight", "distance")
+loss_of_net = jax.jit(functools.partial(ntt_loss, net), static_argnames=(*STATIC, "probes"))
+loss_from_targets = jax.jit(functools.partial(ntt_loss_from_targets, net), static_argnames=STATIC)
 targets_of_net = jax.jit(
     functools.partial(teacher_targets, net), static_argnames=("distance", "probes")
 )
@@ -141,7 +137,7 @@ def test_sketches_of_teacher_and_student_share_their_signs(x64):
     whole, _ = loss_of_net(student, masks, teacher, x, **WEIGHTS, **options)
     targets = targets_of_net(teacher, x, **options)
     assert targets.kernel.shape == (3, 3, 2, 2)
-    parts, _ = loss_from_targets(student, masks, targets, x, **WEIGHTS, **options)
+    parts, _ = loss_from_targets(student, masks, targets, x, **WEIGHTS, distance="sketch")
     np.testing.assert_allclose(parts, whole, rtol=1e-14)
     everywhere = jax.tree.map(jnp.ones_like, masks)
     _, terms = loss_of_net(teacher, everywhere, teacher, x, **WEIGHTS, **options)
@@ -217,11 +213,10 @@ def test_targets_know_their_distance(x64, theirs, ours):
     student, masks, teacher, x = problem(6)
     targets = targets_of_net(teacher, x, **OPTIONS[theirs])
     assert targets.distance == theirs
-    assert len(jax.tree.leaves(targets)) == 2
+    assert len(jax.tree.leaves(targets)) == (3 if theirs == "sketch" else 2)
 
     def loss(student, targets):
-        weights = WEIGHTS | OPTIONS[ours]
-        return loss_from_targets(student, masks, targets, x, **weights)[0]
+        return loss_from_targets(student, masks, targets, x, **WEIGHTS, distance=ours)[0]
 
     if ours == theirs:
         whole, _ = loss_of_net(student, masks, teacher, x, **WEIGHTS, **OPTIONS[ours])
@@ -233,6 +228,31 @@ def test_targets_know_their_distance(x64, theirs, ours):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("probes", [1, 2])
+def test_a_sketch_is_drawn_as_that_of_its_targets(x64, probes):
+    """By the key and the probes that go with them: another key is 5e-14 against a hundred."""
+    student, masks, _, x = problem(6)
+    masks = jax.tree.map(jnp.ones_like, masks)
+    seeds = jnp.arange(3)
+
+    @jax.jit
+    def losses(student, seeds):
+        """Of a student that is its teacher, and of targets that a scan hands on."""
+
+        def targets_of(seed):
+            how = {"distance": "sketch", "key": jax.random.key(seed), "probes": probes}
+            return teacher_targets(net, student, x, **how)
+
+        def step(_, targets):
+            how = {**WEIGHTS, "distance": "sketch"}
+            return None, ntt_loss_from_targets(net, student, masks, targets, x, **how)[0]
+
+        _, scanned = jax.lax.scan(step, None, jax.vmap(targets_of)(seeds))
+        return scanned
+
+    np.testing.assert_allclose(losses(student, seeds), np.zeros(3), atol=1e-12)
+
+
 def test_targets_of_each_device(x64):
     """`pmap` hands them out and takes them back."""
     student, masks, teacher, x = problem(8)
@@ -241,7 +261,8 @@ def test_targets_of_each_device(x64):
     targets = jax.pmap(lambda x: teacher_targets(net, teacher, x, **options), "data")(parts)
 
     def loss(targets, x):
-        return ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS, **options)[0]
+        how = {"distance": "sketch", "axis_name": "data"}
+        return ntt_loss_from_targets(net, student, masks, targets, x, **WEIGHTS, **how)[0]
 
     whole, _ = loss_of_net(student, masks, teacher, x, **WEIGHTS, **OPTIONS["sketch"])
     values = jax.pmap(loss, "data")(targets, parts)

@@ -49,6 +49,7 @@ def problem(n=4):
         ({}, {"max_density": 2}, r"max_density is 2, expected a fraction in \(0, 1\]"),
         ({}, {"memory_limit": 0}, "memory_limit is 0, expected a number of bytes"),
         ({"x": jnp.ones(())}, {}, "x is a scalar, expected a batch"),
+        ({"x": {"x": jnp.ones((2, 4))}}, {}, "x is of type dict, expected one array of inputs"),
         ({"x": jnp.ones((1, 4))}, {}, "a batch of 1 holds no pair"),
         ({"x": jnp.ones((0, 4))}, {}, "a batch of 0 holds no pair"),
         ({"masks": {"in": None, "out": None}}, {}, "masks must have the structure of params"),
@@ -86,12 +87,17 @@ def test_targets_of_another_batch_are_refused():
         inspect.unwrap(ntt_loss_from_targets)(net, student, masks, targets, x, kernel_weight=1.0)
 
 
-def test_targets_of_other_probes_are_refused():
+def test_targets_of_another_kernel_are_refused():
     student, masks, teacher, x = problem(6)
+    targets = teacher_targets(net, teacher, x)
+    targets = targets._replace(kernel=targets.kernel[:2])
+    message = r"targets.kernel has shape \(2, 3, 3, 3\), the student's \(3, 3, 3, 3\)"
+    with pytest.raises(ValueError, match=message):
+        ntt_loss_from_targets(net, student, masks, targets, x, kernel_weight=1.0)
     how = {"distance": "sketch", "key": jax.random.key(0)}
-    targets = teacher_targets(net, teacher, x, probes=2, **how)
-    with pytest.raises(ValueError, match=r"targets.kernel has shape \(3, 3, 2, 2\), the student's"):
-        ntt_loss_from_targets(net, student, masks, targets, x, kernel_weight=1.0, **how)
+    targets = teacher_targets(net, teacher, x, **how)._replace(key=None)
+    with pytest.raises(ValueError, match="distance='sketch' needs a key"):
+        ntt_loss_from_targets(net, student, masks, targets, x, kernel_weight=1.0, distance="sketch")
 
 
 def test_targets_check_their_arguments():

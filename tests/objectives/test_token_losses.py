@@ -33,6 +33,23 @@ def test_distillation():
     np.testing.assert_allclose(far, 500, rtol=1e-6)
 
 
+def test_a_class_that_both_exclude_adds_nothing():
+    """Value and gradient are those without the class."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 4))
+    excluded = np.full((5, 1), -np.inf)
+    wider = [np.concatenate([logits, excluded], axis=1) for logits in (student, teacher)]
+    value_and_grad = jax.value_and_grad(tokens.distillation_loss)
+    value, slope = value_and_grad(*map(jnp.asarray, (student, teacher)))
+    got, wide_slope = value_and_grad(*map(jnp.asarray, wider))
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    np.testing.assert_allclose(wide_slope[:, :4], slope, rtol=1e-5, atol=1e-7)
+    assert not np.any(wide_slope[:, 4])
+    # By the teacher alone; and what is not a number still shows.
+    assert np.isfinite(tokens.distillation_loss(np.ones((5, 5)), wider[1]))
+    assert np.isnan(tokens.distillation_loss(student, np.full((5, 4), np.nan)))
+
+
 def test_half_precision_is_computed_in_single():
     rng = np.random.default_rng(0)
     pair = [jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16) for _ in range(2)]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from small_networks import (
     check_counts,
@@ -12,6 +13,7 @@ from small_networks import (
 )
 
 from ntt_sparse.gates import network as graph
+from ntt_sparse.gates import network_text
 from ntt_sparse.models.described import Described, parameter_shapes, statistics_shapes
 from ntt_sparse.pruning.compact import compact_network
 
@@ -54,6 +56,37 @@ def test_borders_by_hand():
     assert (small.after.parameters, small.constants) == (12, 9)
     assert small.after.multiply_adds == 30 + 9 * 30
     np.testing.assert_array_equal(small.kept["a"], [0])
+
+
+class Own(nn.Module):
+    """A network of Flax's own modules, of features so small that epsilon is most of a variance."""
+
+    grouped: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(4, (3, 3), use_bias=False, name="a")(x)
+        norm = nn.GroupNorm(2, name="n") if self.grouped else nn.BatchNorm(True, name="n")
+        return nn.Conv(2, (1, 1), use_bias=False, name="b")(nn.leaky_relu(norm(y)))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_epsilon_is_that_of_the_network_itself(grouped):
+    """Flax adds 1e-6 in group normalisation; a closed channel is folded with the same."""
+    build = graph.Builder((5, 6, 1))
+    y = build(graph.Conv("input", 4, 3, padding=(1, 1), gate="a/gate"), "a")
+    norm = graph.Norm(y, 2, epsilon=nn.GroupNorm().epsilon) if grouped else graph.Norm(y)
+    build(graph.Conv(build(graph.Activation(build(norm, "n"), "leaky_relu")), 2, 1), "b")
+    module, x = Own(grouped), 1e-3 * jax.random.normal(jax.random.key(1), (3, 5, 6, 1))
+    variables = module.init(jax.random.key(0), x)
+    params, statistics = variables["params"], variables.get("batch_stats", {})
+    closed = jnp.array([1.0, 1, 1, 0])
+    small = compact_network(build.network(), params, statistics, gates={"a/gate": closed})
+    kernel = params["a"]["kernel"] * closed
+    expected = module.apply({**variables, "params": {**params, "a": {"kernel": kernel}}}, x)
+    same(outputs(small.module, small.variables, x), expected)
+    again = network_text.from_json(network_text.to_json(small.module.network))
+    assert again == small.module.network
 
 
 def test_bad_input():
@@ -167,7 +200,9 @@ def random_description(seed):
             stride = 1 + int(rng.random() < 0.2 and height > 4)
             node = graph.Conv(y, int(rng.integers(2, 6)), size, stride, padding, bool(kind % 2))
         elif kind == 4:
-            node = graph.Norm(y, groups=int(rng.choice([0, channels_])))
+            node = graph.Norm(
+                y, int(rng.choice([0, channels_])), None, float(rng.choice([1e-5, 0.1]))
+            )
         elif kind == 5:
             node = graph.Activation(y, str(rng.choice(["relu", "tanh", "sine", "elu"])))
         elif kind == 6:

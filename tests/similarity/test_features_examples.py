@@ -79,6 +79,13 @@ def test_a_batch_may_be_smaller():
     assert len(features["Conv_0"]) == 2
 
 
+def test_a_number_of_numpy_is_a_number_of_examples():
+    module, x = ResNet(blocks_per_stage=1, channels=(4,), norm="none"), jnp.ones((4, 5, 5, 3))
+    variables = module.init(jax.random.key(0), x)
+    _, features = capture(module, "Conv_0", examples=np.int64(2))(variables, x)
+    assert len(features["Conv_0"]) == 2
+
+
 @pytest.mark.parametrize("examples", [0, -1, 2.5])
 def test_bad_input(examples):
     module, x = ResNet(blocks_per_stage=1, channels=(4,), norm="none"), jnp.ones((2, 5, 5, 3))

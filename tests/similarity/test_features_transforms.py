@@ -8,6 +8,7 @@ from captured import F64, MLP, assert_features, data, everything, init, lifts, m
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
+from ntt_sparse.objectives.cka_sr import aug_cka_sr
 from ntt_sparse.similarity.features import COLLECTION, capture
 
 # Transforms inside the model
@@ -42,6 +43,10 @@ def test_scan_stacks_or_refuses():
     head = variables["params"]["head"]
     by_hand = {"scan/Dense_0": expected, "head": carry @ head["kernel"] + head["bias"]}
     assert_features(capture(opened, "*")(variables, x)[1], by_hand)
+    # What compares layers takes them apart, as the docs say.
+    layers = [*capture(opened, "*")(variables, x)[1]["scan/Dense_0"]]
+    apart = jax.jit(lambda layers: aug_cka_sr(layers))(layers)
+    np.testing.assert_allclose(apart, aug_cka_sr([jnp.asarray(each) for each in expected]))
     assert_features(capture(closed, "head")(variables, x)[1], {"head": by_hand["head"]})
     with pytest.raises(ValueError, match=f"'scan/Dense_0' runs in .* add '{COLLECTION}' to its"):
         capture(closed, "*")(variables, x)

@@ -50,6 +50,24 @@ def test_minibatches_of_any_scale(scale):
     np.testing.assert_allclose(cka.minibatch_cka(scaled), expected, atol=1e-5)
 
 
+def test_constant_layers_are_like_nothing():
+    """What rounding leaves of them is not normalised; beside them others keep their values."""
+    constant = [
+        jnp.full((40, 3), 0.7) * jnp.array([1.0, 2, 3]),
+        -0.3 * jnp.ones((40, 5)) * jnp.arange(1, 6),
+    ]
+    alive = jnp.asarray(normal(40, 4), jnp.float32)
+    assert not np.any(cka.minibatch_cka([constant]))
+    with_another = cka.minibatch_cka([[*constant, alive]] * 2)
+    np.testing.assert_allclose(with_another, np.diag([0.0, 0.0, 1.0]), atol=1e-12)
+    # A layer that is constant in one minibatch has the other's value.
+    mixed = cka.minibatch_cka([[constant[0], alive], [alive[:, :3], alive]])
+    alone = cka.cka_matrix([alive[:, :3], alive], debiased=True)
+    assert mixed[0, 1] == pytest.approx(float(alone[0, 1]) / np.sqrt(2), rel=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(cka.hsic_sums([x, alive]).cross))(constant[0])
+    assert np.all(np.isfinite(gradient))
+
+
 def test_minibatches_that_do_not_fit():
     x, y = (jnp.asarray(normal(5, p)) for p in (2, 3))
     with pytest.raises(ValueError, match=r"batches hold \(2, 2\) and \(1, 1\) layers"):
