@@ -114,17 +114,6 @@ def load(
     if path.suffix == ".npz":
         arrays = npz.read(path.expanduser())
     elif _is_folder(name):
-        if path.expanduser().is_file():
-            raise ValueError(f"{path} is a file, expected one that ends in .npz, or a folder")
-        if size is None and not path.expanduser().exists():
-            raise FileNotFoundError(
-                f"no image set at {path}: expected an .npz file, or a folder of images"
-            )
-        if size is None:
-            raise ValueError(
-                f"{path} is a folder, and images have to be in memory here: expected a name of "
-                "TensorFlow Datasets or an .npz (or a size, to read them when they are needed)"
-            )
         return _folder(path.expanduser(), size, validation_fraction, seed)
     elif name == "digits":
         arrays = _digits()
@@ -173,12 +162,25 @@ def blank(split: Split, n: int = 1) -> Real[np.ndarray, "n ..."]:
     return np.zeros((n, *split.x.shape[1:]), split.x.dtype)
 
 
-def _folder(path: Path, size: int, validation_fraction: float, seed: int) -> ImageData:
+def _folder(path: Path, size: int | None, validation_fraction: float, seed: int) -> ImageData:
     """The files of a folder, shuffled once: the first so many are of all classes then.
 
     Raises:
+        ValueError: It is a file, or there is no size.
+        FileNotFoundError: It is not there.
         ImportError: Grain, which reads them, is not installed.
     """
+    if path.is_file():
+        raise ValueError(f"{path} is a file, expected one that ends in .npz, or a folder")
+    if size is None and not path.exists():
+        raise FileNotFoundError(
+            f"no image set at {path}: expected an .npz file, or a folder of images"
+        )
+    if size is None:
+        raise ValueError(
+            f"{path} is a folder, and images have to be in memory here: expected a name of "
+            "TensorFlow Datasets or an .npz (or a size, to read them when they are needed)"
+        )
     if importlib.util.find_spec("grain") is None:
         raise ImportError("images of folders are read by Grain: pip install grain")
     found = folders.read(path, size)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import Scalar
 
 Shape: TypeAlias = str | Callable[[Array], Array]
@@ -113,7 +114,7 @@ def gate(
     beta = jnp.asarray(beta)
     if beta.shape:
         raise ValueError(f"beta has shape {beta.shape}, expected a scalar: one offset per layer")
-    beta = beta.astype(jnp.promote_types(beta.dtype, jnp.float32))
+    beta = at_least_single(beta)
     mu = order_numbers(n, k=k, convention=convention, ranks=ranks).astype(beta.dtype)
     return _shape(shape)(alpha * (mu + beta))
 
@@ -171,7 +172,7 @@ def penalty(betas: Any, *, k: float = 5.0, convention: str = "paper") -> Scalar:
         raise ValueError("there are no offsets, expected one per gated layer")
     if shapes := [leaf.shape for leaf in leaves if leaf.shape]:
         raise ValueError(f"offsets have shapes {shapes}, expected scalars: one per layer")
-    beta = jnp.stack([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves])
+    beta = jnp.stack([at_least_single(leaf) for leaf in leaves])
     floor = -_FLOORS[convention] * k
     # NaN stays.
     return jnp.mean(jnp.where(beta < floor, floor, beta))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import PRNGKey
 
 
@@ -44,8 +45,7 @@ def weight_norms(kernel: Float[ArrayLike, "... n"]) -> Float[Array, " n"]:
 
     In float32 at least: in half precision many norms are equal, and their order is lost.
     """
-    kernel = jnp.asarray(kernel)
-    kernel = kernel.astype(jnp.result_type(jnp.float32, kernel))
+    kernel = at_least_single(kernel)
     return jnp.sqrt(jnp.sum(kernel**2, axis=tuple(range(kernel.ndim - 1))))
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float, Real
 
+from ntt_sparse._precision import at_least_single
+
 weight_init = nn.initializers.normal(0.02)
 """How weights of transformers start."""
 
@@ -88,7 +90,7 @@ class Attention(nn.Module):
         joined = nn.Dense(3 * d, name="qkv", **fields)(x)
         query, key, value = jnp.moveaxis(joined.reshape(n, t, 3, self.heads, -1), 2, 0)
         scores = jnp.einsum("nqhd,nkhd->nhqk", query * (d // self.heads) ** -0.5, key)
-        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        scores = at_least_single(scores)
         if self.causal:
             scores = jnp.where(jnp.tri(t, dtype=bool), scores, -jnp.inf)
         weights = jax.nn.softmax(scores) if policy is None else masked_softmax(scores, policy)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse.similarity.grams import unit_gram
 
 # Of a token that is much like others. The derivative of its logarithm is the inverse, and has to be
@@ -81,7 +82,7 @@ def head_similarities(tokens: Float[Array, "n t d"], heads: int) -> Float[Array,
         `(n, t, t)`, in [0, 1], float32 at least.
     """
     n, t, d = tokens.shape
-    rows = _precise(tokens).reshape(n * t, heads, d // heads)
+    rows = at_least_single(tokens).reshape(n * t, heads, d // heads)
     units = jax.vmap(unit_gram)(rows).reshape(n, t, heads * heads)
     return jnp.einsum("nip,njp->nij", units, units, precision="highest")
 
@@ -100,7 +101,7 @@ def batch_similarities(
         `(t, t)`, in [0, 1], float32 at least; 0 for positions that are left in fewer than two
         images.
     """
-    tokens, kept = _precise(tokens), policy[..., None]
+    tokens, kept = at_least_single(tokens), policy[..., None]
     mean = jnp.sum(tokens * kept, axis=0) / jnp.maximum(jnp.sum(kept, axis=0), 1)
     rows = jnp.moveaxis((tokens - mean) * kept, 1, 0)
     units = jax.vmap(unit_gram)(rows).reshape(tokens.shape[1], -1)
@@ -171,7 +172,3 @@ def likeness_of(
         left = jnp.maximum(jnp.sum(policy, axis=-1, keepdims=True), 1)
         total = total - jnp.sum(total * policy, axis=-1, keepdims=True) / left
     return total
-
-
-def _precise(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

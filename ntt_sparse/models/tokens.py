@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import PRNGKey
 from ntt_sparse.models.attention import layer_norm, weight_init
 from ntt_sparse.models.redundancy import Redundancy, adjusted, likeness_of, remaining
@@ -105,7 +106,7 @@ class KeepPredictor(nn.Module):
         x = nn.gelu(dense(width // 2)(x), approximate=False)
         x = nn.gelu(dense(width // 4)(x), approximate=False)
         x = dense(2)(x)
-        return jax.nn.log_softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        return jax.nn.log_softmax(at_least_single(x))
 
 
 class DynamicTransformer(nn.Module):

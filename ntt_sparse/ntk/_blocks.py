@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import Scalar
 from ntt_sparse.ntk._varying import varying_as
 
@@ -105,7 +106,7 @@ sum_blocks.defvjp(_sum_blocks_fwd, _sum_blocks_bwd, symbolic_zeros=True)
 
 def _wide(tree: Any) -> Any:
     """In float32 at least, as many small numbers added in less would come to a halt."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return jax.tree.map(at_least_single, tree)
 
 
 def _chosen(wanted: Sequence[bool], leaves: Sequence[Any]) -> list[Any]:

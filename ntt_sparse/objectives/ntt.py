@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import ApplyFn, Masks, Params, PRNGKey, Scalar
 from ntt_sparse.ntk.difference import squared_difference
 from ntt_sparse.ntk.kernel import Method, Wrt, check_options, kernel_and_outputs
@@ -290,7 +291,7 @@ def _loss(
     # an estimate.
     scale = {"full": 1, "trace": outputs.shape[1], "sketch": probes**2}[distance]
     count = pairs.total * len(pairs.columns) * outputs.shape[1] ** 2
-    kernel_term = _precise(difference.squares) / (scale * count)
+    kernel_term = at_least_single(difference.squares) / (scale * count)
     output_term = jnp.mean(jnp.square(outputs - theirs))
     if axis_name is not None:
         kernel_term = jax.lax.psum(kernel_term, axis_name)
@@ -371,16 +372,11 @@ def _kept(masks: Masks) -> tuple[Any, int]:
     return sum(jnp.sum(m, dtype=jnp.int32) for m in leaves), sum(m.size for m in leaves)
 
 
-def _precise(x: Array) -> Array:
-    """Float32 at least: counts and sums of half precision end at 65504."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _sum_of_squares(weights: Params, masks: Masks) -> Scalar:
     def of_leaf(weight, mask):
         if mask is None:
             return None
-        weight = _precise(weight)
+        weight = at_least_single(weight)
         return jnp.sum(weight * weight)
 
     squares = jax.tree.map(of_leaf, weights, masks)

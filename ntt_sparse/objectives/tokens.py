@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Real
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import Scalar
 
 
@@ -50,8 +51,8 @@ def distillation_loss(
         ValueError: The logits are not of one shape `(n, k)`.
     """
     _check_same("logits", logits, teacher_logits, 2)
-    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(_precise(teacher_logits)))
-    student = jax.nn.log_softmax(_precise(logits))
+    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(at_least_single(teacher_logits)))
+    student = jax.nn.log_softmax(at_least_single(logits))
     chance = jnp.exp(teacher)
     # Of a class that the teacher excludes nothing is left, not 0 times infinity. NaN stays.
     difference = jnp.where(chance == 0, 0.0, teacher - student)
@@ -83,7 +84,9 @@ def token_distillation_loss(
             "token"
         )
     kept = jax.lax.stop_gradient(jnp.asarray(kept))
-    difference = _precise(features) - jax.lax.stop_gradient(_precise(teacher_features))
+    difference = at_least_single(features) - jax.lax.stop_gradient(
+        at_least_single(teacher_features)
+    )
     each = jnp.mean(difference**2, axis=2)
     return jnp.sum(jnp.where(kept > 0, each, 0)) / jnp.maximum(jnp.sum(kept > 0), 1)
 
@@ -95,8 +98,3 @@ def _check_same(name: str, ours: ArrayLike, teachers: ArrayLike, ndim: int) -> N
             f"{name} have shape {jnp.shape(ours)} and the teacher's {jnp.shape(teachers)}, "
             f"expected the same, of {ndim} axes"
         )
-
-
-def _precise(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import Params, PRNGKey, Scalar, Scores
 from ntt_sparse.pruning._flow import logarithm
 from ntt_sparse.pruning.masks import Prunable, map_prunable, matrices, named_leaves
@@ -301,8 +302,7 @@ def _sensitivity(
 
 def _product(weight: Any, gradient: Any) -> Any:
     """Of two numbers of half precision it is exact in float32, where it does not underflow."""
-    precise = jnp.result_type(jnp.float32, weight)
-    return weight.astype(precise) * gradient.astype(precise)
+    return at_least_single(weight) * at_least_single(gradient)
 
 
 def _gradient(loss: Callable[[Any], Scalar], params: Params) -> Callable[[Any], Any]:

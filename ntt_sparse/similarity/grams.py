@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import Scalar
 
 Features: TypeAlias = Inexact[Array, "_ ..."]
@@ -65,7 +66,7 @@ def flat(x: Features, name: str = "features") -> Float[Array, "_ _"]:
         raise ValueError(
             f"{name} is of shape {x.shape}, expected (n, ...): at least one example with features"
         )
-    return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return at_least_single(x.reshape(len(x), -1))
 
 
 def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:

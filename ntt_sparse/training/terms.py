@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import ApplyFn, Masks, Params, Scalar
 from ntt_sparse.pruning import masks as pruning_masks
 from ntt_sparse.training.step import Forward, Term, TermInputs
@@ -52,7 +53,7 @@ def example_losses(
         )
     if loss not in ("cross_entropy", "squared_error"):
         raise ValueError(f"{loss=} is unknown: expected 'cross_entropy' or 'squared_error'")
-    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    outputs = at_least_single(outputs)
     if loss == "cross_entropy" and not label_smoothing:
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
     else:
@@ -177,7 +178,9 @@ def weight_decay(coefficient: float) -> Term:
             raise ValueError("weight_decay is for weights that have masks, and no leaf has one")
         effective = pruning_masks.apply(inputs.params, inputs.masks)
         squares = jax.tree.map(
-            lambda leaf, mask: None if mask is None else jnp.sum(leaf**2), effective, inputs.masks
+            lambda leaf, mask: None if mask is None else jnp.sum(at_least_single(leaf) ** 2),
+            effective,
+            inputs.masks,
         )
         total = jnp.sum(jnp.stack(jax.tree.leaves(squares)))
         return coefficient * total, {"sum_of_squares": total}

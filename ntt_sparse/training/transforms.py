@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ntt_sparse._precision import at_least_single
 from ntt_sparse._types import PRNGKey
 
 
@@ -57,6 +58,5 @@ def gradient_noise(fraction: float, key: PRNGKey | None) -> optax.GradientTransf
 
 def _noise(fraction: float, leaf: Any, key: PRNGKey) -> Any:
     # Squares of small gradients are zero in float16.
-    precise = jnp.result_type(jnp.float32, leaf)
-    size = fraction * jnp.sqrt(jnp.mean(leaf.astype(precise) ** 2))
+    size = fraction * jnp.sqrt(jnp.mean(at_least_single(leaf) ** 2))
     return (size * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype)
